@@ -1,0 +1,113 @@
+// The only header that knows torch. It sees the stable ABI alone (torch/csrc/stable, headeronly),
+// so a library built once runs under every later torch.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+#include "common/view.h"
+
+#ifdef USE_CUDA  // the CUDA library; the CPU library needs no toolkit
+#include <cuda_runtime_api.h>
+#endif
+
+namespace effllm {
+
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+inline DType as_dtype(torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  switch (type) {
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Long:
+      return DType::kInt64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    default:
+      return DType::kOther;
+  }
+}
+
+inline torch::headeronly::ScalarType as_scalar_type(DType dtype) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case DType::kUInt8:
+      return ScalarType::Byte;
+    case DType::kInt32:
+      return ScalarType::Int;
+    case DType::kInt64:
+      return ScalarType::Long;
+    case DType::kFloat16:
+      return ScalarType::Half;
+    case DType::kBFloat16:
+      return ScalarType::BFloat16;
+    default:
+      return ScalarType::Float;
+  }
+}
+
+// For reading. The pointer loses its const so that one struct serves both; ops that write take
+// `as_mutable_view`, which tells torch so (a lazily cloned tensor gets its own memory then).
+inline View as_view(const Tensor& tensor, const char* name) {
+  Device device{Device::Type::kOther, tensor.get_device_index()};
+  if (tensor.is_cpu()) device = {Device::Type::kCPU, 0};
+  if (tensor.is_cuda()) device.type = Device::Type::kCUDA;
+  return {name,
+          const_cast<void*>(tensor.const_data_ptr()),
+          as_dtype(tensor.scalar_type()),
+          device,
+          static_cast<int>(tensor.dim()),
+          tensor.sizes().data(),
+          tensor.strides().data()};
+}
+
+inline std::optional<View> as_view(const std::optional<Tensor>& tensor, const char* name) {
+  if (!tensor) return std::nullopt;
+  return as_view(*tensor, name);
+}
+
+inline View as_mutable_view(const Tensor& tensor, const char* name) {
+  View view = as_view(tensor, name);
+  view.data = tensor.mutable_data_ptr();
+  return view;
+}
+
+// A contiguous, uninitialised tensor on the device of `like`.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, as_scalar_type(dtype));
+}
+
+// [..., n] for x [..., K]: the output of a linear layer.
+inline Tensor new_empty_like_rows(const Tensor& x, int64_t n) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+  return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, x.scalar_type());
+}
+
+#ifdef USE_CUDA
+// The stream that torch launches on for the device of `tensor`.
+inline cudaStream_t current_cuda_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
+}  // namespace effllm

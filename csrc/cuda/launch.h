@@ -1,0 +1,41 @@
+// The one way to launch a kernel: params struct in, error out as an exception that names the op.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <string>
+
+#include "common/check.h"
+
+namespace effllm {
+
+inline void check_cuda(cudaError_t status, const char* op, const char* what) {
+  if (status == cudaSuccess) return;
+  std::string message = std::string(what) + " failed: " + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice) {
+    message += "; the library holds no code for this GPU (see `python -m effllm env`)";
+  }
+  fail(op, message);
+}
+
+struct Launch {
+  const char* op;  // for the error text
+  dim3 grid, block;
+  size_t smem_bytes;
+  cudaStream_t stream;
+
+  template <class Params>
+  void operator()(void (*kernel)(Params), const Params& params) const {
+    constexpr size_t kDefaultLimit = 48 * 1024;
+    if (smem_bytes > kDefaultLimit) {
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(smem_bytes)),
+                 op, "shared memory opt-in");
+    }
+    kernel<<<grid, block, smem_bytes, stream>>>(params);
+    check_cuda(cudaGetLastError(), op, "kernel launch");
+  }
+};
+
+}  // namespace effllm

@@ -1,0 +1,241 @@
+// int4_gemm on mma.sync (sm_80 and later): right for every shape.
+//
+// Roofline: for few tokens the N * K / 2 bytes of weights are all that counts and each is read
+// once, as the A fragment it already is; for many tokens the tensor cores' 2 M N K operations
+// count.
+//
+// A CTA computes 64 rows of W (one strip) times 8 * kTokenTiles tokens:
+//
+//                 K ->  tile 0   tile 1   tile 2   tile 3 ...     64 columns each
+//   rows  0..15  warp 0 [slice 0][slice 1][slice 0][slice 1]      kSlices groups of 4 warps take
+//   rows 16..31  warp 1 [   .   ][   .   ][   .   ][   .   ]      tiles in turn and are added in
+//   rows 32..47  warp 2 [   .   ][   .   ][   .   ][   .   ]      fixed order at the end
+//   rows 48..63  warp 3 [   .   ][   .   ][   .   ][   .   ]
+//
+// W is mma's A operand (16 rows x 16 columns), x^T its B operand (16 columns x 8 tokens), so a
+// lane's sums are rows (g, g + 8) x tokens (2 c, 2 c + 1), with g = lane / 4, c = lane % 4.
+#pragma once
+
+#include <cstdint>
+
+#include "common/math.h"
+#include "cuda/launch.h"
+#include "cuda/vec.cuh"
+#include "gemm/int4_gemm.h"
+#include "ptx/mma.cuh"
+#include "quant/dequant.cuh"
+
+namespace effllm {
+
+template <class InT_, int kTokenTiles_, int kSlices_>
+struct Int4GemmSm80 {
+  using InT = InT_;
+  static constexpr int kTokenTiles = kTokenTiles_;
+  static constexpr int kSlices = kSlices_;
+  static constexpr int kTokens = 8 * kTokenTiles;
+  static constexpr int kTileK = 64;
+  static constexpr int kSliceThreads = 128;
+  static constexpr int kThreads = kSliceThreads * kSlices;
+  // Rows of 144 bytes: a B fragment's 8 tokens x 4 words then fall into 32 different banks.
+  static constexpr int kRowElements = kTileK + 8;
+  static constexpr int kChunks = kTokens * kTileK / 8;  // 16-byte pieces of a slice's x tile
+  static constexpr int kChunksPerThread = ceil_div(kChunks, kSliceThreads);
+
+  struct SharedStorage {
+    union {
+      uint16_t x[2][kSlices][kTokens][kRowElements];     // two stages: fill one, read the other
+      float sums[kSlices][kTokens][kInt4StripRows + 1];  // after the mainloop
+    };
+  };
+};
+
+template <class Config>
+struct Int4GemmFragments {
+  uint4 weights;                      // four k-steps of one 64 x 64 tile
+  uint4 x[Config::kChunksPerThread];  // this thread's part of the x tile, on its way to smem
+};
+
+// Columns k .. k + 7 of token m, zero outside of x. Rows of 16-byte multiples are read whole.
+__device__ __forceinline__ uint4 load_x_chunk(const Int4GemmParams& params, int64_t m, int64_t k) {
+  uint4 chunk = make_uint4(0, 0, 0, 0);
+  if (m >= params.m || k >= params.k) return chunk;
+  const uint16_t* x = static_cast<const uint16_t*>(params.x) + m * params.k + k;
+  if (params.k % 8 == 0 && reinterpret_cast<uintptr_t>(params.x) % 16 == 0) {
+    return *reinterpret_cast<const uint4*>(x);
+  }
+  auto* elements = reinterpret_cast<uint16_t*>(&chunk);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (k + i < params.k) elements[i] = x[i];
+  }
+  return chunk;
+}
+
+// Global memory -> registers for one tile of K; `strip` points at the strip's words.
+template <class Config>
+__device__ __forceinline__ void load_tile(const Int4GemmParams& params, const int32_t* strip,
+                                          int64_t first_token, int64_t tile,
+                                          Int4GemmFragments<Config>& fragments) {
+  const int thread = threadIdx.x % Config::kSliceThreads;
+  if (tile >= ceil_div<int64_t>(params.k, Config::kTileK)) return;
+  fragments.weights =
+      __ldcs(reinterpret_cast<const uint4*>(strip + tile * kInt4TileWords) + thread);
+#pragma unroll
+  for (int i = 0; i < Config::kChunksPerThread; ++i) {
+    const int chunk = thread + i * Config::kSliceThreads;
+    if (chunk < Config::kChunks) {
+      fragments.x[i] =
+          load_x_chunk(params, first_token + chunk / 8, tile * Config::kTileK + chunk % 8 * 8);
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void store_x_tile(
+    uint16_t (&x_smem)[Config::kTokens][Config::kRowElements],
+    const Int4GemmFragments<Config>& fragments) {
+  const int thread = threadIdx.x % Config::kSliceThreads;
+#pragma unroll
+  for (int i = 0; i < Config::kChunksPerThread; ++i) {
+    const int chunk = thread + i * Config::kSliceThreads;
+    if (chunk < Config::kChunks) {
+      *reinterpret_cast<uint4*>(&x_smem[chunk / 8][chunk % 8 * 8]) = fragments.x[i];
+    }
+  }
+}
+
+// Scale and zero point of the two rows of this lane for the group of column k.
+template <class Config>
+struct Int4GroupParams {
+  using Dequant = Int4Dequant<typename Config::InT>;
+  float scale[2];
+  typename Dequant::Pair zero[2];
+
+  __device__ __forceinline__ Int4GroupParams(const Int4GemmParams& params, int64_t row, int64_t k) {
+    const int64_t group = min(k / params.group_size, params.num_groups - 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Rows past N are computed on padding and never stored: any scale in bounds will do.
+      const int64_t n = min(row + 8 * half, params.n - 1);
+      scale[half] = device_load_float(params.scales, params.scales_dtype,
+                                      n * params.stride_scales_n + group * params.stride_scales_g);
+      zero[half] = Dequant::zero_pair(
+          params.zeros == nullptr
+              ? kInt4PaddingCode
+              : params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g]);
+    }
+  }
+};
+
+// sums += scale * (q - z) x over one 64-column tile. The smallest group is 32 columns: two k-steps.
+template <class Config>
+__device__ __forceinline__ void mma_tile(
+    const Int4GemmParams& params, int64_t row, int64_t tile, const uint4& weights,
+    const uint16_t (&x_smem)[Config::kTokens][Config::kRowElements],
+    float (&sums)[Config::kTokenTiles][4]) {
+  using Dequant = Int4Dequant<typename Config::InT>;
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Int4GroupParams<Config> group(params, row, tile * Config::kTileK + 32 * half);
+    float partial[Config::kTokenTiles][4] = {};
+#pragma unroll
+    for (int step = 2 * half; step < 2 * half + 2; ++step) {
+      // Fragment register j holds rows g + 8 (j % 2).
+      uint32_t a[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a[j] = Dequant::codes(words[step], j, group.zero[j % 2]);
+#pragma unroll
+      for (int token_tile = 0; token_tile < Config::kTokenTiles; ++token_tile) {
+        const uint16_t* x = &x_smem[8 * token_tile + g][16 * step + 2 * c];
+        ptx::mma_m16n8k16<typename Config::InT>(partial[token_tile], a,
+                                                *reinterpret_cast<const uint32_t*>(x),
+                                                *reinterpret_cast<const uint32_t*>(x + 8));
+      }
+    }
+#pragma unroll
+    for (int token_tile = 0; token_tile < Config::kTokenTiles; ++token_tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sums[token_tile][i] += group.scale[i / 2] * partial[token_tile][i];
+    }
+  }
+}
+
+// Adds the slices in order, adds the bias, casts and stores; neighbouring threads own neighbouring
+// rows of W, which are neighbours in `out`.
+template <class Config>
+__device__ __forceinline__ void store_output(const Int4GemmParams& params, int64_t first_row,
+                                             int64_t first_token,
+                                             const float (&sums)[Config::kTokenTiles][4],
+                                             typename Config::SharedStorage& smem) {
+  using OutT = device_t<typename Config::InT>;
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const int slice = threadIdx.x / Config::kSliceThreads;
+  const int warp_row = threadIdx.x % Config::kSliceThreads / 32 * 16;
+#pragma unroll
+  for (int token_tile = 0; token_tile < Config::kTokenTiles; ++token_tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      smem.sums[slice][8 * token_tile + 2 * c + i % 2][warp_row + g + 8 * (i / 2)] =
+          sums[token_tile][i];
+    }
+  }
+  __syncthreads();
+  for (int index = threadIdx.x; index < Config::kTokens * kInt4StripRows;
+       index += Config::kThreads) {
+    const int row = index % kInt4StripRows, token = index / kInt4StripRows;
+    const int64_t n = first_row + row, m = first_token + token;
+    if (n >= params.n || m >= params.m) continue;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Config::kSlices; ++i) sum += smem.sums[i][token][row];
+    if (params.bias != nullptr) {
+      sum += device_load_float(params.bias, params.bias_dtype, n * params.stride_bias);
+    }
+    static_cast<OutT*>(params.out)[m * params.n + n] = device_from_float<OutT>(sum);
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads)
+    int4_gemm_kernel(const __grid_constant__ Int4GemmParams params) {
+  __shared__ typename Config::SharedStorage smem;
+  // Token tiles vary fastest: CTAs that run together share a strip of weights in L2.
+  const int64_t num_token_tiles = ceil_div<int64_t>(params.m, Config::kTokens);
+  const int64_t strip = blockIdx.x / num_token_tiles;
+  const int64_t first_token = blockIdx.x % num_token_tiles * Config::kTokens;
+  const int32_t* strip_words = params.qweight + strip * params.stride_qweight_strip;
+  const int slice = threadIdx.x / Config::kSliceThreads;
+  const int warp = threadIdx.x % Config::kSliceThreads / 32;
+  const int64_t row = strip * kInt4StripRows + 16 * warp + threadIdx.x % 32 / 4;
+
+  const int64_t num_tiles = ceil_div<int64_t>(params.k, Config::kTileK);
+  float sums[Config::kTokenTiles][4] = {};
+  Int4GemmFragments<Config> next;
+  load_tile<Config>(params, strip_words, first_token, slice, next);
+  for (int64_t base = 0, stage = 0; base < num_tiles; base += Config::kSlices, stage ^= 1) {
+    const int64_t tile = base + slice;
+    auto& x_smem = smem.x[stage][slice];
+    const uint4 weights = next.weights;
+    if (tile < num_tiles) store_x_tile<Config>(x_smem, next);
+    load_tile<Config>(params, strip_words, first_token, tile + Config::kSlices, next);
+    // One barrier per round is enough: whoever fills this stage again has passed the next barrier,
+    // which no warp reaches before it has read this one.
+    __syncthreads();
+    if (tile < num_tiles) mma_tile<Config>(params, row, tile, weights, x_smem, sums);
+  }
+  __syncthreads();  // the sums take the place of the x tiles
+  store_output<Config>(params, strip * kInt4StripRows, first_token, sums, smem);
+}
+
+template <class Config>
+void launch_int4_gemm(const Int4GemmParams& params, cudaStream_t stream) {
+  const int64_t blocks = int4_num_strips(params.n) * ceil_div<int64_t>(params.m, Config::kTokens);
+  const Launch launch{"int4_gemm", dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), 0,
+                      stream};
+  launch(int4_gemm_kernel<Config>, params);
+}
+
+}  // namespace effllm

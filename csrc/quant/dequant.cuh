@@ -1,0 +1,52 @@
+// 4-bit codes into 16-bit floats in registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace effllm {
+
+// A pair of equal zero points as the float type's own numbers, to be subtracted from code pairs.
+// Everything here is exact: codes are 0..15, zero points 0..255, and the differences are integers
+// of at most 8 bits.
+template <class T>
+struct Int4Dequant;
+
+template <>
+struct Int4Dequant<float16> {
+  using Pair = __half2;
+
+  // 0x6400 | q is the half 1024 + q; so is the zero point's, and the difference needs no fix-up.
+  static __device__ __forceinline__ Pair zero_pair(int zero) {
+    return __half2half2(__ushort_as_half(static_cast<uint16_t>(0x6400 | zero)));
+  }
+
+  static __device__ __forceinline__ uint32_t codes(uint32_t word, int pair, Pair zero) {
+    const uint32_t biased = ((word >> (4 * pair)) & 0x000f000fu) | 0x64006400u;
+    const Pair value = __hsub2(reinterpret_cast<const Pair&>(biased), zero);
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+};
+
+template <>
+struct Int4Dequant<bfloat16> {
+  using Pair = __nv_bfloat162;
+
+  static __device__ __forceinline__ Pair zero_pair(int zero) {
+    return __bfloat162bfloat162(__int2bfloat16_rn(zero));
+  }
+
+  // 0x4300 | q is the bfloat16 128 + q. 128 + 255 would not be exact, hence two subtractions.
+  static __device__ __forceinline__ uint32_t codes(uint32_t word, int pair, Pair zero) {
+    const uint32_t biased = ((word >> (4 * pair)) & 0x000f000fu) | 0x43004300u;
+    const Pair bias = __bfloat162bfloat162(__ushort_as_bfloat16(0x4300));
+    const Pair value = __hsub2(__hsub2(reinterpret_cast<const Pair&>(biased), bias), zero);
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+};
+
+}  // namespace effllm

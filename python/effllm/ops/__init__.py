@@ -1,0 +1,9 @@
+"""The ops of effllm as documented Python functions; each is also ``torch.ops.effllm.<name>``."""
+
+from .int4_gemm import int4_gemm
+from .int4_pack import int4_pack
+from .int4_unpack import int4_unpack
+from .kv_append import kv_append
+from .paged_attention import paged_attention
+
+__all__ = ["int4_gemm", "int4_pack", "int4_unpack", "kv_append", "paged_attention"]

@@ -1,0 +1,136 @@
+"""Problems for int4_gemm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...ops.int4_gemm import dequantize_codes, int4_gemm_ref
+from ...ops.int4_unpack import int4_unpack_ref
+from ..case import Args, Case, Kwargs
+from ..hostile import normal
+
+
+@dataclass(frozen=True)
+class Int4GemmCase(Case):
+    """x [m, k] times a weight [n, k] in groups of ``group_size`` (-1: one group of k)."""
+
+    m: int
+    n: int
+    k: int
+    group_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    zeros: bool = False
+    bias: bool = False
+    scales_dtype: torch.dtype = torch.bfloat16
+    op: ClassVar[str] = "int4_gemm"
+    baseline_name: ClassVar[str] = "torch.mm"
+
+    @property
+    def group(self) -> int:
+        return self.k if self.group_size == -1 else self.group_size
+
+    @property
+    def id(self) -> str:
+        options = ("-zeros" if self.zeros else "") + ("-bias" if self.bias else "")
+        types = f"{str(self.dtype)[6:]}-s{str(self.scales_dtype)[6:]}"
+        return f"m{self.m}-n{self.n}-k{self.k}-g{self.group_size}-{types}{options}"
+
+    def make(self, device: str | torch.device, seed: int = 0) -> tuple[Args, Kwargs]:
+        groups = -(-self.k // self.group)
+        x = normal(self.m, self.k, dtype=self.dtype, seed=seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        # Any words are a packed weight. Unlike int4_pack these leave noise in the padding, too.
+        words = (-(-self.n // 64), -(-self.k // 64) * 512)
+        qweight = torch.randint(-(2**31), 2**31, words, generator=generator, dtype=torch.int32)
+        scales = (torch.rand(self.n, groups, generator=generator) + 0.5).to(self.scales_dtype) / 64
+        zeros = bias = None
+        if self.zeros:  # any value of a byte is a zero point, not only those of four bits
+            zeros = torch.randint(0, 256, (self.n, groups), generator=generator, dtype=torch.uint8)
+        if self.bias:
+            bias = normal(self.n, dtype=self.dtype, seed=seed + 3)
+        tensors = (x, qweight, scales, zeros, bias)
+        return (
+            tuple(None if tensor is None else tensor.to(device) for tensor in tensors),
+            {"group_size": self.group},
+        )
+
+    def reference(self, *args: Any, **kwargs: Any) -> Tensor:
+        return int4_gemm_ref(*args, **kwargs)
+
+    def baseline(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.prepare_baseline(*args, **kwargs)()
+
+    def prepare_baseline(self, *args: Any, **kwargs: Any) -> Callable[[], Tensor]:
+        """A dense layer over the dequantised weight in the dtype of x (cuBLAS on a GPU)."""
+        x, qweight, scales, zeros, bias = args
+        codes = int4_unpack_ref(qweight, self.n, self.k)
+        weight = dequantize_codes(codes, scales, zeros, **kwargs).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        return lambda: torch.nn.functional.linear(x, weight, bias)
+
+    def bytes(self) -> int:
+        groups = -(-self.k // self.group)
+        codes = self.n * self.k // 2
+        scales = self.n * groups * (self.scales_dtype.itemsize + self.zeros)
+        return codes + scales + (self.m * (self.k + self.n)) * self.dtype.itemsize
+
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+    def shape(self) -> dict[str, int | str]:
+        return {"N": self.n, "K": self.k, "M": self.m}
+
+
+def _cases() -> list[Int4GemmCase]:
+    half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    cases = [
+        # Every tile configuration and both sides of its limits.
+        *(Int4GemmCase(m, 128, 256) for m in (1, 7, 8, 9, 32, 33, 64, 65, 200)),
+        # Group sizes, zero points and bias in both 16-bit dtypes.
+        *(
+            Int4GemmCase(5, 192, 512, g, dtype, zeros, zeros, scales_dtype)
+            for g in (32, 64, 128, -1)
+            for dtype, scales_dtype in ((half, half), (bf16, fp32))
+            for zeros in (False, True)
+        ),
+        # Tails: N and K off every tile, odd K (rows of x that are not even 4-byte aligned), short
+        # last groups; K = 1000 in one group; one row; one column.
+        *(
+            Int4GemmCase(3, n, k, g, dtype, True, True)
+            for n, k, g in ((40, 200, 64), (65, 1000, -1), (17, 333, 128), (1, 64, 32), (72, 1, 32))
+            for dtype in (half, bf16)
+        ),
+        # Nothing to do, in each dimension.
+        *(Int4GemmCase(m, n, k, bias=True) for m, n, k in ((0, 64, 64), (4, 0, 64), (4, 64, 0))),
+        Int4GemmCase(65537, 8, 64),
+    ]
+    return cases
+
+
+CASES = _cases()
+CPU_CASES = [
+    Int4GemmCase(4, 96, 320, 64, torch.float32, zeros, zeros, torch.float32)
+    for zeros in (False, True)
+]
+
+# Layers of Llama-3-8B and 70B: qkv, o, gate_up, down.
+MODEL_SHAPES = [
+    (6144, 4096),
+    (4096, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (10240, 8192),
+    (8192, 8192),
+    (57344, 8192),
+    (8192, 28672),
+]
+BENCH = [
+    Int4GemmCase(m, n, k, 128, torch.bfloat16)
+    for n, k in MODEL_SHAPES
+    for m in (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
+]
