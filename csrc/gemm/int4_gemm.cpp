@@ -41,22 +41,28 @@ void gather_x(const Int4GemmParams& params, int64_t num_tiles, float* fragments)
   });
 }
 
-// Row n of W in fragment order, fp32. Columns past K get some finite or scale-like value; x is zero
-// there.
+// Row n of W in fragment order, fp32. Columns past K get the last group's scale; x is zero there.
 void dequantize_row(const Int4GemmParams& params, int64_t n, int64_t num_tiles, float* weights) {
   const int row_half = static_cast<int>((n % 16) / 8);
   const int32_t* words = params.qweight + (n / kInt4StripRows) * params.stride_qweight_strip +
                          int4_word(n % kInt4StripRows, 0);
   for (int64_t tile = 0; tile < num_tiles; ++tile, words += kInt4TileWords) {
+    // Groups are multiples of 16 columns, or all of them: lanes j, j + 4, .. share one.
     float scale[kLanes], zero[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int64_t k = tile * kTileK + 16 * (lane % 4);
+    for (int step = 0; step < 4; ++step) {
+      const int64_t k = tile * kTileK + 16 * step;
       const int64_t group = std::min(k / params.group_size, params.num_groups - 1);
-      scale[lane] = load_float(params.scales, params.scales_dtype,
-                               n * params.stride_scales_n + group * params.stride_scales_g);
-      zero[lane] = params.zeros == nullptr
-                       ? static_cast<float>(kInt4PaddingCode)
-                       : params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g];
+      const float group_scale =
+          load_float(params.scales, params.scales_dtype,
+                     n * params.stride_scales_n + group * params.stride_scales_g);
+      const float group_zero =
+          params.zeros == nullptr
+              ? static_cast<float>(kInt4PaddingCode)
+              : params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g];
+      for (int lane = step; lane < kLanes; lane += 4) {
+        scale[lane] = group_scale;
+        zero[lane] = group_zero;
+      }
     }
     for (int offset = 0; offset < 4; ++offset) {
       const int shift = int4_shift(row_half, offset / 2, offset % 2);

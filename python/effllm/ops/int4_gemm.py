@@ -108,7 +108,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight = dequantize(qweight, scales, zeros, ctx.k, ctx.group_size)
         # In the gradient's dtype, as a dense layer of that dtype would do it.
         grad_x = grad @ weight.to(grad.dtype)
-    if ctx.needs_input_grad[4]:
+    if any(ctx.needs_input_grad[4:]):  # arguments left at their defaults are not listed
         grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias
 

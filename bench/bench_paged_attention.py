@@ -1,0 +1,15 @@
+"""paged_attention in decode steps and prompts of real models."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import RunCase
+
+from effllm.ops import paged_attention
+from effllm.testing.case import Case
+from effllm.testing.cases.paged_attention import BENCH
+
+
+@pytest.mark.parametrize("case", BENCH, ids=lambda case: case.id)
+def bench_paged_attention(case: Case, run_case: RunCase) -> None:
+    run_case(paged_attention, case)

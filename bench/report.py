@@ -1,0 +1,198 @@
+"""Result rows (JSON) -> a Markdown table, and a plot.
+
+python bench/report.py bench/results/*.json
+python bench/report.py rows.json --peers peers.json --plot rows.png
+
+With --peers, a column says how many times faster than the best peer of the same shape we are. The
+peers file holds measurements of other libraries on one card:
+
+- "gemm": rows with op, N, K, M, best_peer, best_peer_us, cublas_bf16_us;
+- "attention": rows with group ("decode", "prefill", ...), impl, B, S, hq, hk, page, us.
+
+Cards drift, so where both sides timed torch.mm on the same shape in the same run (a row's baseline
+is "torch.mm"), the ratios to it are compared; otherwise the times are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+GEMM_PEERS = {
+    "int4_gemm": "int4_gemm (W4A16 g128)",
+    "w4a8_gemm": "int4 W4A8 (fp8 activations)",
+    "int8_gemm": "int8 W8A8",
+    "fp8_gemm": "fp8_gemm (row- or tensor-wise)",
+    "fp8_gemm/row": "fp8_gemm (row- or tensor-wise)",
+    "fp8_gemm/tensor": "fp8_gemm (row- or tensor-wise)",
+    "fp8_gemm/block": "fp8_gemm (block 1x128/128x128)",
+    "sparse24_gemm": "sparse24_gemm (bf16)",
+    "sparse24_gemm/fp8": "sparse24_gemm (fp8)",
+    "sparse24_gemm/int8": "sparse24_gemm (int8)",
+}
+"""Our op (with variant) -> the op as peers files name it."""
+
+MATMUL_BASELINE = "torch.mm"
+PEER_HEAD_DIM = 128
+"""Head dim of all attention rows in peers files, which do not state it."""
+RIDGE_FLOPS_PER_BYTE = 260
+"""Above this an H100 is bound by 16-bit arithmetic (800 TFLOP/s over 3.06 TB/s), below by bytes."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    us: float
+    speedup: float
+    """How many times faster than the peer the row is."""
+
+
+def best_peer(row: Row, peers: dict[str, list[Row]]) -> Peer | None:
+    """The fastest peer measured on the row's shape, None if there is none."""
+    if row["op"] in GEMM_PEERS:
+        return _gemm_peer(row, peers["gemm"])
+    if row["op"] == "paged_attention":
+        return _attention_peer(row, peers["attention"])
+    return None
+
+
+def _gemm_peer(row: Row, peers: list[Row]) -> Peer | None:
+    shape = {key: row["case"][key] for key in ("N", "K", "M")}
+    wanted = {"op": GEMM_PEERS[row["op"]]} | shape
+    for peer in peers:
+        if wanted.items() <= peer.items():
+            us = peer["best_peer_us"]
+            speedup = us / row["us"]
+            if row["baseline"] == MATMUL_BASELINE:
+                speedup *= row["baseline_us"] / peer["cublas_bf16_us"]
+            return Peer(peer["best_peer"], us, speedup)
+    return None
+
+
+def _attention_peer(row: Row, peers: list[Row]) -> Peer | None:
+    case = row["case"]
+    if case["D"] != PEER_HEAD_DIM or case["kv_dtype"] not in ("bf16", "fp16", "e4m3"):
+        return None
+    fp8 = case["kv_dtype"] == "e4m3"
+    wanted = {"S": case["S"], "hq": case["HQ"], "hk": case["HKV"]}
+    if case["q_len"] == 1:
+        groups, wanted["B"] = {"decode", "pa"}, case["B"]
+    elif case["q_len"] == case["S"] and case["B"] == 1:
+        groups = {"prefill"}
+    else:
+        return None
+    candidates = [
+        peer
+        for peer in peers
+        # Page 0 marks a contiguous cache: not the same problem.
+        if peer["group"] in groups
+        and wanted.items() <= peer.items()
+        and peer.get("page") != 0
+        and ("fp8" in peer["impl"]) == fp8
+    ]
+    if not candidates:
+        return None
+    best = min(candidates, key=lambda peer: peer["us"])
+    return Peer(best["impl"], best["us"], best["us"] / row["us"])
+
+
+def rate(row: Row) -> str:
+    """The rate that the problem is bound by, with its unit."""
+    flops, bytes_ = row["tflop_per_s"] * 1e12, row["gb_per_s"] * 1e9
+    if flops > RIDGE_FLOPS_PER_BYTE * bytes_:
+        return f"{row['tflop_per_s']:.0f} TFLOP/s"
+    return f"{row['gb_per_s']:.0f} GB/s"
+
+
+def label(row: Row) -> str:
+    return " ".join(f"{key}{value}" for key, value in row["case"].items())
+
+
+def table(rows: list[Row], peers: dict[str, list[Row]] | None = None) -> str:
+    """A Markdown table, one line per row, grouped by card."""
+    header = ["op", "case", "dtype", "g", "us", "rate", "of limit", "baseline", "us", "x baseline"]
+    if peers:
+        header += ["best peer", "us", "x peer"]
+    lines = []
+    for card in dict.fromkeys(row["card"] for row in rows):
+        of_card = [row for row in rows if row["card"] == card]
+        versions = sorted({f"torch {r['torch']}, CUDA {r['cuda'] or '-'}" for r in of_card})
+        commits = sorted({str(row["commit"]) for row in of_card})
+        lines += [f"**{card}** ({'; '.join(versions)}; commit {', '.join(commits)})", ""]
+        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        for row in of_card:
+            limit = row["limit_fraction"]
+            cells = [
+                row["op"],
+                label(row),
+                row["dtype"] or "-",
+                str(row["group_size"] or "-"),
+                f"{row['us']:.1f}",
+                rate(row),
+                "-" if limit is None else f"{limit:.0%}",
+                row["baseline"],
+                f"{row['baseline_us']:.1f}",
+                f"{row['ratio']:.2f}",
+            ]
+            if peers:
+                peer = best_peer(row, peers)
+                cells += [peer.name, f"{peer.us:.1f}", f"{peer.speedup:.2f}"] if peer else ["-"] * 3
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: Path, peers: dict[str, list[Row]] | None = None) -> None:
+    """Bars of the speed-up over the baseline, one per row, with the best peer's as a mark.
+
+    Raises:
+        ImportError: without matplotlib, the [plot] extra.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'effllm[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.26 * len(rows)), layout="constrained")
+    positions = range(len(rows))
+    axes.barh(positions, [row["ratio"] for row in rows], color="tab:blue", label="effllm")
+    if peers:
+        marks = [
+            (position, row["ratio"] / peer.speedup)
+            for position, row in enumerate(rows)
+            if (peer := best_peer(row, peers))
+        ]
+        axes.plot([x for _, x in marks], [y for y, _ in marks], "k|", ms=12, label="best peer")
+    axes.axvline(1, color="grey", lw=0.8)
+    axes.set_yticks(positions, [f"{row['op']} {label(row)}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as the baseline")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Table and plot of benchmark result rows.")
+    parser.add_argument(
+        "rows", nargs="+", type=Path, help="JSON files written by pytest bench --rows"
+    )
+    parser.add_argument("--peers", type=Path, help="JSON file of other libraries' measurements")
+    parser.add_argument("--plot", type=Path, help="image file to write (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    rows = [row for path in options.rows for row in json.loads(path.read_text())]
+    peers = json.loads(options.peers.read_text()) if options.peers else None
+    print(table(rows, peers))
+    if options.plot:
+        plot(rows, options.plot, peers)
+
+
+if __name__ == "__main__":
+    main()

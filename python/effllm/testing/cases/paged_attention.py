@@ -1,0 +1,269 @@
+"""Problems for paged_attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...ops.paged_attention import paged_attention_ref
+from ..case import Args, Case, Kwargs
+from ..hostile import absurd_tails, normal, poison_unused_slots_
+
+SPARE_PAGES = 3
+"""Pages of the cache that no sequence owns."""
+MAX_DISTINCT = 2**24
+"""Elements of a cache that differ; larger ones repeat them. Random numbers take a CPU long."""
+
+
+def paged_cache(
+    num_pages: int, page_size: int, heads: int, dim: int, dtype: torch.dtype, seed: int
+) -> Tensor:
+    """Values of a cache, logical [NP, P, HKV, D], in memory [NP, HKV, P, D]."""
+    distinct = min(num_pages, max(1, MAX_DISTINCT // (heads * page_size * dim)))
+    pages = normal(distinct, heads, page_size, dim, dtype=dtype, seed=seed)
+    return pages[torch.arange(num_pages) % distinct].permute(0, 2, 1, 3)
+
+
+@dataclass(frozen=True)
+class PagedAttentionCase(Case):
+    """Sequences given as pairs (query tokens, keys), over a cache whose unused slots hold NaN and
+    under a table whose tails hold no pages."""
+
+    sequences: tuple[tuple[int, int], ...]
+    num_q_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    causal: bool = True
+    window: int | None = None
+    softcap: float = 0.0
+    scale: float | None = None
+    padding: int = 0
+    """Query tokens past the last sequence."""
+    op: ClassVar[str] = "paged_attention"
+    baseline_name: ClassVar[str] = "torch.sdpa"
+
+    @property
+    def id(self) -> str:
+        if len(set(self.sequences)) == 1:
+            lengths = f"b{len(self.sequences)}-q{self.sequences[0][0]}-s{self.sequences[0][1]}"
+        else:
+            lengths = "+".join(f"{queries}of{keys}" for queries, keys in self.sequences) or "b0"
+        options = {
+            "full": not self.causal,
+            f"window{self.window}": self.window is not None,
+            f"softcap{self.softcap:g}": self.softcap > 0,
+            f"scale{self.scale}": self.scale is not None,
+            f"pad{self.padding}": self.padding > 0,
+        }
+        names = [name for name, used in options.items() if used]
+        heads = f"h{self.num_q_heads}.{self.num_kv_heads}-d{self.head_dim}-p{self.page_size}"
+        return "-".join([lengths, heads, str(self.dtype).removeprefix("torch."), *names])
+
+    def make(self, device: str | torch.device, seed: int = 0) -> tuple[Args, Kwargs]:
+        lengths = [keys for _, keys in self.sequences]
+        starts = [0]
+        for queries, _ in self.sequences:
+            starts.append(starts[-1] + queries)
+        pages_of = [-(-keys // self.page_size) for keys in lengths]
+        num_pages = sum(pages_of) + SPARE_PAGES
+        generator = torch.Generator().manual_seed(seed)
+        free = torch.randperm(num_pages, generator=generator).tolist()
+        page_table = torch.zeros(len(lengths), max(pages_of, default=0) + 2, dtype=torch.int32)
+        for row, count in enumerate(pages_of):
+            page_table[row, :count] = torch.tensor([free.pop() for _ in range(count)])
+        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        caches = [
+            poison_unused_slots_(
+                paged_cache(
+                    num_pages,
+                    self.page_size,
+                    self.num_kv_heads,
+                    self.head_dim,
+                    self.dtype,
+                    seed + i,
+                ).to(device),
+                page_table,
+                seq_lens,
+            )
+            for i in (1, 2)
+        ]
+        q = normal(
+            starts[-1] + self.padding,
+            self.num_q_heads,
+            self.head_dim,
+            dtype=self.dtype,
+            device=device,
+            seed=seed + 3,
+        )
+        kwargs: Kwargs = {
+            "max_seqlen_q": max((queries for queries, _ in self.sequences), default=0),
+            "scale": self.scale,
+            "causal": self.causal,
+            "window": self.window,
+            "softcap": self.softcap,
+        }
+        page_table = absurd_tails(page_table, seq_lens, self.page_size).to(device)
+        cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=device)
+        return (q, *caches, page_table, seq_lens.to(device), cu_seqlens_q), kwargs
+
+    def reference(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return paged_attention_ref(*args, **kwargs)
+
+    def baseline(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """fp32 arithmetic, weights and result rounded to the dtype of q, as fused kernels do."""
+        out, lse = paged_attention_ref(
+            *args, **kwargs, dtype=torch.float32, weights_dtype=self.dtype
+        )
+        return out.to(self.dtype), lse
+
+    def prepare_baseline(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        """scaled_dot_product_attention over keys and values gathered beforehand, where sequences
+        are equally long and it has a fast path for the mask; else ``baseline``."""
+        lengths = set(self.sequences)
+        queries, keys = next(iter(lengths), (0, 0))
+        plain = self.window is None and self.softcap == 0 and self.padding == 0 and self.causal
+        if len(lengths) != 1 or not plain or queries not in (1, keys):
+            return super().prepare_baseline(*args, **kwargs)
+        q, k_cache, v_cache, page_table, *_ = args
+        batch = len(self.sequences)
+        pages = page_table[:, : -(-keys // self.page_size)].long()
+        k, v = (
+            cache[pages].flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
+            for cache in (k_cache, v_cache)
+        )
+        q = q.view(batch, queries, *q.shape[1:]).transpose(1, 2)
+        return lambda: torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=queries > 1, scale=self.scale, enable_gqa=True
+        )
+
+    def visible(self, queries: int, keys: int) -> list[tuple[int, int]]:
+        """The range of keys that each query of a sequence sees."""
+        positions = range(keys - queries, keys)
+        window = math.inf if self.window is None else self.window
+        return [
+            (
+                int(max(position - window + 1, 0)),
+                max(position + 1, 0) if self.causal else keys,
+            )
+            for position in positions
+        ]
+
+    def bytes(self) -> int:
+        keys = 0
+        for sequence in self.sequences:
+            ranges = [(begin, end) for begin, end in self.visible(*sequence) if begin < end]
+            if ranges:
+                keys += ranges[-1][1] - ranges[0][0]
+        tokens = sum(queries for queries, _ in self.sequences) + self.padding
+        queries_and_outputs = tokens * self.num_q_heads * (2 * self.head_dim * self._itemsize + 4)
+        return 2 * keys * self.num_kv_heads * self.head_dim * self._itemsize + queries_and_outputs
+
+    def flops(self) -> int:
+        ranges = (r for sequence in self.sequences for r in self.visible(*sequence))
+        pairs = sum(max(end - begin, 0) for begin, end in ranges)
+        return 4 * pairs * self.num_q_heads * self.head_dim
+
+    def shape(self) -> dict[str, int | str]:
+        queries, keys = max(self.sequences, key=lambda sequence: sequence[1])
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+        return {
+            "B": len(self.sequences),
+            "S": keys,
+            "HQ": self.num_q_heads,
+            "HKV": self.num_kv_heads,
+            "D": self.head_dim,
+            "page": self.page_size,
+            "kv_dtype": names[self.dtype],
+            "q_len": queries,
+        }
+
+    @property
+    def _itemsize(self) -> int:
+        return self.dtype.itemsize
+
+
+# Prefill from nothing and onto a prefix, decoding, no keys, no queries, more queries than keys, and
+# lengths on both sides of the page borders.
+MIXED = ((5, 5), (1, 1), (1, 48), (3, 70), (0, 9), (1, 0), (6, 2), (1, 17), (40, 100))
+
+
+def _cases() -> list[PagedAttentionCase]:
+    half = torch.float16
+    case = PagedAttentionCase
+    return [
+        case(MIXED),
+        # Groups: query heads per KV head.
+        *(case(MIXED, group * 2, 2, 64, 16, half) for group in (1, 3, 5, 8, 16)),
+        case(((1, 33), (2, 20)), 71, 1, 64),
+        # Head dims, of which most are no power of two.
+        *(case(MIXED, 4, 2, dim) for dim in (8, 32, 40, 72, 80, 96, 112, 128, 160, 192, 224, 256)),
+        # Page sizes.
+        *(case(MIXED, 6, 2, 64, page_size, half) for page_size in (1, 3, 64, 256)),
+        # Masks and scores.
+        *(case(MIXED, window=window) for window in (1, 2, 16, 33, 1000)),
+        *(case(MIXED, causal=False, window=window) for window in (None, 7)),
+        case(MIXED, dtype=half, softcap=5.0),
+        case(MIXED, dtype=half, softcap=5.0, window=9, causal=False, scale=0.3),
+        case(MIXED, scale=0.0),
+        case(MIXED, scale=-0.125),
+        # Many keys: decoding splits them. Many queries: several tiles of both.
+        case(((1, 1500), (1, 3), (1, 700)), 8, 2, 128, 16),
+        case(((4, 1100), (2, 900)), 8, 2, 64, 64, half, window=600),
+        case(((150, 150), (70, 300)), 4, 1, 64, 16),
+        case(((130, 200),), 4, 4, 128, 16, half, window=50),
+        # Nothing to do, in each way; padding rows of a CUDA graph.
+        case(()),
+        case((), padding=3),
+        case(((0, 0), (0, 7))),
+        case(((1, 0), (2, 0)), padding=2),
+        case(((1, 20), (0, 0)), padding=5, page_size=1),
+    ]
+
+
+CASES = _cases()
+CPU_CASES = [
+    PagedAttentionCase(MIXED, heads, 2, dim, page_size, torch.float32, **options)
+    for heads, dim, page_size, options in (
+        (2, 64, 16, {}),
+        (6, 40, 3, {"window": 5}),
+        (8, 256, 1, {"softcap": 3.0}),
+        (10, 72, 64, {"causal": False}),
+    )
+]
+
+
+def _bench() -> list[PagedAttentionCase]:
+    decode = ((1, 4096), (8, 4096), (64, 4096), (32, 2048), (128, 1024), (1, 32768))
+    cases = [
+        PagedAttentionCase(((1, keys),) * batch, num_q_heads, 8, 128, 64)
+        for num_q_heads in (32, 64)
+        for batch, keys in decode
+    ]
+    # Small models, small pages, a sliding window, a few tokens to verify, prompts.
+    cases += [
+        PagedAttentionCase(((1, 2048),) * 8, 4, 1, 64, 16),
+        PagedAttentionCase(((1, 4096),) * 8, 32, 8, 128, 16),
+        PagedAttentionCase(((1, 32768),) * 8, 32, 8, 128, 64, window=4096),
+        PagedAttentionCase(((5, 4096),) * 8, 32, 8, 128, 64),
+    ]
+    cases += [
+        PagedAttentionCase(((keys, keys),), heads, kv_heads, dim, 64)
+        for keys, heads, kv_heads, dim in (
+            (512, 4, 1, 64),
+            (2048, 4, 1, 64),
+            (2048, 32, 8, 128),
+            (8192, 32, 8, 128),
+            (16384, 32, 8, 128),
+        )
+    ]
+    return cases
+
+
+BENCH = _bench()

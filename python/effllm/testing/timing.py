@@ -1,0 +1,182 @@
+"""Timers that tell the truth about kernels of a few microseconds.
+
+Two things spoil such timings: launch gaps, which CUDA graphs remove, and data left in the L2 cache
+by the repetition before, which a rotation over enough input sets removes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from effllm.testing.case import Args, Case, Kwargs
+
+Call = Callable[[], object]
+
+ROTATION_BYTES = 200 * 10**6
+"""Input sets take turns until they fill this: four times the 50 MB L2 of an H100."""
+MAX_SETS = 64
+"""Bounds the rotation of tiny problems: their launch costs more than their bytes, cold or not."""
+MAX_SET_BYTES = 8 * 10**9
+"""Bounds the memory of all sets together."""
+SAMPLES = 5
+GRAPH_US = 2000.0
+"""A graph does this much work, or 32 calls: its own launch, some 10 us, is then lost in it."""
+TARGET_SECONDS = 0.02
+"""Duration of one sample: long enough for clocks to settle and event ticks not to matter."""
+
+
+@dataclass(frozen=True)
+class GpuLimits:
+    """What one card can do at best: measured with a pure read and large matmuls."""
+
+    bytes_per_s: float
+    flops_16bit: float
+    flops_8bit: float
+
+
+GPU_LIMITS = {"NVIDIA H100 80GB HBM3": GpuLimits(3.06e12, 800e12, 1500e12)}
+"""By the name that the driver gives. A card that nobody measured has no limits here."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one call's duration, in microseconds, and how they were taken."""
+
+    samples: tuple[float, ...]
+    timer: str
+    """"graph": CUDA graph, no launch gaps; "events": CUDA events around eager calls, gaps included;
+    "host": wall clock on the CPU."""
+
+    @property
+    def us(self) -> float:
+        return statistics.median(self.samples)
+
+
+def input_sets(
+    case: Case, device: str | torch.device, total_bytes: int = ROTATION_BYTES
+) -> list[tuple[Args, Kwargs]]:
+    """Enough sets of the case's arguments, differently seeded, not to fit the L2 cache."""
+    sets = [case.make(device, 0)]
+    # A cache is far larger than the bytes that one call touches.
+    storage = sum(
+        value.untyped_storage().nbytes()
+        for value in (*sets[0][0], *sets[0][1].values())
+        if isinstance(value, torch.Tensor)
+    )
+    num_sets = min(
+        math.ceil(total_bytes / max(case.bytes(), 1)), MAX_SETS, MAX_SET_BYTES // max(storage, 1)
+    )
+    return sets + [case.make(device, seed) for seed in range(1, num_sets)]
+
+
+def time_calls(calls: Sequence[Call], device: str | torch.device) -> Timing:
+    """Time one call out of ``calls``, which take turns: the same work on different data.
+
+    On a GPU through a CUDA graph if the calls can be captured, else with events.
+
+    Args:
+        calls: at least one; see ``input_sets``.
+        device: where the work happens.
+    """
+    if torch.device(device).type != "cuda":
+        return time_host(calls)
+    return time_graph(calls) if is_capturable(calls[0]) else time_events(calls)
+
+
+def is_capturable(call: Call) -> bool:
+    """Whether a call never makes the host wait for the GPU, found out by running it once.
+
+    A failed capture would leave the stream and the allocator unusable, so torch is asked to raise
+    on the first synchronisation instead.
+    """
+    call()  # lazy initialisation may synchronise, once
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return True
+
+
+def time_graph(calls: Sequence[Call]) -> Timing:
+    """Time with a CUDA graph of all calls, repeated within the graph until launches are hidden."""
+    # One eager pass, which also warms up: slow calls need no repetition within the graph.
+    eager_us = time_events(calls, samples=1).us
+    rounds = math.ceil(min(32, GRAPH_US / eager_us) / len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    samples = _event_samples(graph.replay)
+    return Timing(tuple(us / (rounds * len(calls)) for us in samples), "graph")
+
+
+def time_events(calls: Sequence[Call], samples: int = SAMPLES) -> Timing:
+    """Time with CUDA events around eager calls: what Python and the launches cost is included."""
+
+    def run_all() -> None:
+        for call in calls:
+            call()
+
+    return Timing(tuple(us / len(calls) for us in _event_samples(run_all, samples)), "events")
+
+
+def time_host(calls: Sequence[Call]) -> Timing:
+    """Time with the wall clock, for work on the CPU."""
+
+    def run(rounds: int) -> float:
+        start = time.perf_counter()
+        for _ in range(rounds):
+            for call in calls:
+                call()
+        return (time.perf_counter() - start) / (rounds * len(calls))
+
+    first = run(1)  # also the warm-up
+    rounds = max(1, round(TARGET_SECONDS / max(first * len(calls), 1e-9)))
+    return Timing(tuple(run(rounds) * 1e6 for _ in range(SAMPLES)), "host")
+
+
+def limit_fraction(case: Case, us: float, card: str) -> float | None:
+    """Which part of the card's limit a time reaches: the larger of bytes and arithmetic, each at
+    the card's best rate, divided by the time. None if the card's limits are not known.
+
+    Args:
+        case: says how many bytes and operations the problem is.
+        us: measured microseconds.
+        card: as the driver names it.
+    """
+    limits = GPU_LIMITS.get(card)
+    if limits is None:
+        return None
+    flops_per_s = limits.flops_8bit if case.math_bits <= 8 else limits.flops_16bit
+    return max(case.bytes() / limits.bytes_per_s, case.flops() / flops_per_s) / (us * 1e-6)
+
+
+def _event_samples(work: Call, samples: int = SAMPLES) -> list[float]:
+    """Microseconds of one ``work()`` on the GPU, each sample averaged over repetitions."""
+
+    def run(repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / repeats
+
+    run(1)
+    repeats = max(1, round(TARGET_SECONDS * 1e6 / max(run(1), 1e-3)))
+    return [run(repeats) for _ in range(samples)]

@@ -1,0 +1,120 @@
+"""Timers measure what they claim; limits are fractions of the card's best."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from effllm.testing import timing
+from effllm.testing.case import Args, Case, Kwargs
+
+
+@dataclass(frozen=True)
+class Copy(Case):
+    """Copies n floats."""
+
+    n: int
+    op: ClassVar[str] = "copy"
+
+    @property
+    def id(self) -> str:
+        return f"n{self.n}"
+
+    def make(self, device: str | torch.device, seed: int = 0) -> tuple[Args, Kwargs]:
+        return (torch.full((self.n,), float(seed), device=device),), {}
+
+    def reference(self, x: Tensor) -> Tensor:
+        return x.double()
+
+    def baseline(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def bytes(self) -> int:
+        return 8 * self.n
+
+    def flops(self) -> int:
+        return 0
+
+    def shape(self) -> dict[str, int | str]:
+        return {"N": self.n}
+
+
+def test_input_sets_exceed_the_cache_and_differ() -> None:
+    sets = timing.input_sets(Copy(1000), "cpu", total_bytes=80_000)
+    assert len(sets) == 10
+    assert [args[0][0].item() for args, _ in sets] == list(range(10))
+    assert len(timing.input_sets(Copy(1000), "cpu", total_bytes=1)) == 1
+    assert len(timing.input_sets(Copy(1), "cpu")) == timing.MAX_SETS
+
+
+def test_input_sets_stay_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache is larger than the bytes that a call touches."""
+    monkeypatch.setattr(timing, "MAX_SET_BYTES", 3 * 4000)
+    assert len(timing.input_sets(Copy(1000), "cpu")) == 3
+    monkeypatch.setattr(timing, "MAX_SET_BYTES", 1)
+    assert len(timing.input_sets(Copy(1000), "cpu")) == 1
+
+
+def test_host_timer_measures_one_call_of_those_that_take_turns() -> None:
+    result = timing.time_calls([lambda: time.sleep(0.002), lambda: time.sleep(0.004)], "cpu")
+    assert result.timer == "host"
+    assert len(result.samples) == timing.SAMPLES
+    # A sleep never ends early; how late it ends is up to a busy machine.
+    assert 3000 <= result.us < 20_000
+
+
+def test_the_default_baseline_call_is_the_baseline() -> None:
+    case = Copy(5)
+    args, kwargs = case.make("cpu", seed=3)
+    assert torch.equal(case.prepare_baseline(*args, **kwargs)(), args[0])
+
+
+def test_limit_fraction_takes_the_nearer_limit() -> None:
+    card = "NVIDIA H100 80GB HBM3"
+
+    @dataclass(frozen=True)
+    class Work(Copy):
+        n: int = 0
+        num_bytes: int = 0
+        num_flops: int = 0
+
+        def bytes(self) -> int:
+            return self.num_bytes
+
+        def flops(self) -> int:
+            return self.num_flops
+
+    class Work8Bit(Work):
+        math_bits: ClassVar[int] = 8
+
+    by_bytes = timing.limit_fraction(Work(num_bytes=3_060_000, num_flops=1), 2.0, card)
+    by_flops: Any = timing.limit_fraction(Work(num_flops=800_000_000), 4.0, card)
+    assert by_bytes == pytest.approx(0.5)
+    assert by_flops == pytest.approx(0.25)
+    assert timing.limit_fraction(Work8Bit(num_flops=1_500_000_000), 1.0, card) == pytest.approx(1.0)
+    assert timing.limit_fraction(Work(num_bytes=1), 1.0, "a card nobody measured") is None
+
+
+@pytest.mark.gpu
+def test_graph_timer_does_not_beat_the_memory() -> None:
+    """16 MB read and 16 MB written would fit the L2 cache; in turns over many sets they do not."""
+    case = Copy(4 * 10**6)
+    calls = [lambda x=args[0]: x.clone() for args, _ in timing.input_sets(case, "cuda")]
+    result = timing.time_calls(calls, "cuda")
+    assert result.timer == "graph"
+    # 5 TB/s is more than any card to date sustains.
+    assert result.us > case.bytes() / 5e6
+
+
+@pytest.mark.gpu
+def test_a_call_that_waits_for_the_gpu_is_timed_with_events() -> None:
+    x = torch.ones(1000, device="cuda")
+    assert timing.is_capturable(lambda: x * 2)
+    assert not timing.is_capturable(lambda: x.sum().item())
+    assert timing.time_calls([lambda: x.sum().item()], "cuda").timer == "events"
+    assert torch.cuda.get_sync_debug_mode() == 0
