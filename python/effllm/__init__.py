@@ -1,0 +1,17 @@
+"""effllm: quantised kernels, paged caches and drop-in layers that make language models cheaper.
+
+Ops are ``torch.ops.effllm.*``, documented in ``effllm.ops``; modules that call them in
+``effllm.nn``; the paged cache in ``effllm.cache``. With transformers, imported before or after,
+``attn_implementation="effllm"`` is available.
+"""
+
+from effllm import _load, cache, nn, ops
+from effllm.generation import Generation, generate
+from effllm.integrations import register_on_import
+from effllm.quantization import Int4Config, quantize_
+
+__all__ = ["Generation", "Int4Config", "cache", "generate", "nn", "ops", "quantize_"]
+
+__version__ = _load.status().version
+
+register_on_import()

@@ -1,0 +1,56 @@
+"""Choosing the next token of every row from its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; ValueError for a value out of range.
+
+    Attributes:
+        temperature: None or 0 takes the likeliest token; otherwise it divides the logits.
+        top_k: keep the k likeliest tokens.
+        top_p: then keep the fewest likeliest tokens whose probabilities reach this sum.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not self.temperature >= 0:
+            raise ValueError(f"effllm.generate: temperature must be >= 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"effllm.generate: top_k must be >= 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"effllm.generate: top_p must be in (0, 1], got {self.top_p}")
+
+    def choose(self, logits: Tensor, draws: Sequence[float]) -> Tensor:
+        """One token per row, int64 [B], from logits [B, V] and a draw in [0, 1) per row.
+
+        Inverts the cumulative distribution. A row's token depends on its own logits and draw only,
+        never on the rest of the batch.
+        """
+        if not self.temperature:
+            return logits.argmax(-1)
+        # fp64, so that the sums over a large vocabulary are exact enough to compare with a draw.
+        scores, tokens = (logits.double() / self.temperature).sort(
+            dim=-1, descending=True, stable=True
+        )
+        probs = scores[:, : self.top_k].softmax(-1)
+        if self.top_p is not None:
+            before = probs.cumsum(-1) - probs
+            probs = probs.masked_fill(before >= self.top_p, 0.0)
+        cumulative = probs.cumsum(-1)
+        draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
+        # Strictly above the threshold, so that a token of probability 0 is never chosen; the bound
+        # matters when draw * total rounds up to the total.
+        index = (cumulative <= draw * cumulative[:, -1:]).sum(-1, keepdim=True)
+        last = (probs > 0).sum(-1, keepdim=True) - 1
+        return tokens.gather(-1, index.minimum(last)).squeeze(-1)

@@ -1,0 +1,54 @@
+"""What one step's attention needs: the cache and which of its slots this step reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from effllm import ops
+from effllm.cache import PagedBatch, PagedKVCache
+
+
+@dataclass(frozen=True)
+class PagedContext:
+    """The model keyword ``effllm=``: ``model(ids, effllm=PagedContext(cache, batch))``.
+
+    Dimensions: T tokens of the step in packed order, HQ and HKV heads, D head dim.
+    """
+
+    cache: PagedKVCache
+    batch: PagedBatch
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """Appends k, v ``[T, HKV, D]`` to the layer's pages and attends q ``[T, HQ, D]`` to them.
+
+        Causal. ``scale`` defaults to D ** -0.5, ``window`` counts the keys seen including the
+        token's own, ``softcap`` 0 is off. Returns ``[T, HQ, D]``.
+        """
+        batch, k_cache, v_cache = self.batch, self.cache.k[layer], self.cache.v[layer]
+        # Cached keys carry no gradient. Nothing gets lost: the backward of attention raises.
+        ops.kv_append(k.detach(), v.detach(), k_cache, v_cache, batch.slot_mapping)
+        out, _ = ops.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.page_table,
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+            max_seqlen_q=batch.max_seqlen_q,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+        return out

@@ -1,0 +1,5 @@
+"""Drop-in replacement layers: plain ``torch.nn`` modules whose forward calls one op of ours."""
+
+from effllm.nn.linear import Int4Linear
+
+__all__ = ["Int4Linear"]
