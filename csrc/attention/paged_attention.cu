@@ -1,0 +1,129 @@
+// The CUDA op. Few rows per KV head go to the decode kernel (bytes-bound, keys split over CTAs),
+// many to the prefill kernel (arithmetic-bound, rows split over CTAs).
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "attention/paged_attention.h"
+#include "attention/paged_attention_sm80.cuh"
+#include "attention/paged_decode_sm80.cuh"
+#include "attention/paged_kv.h"
+#include "common/math.h"
+#include "common/torch.h"
+#include "cuda/launch.h"
+
+namespace effllm {
+namespace {
+
+constexpr const char* kOp = "paged_attention";
+constexpr int64_t kAlignment = 16;    // bytes; all loads are of 16
+constexpr int64_t kElementBytes = 2;  // of both dtypes that a GPU takes
+// Up to here it pays to read the keys once per 8 rows, from L2 after the first time, and have
+// splits: the prefill kernel has one CTA for all keys of these rows.
+constexpr int64_t kMaxDecodeRows = 32;
+
+template <class Config>
+void decode(PagedAttentionArgs args, const Tensor& q, cudaStream_t stream) {
+  int num_sms = 0;
+  check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, q.get_device_index()),
+             kOp, "reading the number of multiprocessors");
+  args.num_row_tiles =
+      static_cast<int32_t>(ceil_div<int64_t>(args.group * args.max_seqlen_q, Config::kRows));
+  const int64_t tiles = args.num_seqs * args.num_kv_heads * args.num_row_tiles;
+  const int64_t max_keys =
+      std::min(args.max_pages_per_seq * args.page_size, args.window + args.max_seqlen_q);
+  args.num_splits = select_num_splits<Config>(tiles, num_sms, max_keys);
+  Tensor partial;  // freed on return: the allocator keeps the stream's order
+  if (args.num_splits > 1) {
+    const int64_t rows = tiles * args.num_splits * Config::kRows;
+    partial = new_empty(q, {rows * (args.head_dim + 1)}, DType::kFloat32);
+    args.partial_out = static_cast<float*>(partial.mutable_data_ptr());
+    args.partial_lse = args.partial_out + rows * args.head_dim;
+  }
+  launch_paged_decode<Config>(args, stream);
+}
+
+template <class Element, int kHeadDim>
+void launch(const PagedAttentionArgs& args, const Tensor& q, cudaStream_t stream) {
+  if (args.group * args.max_seqlen_q <= kMaxDecodeRows) {
+    decode<PagedDecodeConfig<Element, kHeadDim>>(args, q, stream);
+  } else {
+    launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim>>(args, stream);
+  }
+}
+
+template <class Element>
+void launch(const PagedAttentionArgs& args, const Tensor& q, cudaStream_t stream) {
+  if (args.head_dim <= 64) {
+    launch<Element, 64>(args, q, stream);
+  } else if (args.head_dim <= 128) {
+    launch<Element, 128>(args, q, stream);
+  } else {
+    launch<Element, 256>(args, q, stream);
+  }
+}
+
+bool has_aligned_rows(const View& q) {
+  return reinterpret_cast<uintptr_t>(q.data) % kAlignment == 0 &&
+         q.stride(0) * kElementBytes % kAlignment == 0 &&
+         q.stride(1) * kElementBytes % kAlignment == 0;
+}
+
+std::tuple<Tensor, Tensor> paged_attention_cuda(const Tensor& q, const Tensor& k_cache,
+                                                const Tensor& v_cache, const Tensor& page_table,
+                                                const Tensor& seq_lens, const Tensor& cu_seqlens_q,
+                                                int64_t max_seqlen_q, std::optional<double> scale,
+                                                bool causal, std::optional<int64_t> window,
+                                                double softcap) {
+  const View q_view = as_view(q, "q");
+  const View k_view = as_view(k_cache, "k_cache"), v_view = as_view(v_cache, "v_cache");
+  PagedAttentionArgs args{check_paged_attention(
+      q_view, k_view, v_view, as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
+      as_view(cu_seqlens_q, "cu_seqlens_q"), max_seqlen_q, scale, causal, window, softcap)};
+  // A copy of the cache would cost more than the op: its layout is the caller's to mend.
+  Match(kOp, k_view).aligned(kAlignment, kElementBytes);
+  Match(kOp, v_view).aligned(kAlignment, kElementBytes);
+  torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+
+  Tensor out = new_empty(q, {args.num_tokens, args.num_q_heads, args.head_dim}, args.dtype);
+  Tensor lse = new_empty(q, {args.num_tokens, args.num_q_heads}, DType::kFloat32);
+  if (lse.numel() == 0) return {out, lse};
+  if (args.num_seqs == 0 || args.max_seqlen_q == 0 || args.num_pages == 0) {  // no row sees a key
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -INFINITY);
+    return {out, lse};
+  }
+
+  Tensor aligned_q = q;
+  if (!has_aligned_rows(q_view)) {
+    aligned_q = torch::stable::clone(torch::stable::contiguous(q));
+    const View view = as_view(aligned_q, "q");
+    args.q = view.data, args.stride_q_token = view.stride(0), args.stride_q_head = view.stride(1);
+  }
+  args.out = out.mutable_data_ptr();
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.max_seqlen_q = std::min(args.max_seqlen_q, args.num_tokens);
+  args.page_size_divisor = FastDivisor::of(args.page_size);
+  args.group = static_cast<int32_t>(args.num_q_heads / args.num_kv_heads);
+  args.group_divisor = FastDivisor::of(args.group);
+
+  const cudaStream_t stream = current_cuda_stream(q);
+  if (args.dtype == DType::kFloat16) {
+    launch<float16>(args, aligned_q, stream);
+  } else {
+    launch<bfloat16>(args, aligned_q, stream);
+  }
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NS, CUDA, m) {
+  m.impl("paged_attention", TORCH_BOX(&paged_attention_cuda));
+}
+
+}  // namespace effllm

@@ -1,0 +1,341 @@
+// Paged attention for few query rows: decode and short speculative steps, keys split over CTAs.
+//
+// Roofline: bytes. Each key costs 4 * D bytes of K and V, read once; an H100 reads 3.06 TB/s.
+// Nothing is staged: a warp loads 16 keys from the cache straight into the registers of mma
+// fragments, so any page size and stride costs the same.
+//
+// That works because a product does not care about the order of what it sums over, nor a matrix
+// about the order of its rows. Keys and dims take the 16 rows of mma.m16n8k16, packed rows (query,
+// head in group) its 8 columns. With g = lane / 4, c = lane % 4, chunks of 16 bytes = 8 dims:
+//
+//   S^T[16 keys, 8 rows] = K Q^T   lane (g, c) owns chunks 4j + c of keys g and g + 8, and of row
+//                                  g of Q: both sides sum over dims in one, strange, order
+//   P^T                            movmatrix turns S^T's accumulators into B fragments
+//   O^T[dims, 8 rows] += V^T P^T   lane (g, c) owns chunks 8j + g of keys 2c, 2c + 1, 2c + 8 and
+//                                  2c + 9; byte_perm pairs two keys of one dim: even dims are
+//                                  rows g of the fragment, odd dims rows g + 8
+//
+//   split s of a row tile:  keys  [ tile | tile | tile | ... ]    16 keys each
+//                           warp      0      1      2   ...  0 ..
+//
+// Warps merge in shared memory, splits in a second kernel (combine.cuh), both in a fixed order.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+#include <cstdint>
+#include <string>
+
+#include "attention/combine.cuh"
+#include "attention/decode_split.cuh"
+#include "attention/online_softmax.cuh"
+#include "cuda/launch.h"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/load.cuh"
+#include "ptx/mma.cuh"
+
+namespace effllm {
+
+// The warps' results, merged after the loop.
+template <class Config>
+struct PagedDecodeStorage {
+  // Rows are padded by 16 bytes against bank conflicts.
+  float output[Config::kWarps][Config::kRows][Config::kHeadDim + 4];
+  float maximum[Config::kWarps][Config::kRows];
+  float sum[Config::kWarps][Config::kRows];
+};
+
+template <class Config>
+class PagedDecode {
+  using Element = typename Config::Element;
+  using Tile = DecodeTile<Config>;
+  static constexpr int kKeyChunks = Config::kHeadDim / 32;    // chunks of a key in a lane, for K
+  static constexpr int kValueChunks = Config::kHeadDim / 64;  // and for V
+  static constexpr int kDimTiles = Config::kHeadDim / 16;
+
+ public:
+  __device__ __forceinline__ PagedDecode(const PagedAttentionArgs& args, const Sequence& sequence,
+                                         const Tile& tile, int kv_head)
+      : args_(args),
+        sequence_(sequence),
+        tile_(tile),
+        kv_head_(kv_head),
+        group_lane_(threadIdx.x % 32 / 4),
+        quad_lane_(threadIdx.x % 4) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = tile.first_row + quad_lane_ * 2 + i;
+      visible_[i] = row < tile.num_rows
+                        ? sequence.visible_keys(args, args.group_divisor.quotient(row))
+                        : KeyRange{0, 0};
+    }
+    load_queries();
+  }
+
+  // One warp's share of the keys of a split.
+  __device__ __forceinline__ void run(KeyRange keys) {
+    constexpr int kStride = Config::kWarps * Config::kTileKeys;
+    int key = keys.begin + threadIdx.x / 32 * Config::kTileKeys;
+    if (key < keys.end) load_keys(key, keys.end);
+    for (; key < keys.end; key += kStride) {
+      if constexpr (Config::kOverlapLoads) load_values(key, keys.end);
+      float scores[1][4] = {};
+      compute_scores(scores[0]);
+      if constexpr (!Config::kOverlapLoads) load_values(key, keys.end);
+      const bool more = key + kStride < keys.end;
+      if (Config::kOverlapLoads && more) load_keys(key + kStride, keys.end);
+      softmax(scores, key, keys.end);
+      accumulate_output(scores[0]);
+      if (!Config::kOverlapLoads && more) load_keys(key + kStride, keys.end);
+    }
+    finish_sums();
+  }
+
+  __device__ __forceinline__ void store(PagedDecodeStorage<Config>& smem) const {
+    const int warp_idx = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = quad_lane_ * 2 + i;
+      if (group_lane_ == 0) {
+        smem.maximum[warp_idx][row] = rows_[i].maximum;
+        smem.sum[warp_idx][row] = rows_[i].sum;
+      }
+#pragma unroll
+      for (int tile = 0; tile < kDimTiles; ++tile) {
+        const int dim = (tile / 4 * 8 + group_lane_) * 8 + tile % 4 * 2;
+        *reinterpret_cast<float2*>(&smem.output[warp_idx][row][dim]) =
+            make_float2(output_[tile][i], output_[tile][i + 2]);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ bool has_chunk(int chunk) const { return chunk * 8 < args_.head_dim; }
+
+  __device__ __forceinline__ void load_queries() {
+    const int row = tile_.first_row + group_lane_;
+    const int query_idx = static_cast<int>(args_.group_divisor.quotient(row));
+    const int head = kv_head_ * args_.group + row - query_idx * args_.group;
+    const auto* q = static_cast<const Element*>(args_.q) +
+                    (sequence_.first_token + query_idx) * args_.stride_q_token +
+                    head * args_.stride_q_head;
+#pragma unroll
+    for (int j = 0; j < kKeyChunks; ++j) {
+      const int chunk = j * 4 + quad_lane_;
+      query_[j] = row < tile_.num_rows && has_chunk(chunk)
+                      ? *reinterpret_cast<const uint4*>(q + chunk * 8)
+                      : uint4{};
+    }
+  }
+
+  // Keys past the end are read as the last one: slots without a key may hold NaN, which a weight of
+  // 0 would not silence in V.
+  __device__ __forceinline__ void load_keys(int first_key, int end) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int key = min(first_key + n * 8 + group_lane_, end - 1);
+      const auto* row = static_cast<const Element*>(args_.k_cache) +
+                        locate_key(args_, sequence_.page_row, key).k_offset(args_, kv_head_);
+#pragma unroll
+      for (int j = 0; j < kKeyChunks; ++j) {
+        const int chunk = j * 4 + quad_lane_;
+        k_[n][j] = has_chunk(chunk) ? ptx::load_streaming_16(row + chunk * 8) : uint4{};
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_values(int first_key, int end) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int key = min(first_key + n / 2 * 8 + quad_lane_ * 2 + n % 2, end - 1);
+      const auto* row = static_cast<const Element*>(args_.v_cache) +
+                        locate_key(args_, sequence_.page_row, key).v_offset(args_, kv_head_);
+#pragma unroll
+      for (int j = 0; j < kValueChunks; ++j) {
+        const int chunk = j * 8 + group_lane_;
+        v_[n][j] = has_chunk(chunk) ? ptx::load_streaming_16(row + chunk * 8) : uint4{};
+      }
+    }
+  }
+
+  // scores: (key g, row 2c) (key g, row 2c + 1) (key g + 8, row 2c) (key g + 8, row 2c + 1).
+  __device__ __forceinline__ void compute_scores(float (&scores)[4]) const {
+#pragma unroll
+    for (int j = 0; j < kKeyChunks; ++j) {
+      const uint32_t low[4] = {k_[0][j].x, k_[1][j].x, k_[0][j].y, k_[1][j].y};
+      const uint32_t high[4] = {k_[0][j].z, k_[1][j].z, k_[0][j].w, k_[1][j].w};
+      ptx::mma_m16n8k16<Element>(scores, low, query_[j].x, query_[j].y);
+      ptx::mma_m16n8k16<Element>(scores, high, query_[j].z, query_[j].w);
+    }
+  }
+
+  __device__ __forceinline__ void softmax(float (&scores)[1][4], int first_key, int end) {
+    ScoreMap(args_).apply(scores);
+    float maximum[2] = {rows_[0].maximum, rows_[1].maximum};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int key = first_key + i / 2 * 8 + group_lane_;
+      float& x = scores[0][i];
+      if (key >= end || !visible_[i % 2].contains(key)) x = kMaskedScore;
+      maximum[i % 2] = fmaxf(maximum[i % 2], x);
+    }
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      maximum[0] = fmaxf(maximum[0], __shfl_xor_sync(~0u, maximum[0], lanes));
+      maximum[1] = fmaxf(maximum[1], __shfl_xor_sync(~0u, maximum[1], lanes));
+    }
+    // Rescaling can wait while weights stay under 2^8: rare, and a branch of the whole warp.
+    constexpr float kSlack = 8.f;
+    if (__any_sync(~0u, maximum[0] > rows_[0].maximum + kSlack ||
+                            maximum[1] > rows_[1].maximum + kSlack)) {
+      rescale(maximum);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scores[0][i] = ptx::exp2_approx(scores[0][i] - rows_[i % 2].maximum);
+      rows_[i % 2].sum += scores[0][i];
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&maximum)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float factor = ptx::exp2_approx(rows_[row].maximum - maximum[row]);
+      rows_[row].maximum = maximum[row];
+      rows_[row].sum *= factor;
+#pragma unroll
+      for (int tile = 0; tile < kDimTiles; ++tile) {
+        output_[tile][row] *= factor;
+        output_[tile][row + 2] *= factor;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void accumulate_output(const float (&weights)[4]) {
+    const uint32_t p0 = ptx::movmatrix_trans(ptx::pack_pair<Element>(weights[0], weights[1]));
+    const uint32_t p1 = ptx::movmatrix_trans(ptx::pack_pair<Element>(weights[2], weights[3]));
+#pragma unroll
+    for (int tile = 0; tile < kDimTiles; ++tile) {
+      uint32_t pair[4];  // dims d, d + 1 of keys 2c, 2c + 1, 2c + 8, 2c + 9
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const uint4& chunk = v_[n][tile / 4];
+        pair[n] = tile % 4 == 0   ? chunk.x
+                  : tile % 4 == 1 ? chunk.y
+                  : tile % 4 == 2 ? chunk.z
+                                  : chunk.w;
+      }
+      const uint32_t v[4] = {
+          __byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632),
+          __byte_perm(pair[2], pair[3], 0x5410), __byte_perm(pair[2], pair[3], 0x7632)};
+      ptx::mma_m16n8k16<Element>(output_[tile], v, p0, p1);
+    }
+  }
+
+  __device__ __forceinline__ void finish_sums() {
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+      rows_[0].sum += __shfl_xor_sync(~0u, rows_[0].sum, lanes);
+      rows_[1].sum += __shfl_xor_sync(~0u, rows_[1].sum, lanes);
+    }
+  }
+
+  const PagedAttentionArgs& args_;
+  const Sequence& sequence_;
+  const Tile& tile_;
+  const int kv_head_, group_lane_, quad_lane_;
+  KeyRange visible_[2];  // of rows 2c and 2c + 1
+  SoftmaxRow rows_[2];
+  uint4 query_[kKeyChunks], k_[2][kKeyChunks], v_[4][kValueChunks];
+  float output_[kDimTiles][4] = {};
+};
+
+// Four dims of one row: the warps' shares in the order of the warps. `total` gets the row's
+// softmax.
+template <class Config>
+__device__ __forceinline__ float4 merge_warps(const PagedDecodeStorage<Config>& smem, int row,
+                                              int dim, SoftmaxRow& total) {
+  for (int warp = 0; warp < Config::kWarps; ++warp) {
+    total.maximum = fmaxf(total.maximum, smem.maximum[warp][row]);
+  }
+  float4 sum = {};
+#pragma unroll
+  for (int warp = 0; warp < Config::kWarps; ++warp) {
+    const float factor = ptx::exp2_approx(smem.maximum[warp][row] - total.maximum);
+    const auto value = *reinterpret_cast<const float4*>(&smem.output[warp][row][dim]);
+    total.sum += factor * smem.sum[warp][row];
+    sum.x += factor * value.x;
+    sum.y += factor * value.y;
+    sum.z += factor * value.z;
+    sum.w += factor * value.w;
+  }
+  const float inverse = total.inverse_sum();
+  return {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
+    paged_decode_kernel(const __grid_constant__ PagedAttentionArgs args) {
+  using Element = typename Config::Element;
+  __shared__ PagedDecodeStorage<Config> smem;
+  const auto num_kv_heads = static_cast<int>(args.num_kv_heads);
+  int block = static_cast<int>(blockIdx.x);
+  const int row_tile = block % args.num_row_tiles;  // row tiles of the same keys run side by side
+  block /= args.num_row_tiles;
+  const int split_idx = block % args.num_splits;
+  block /= args.num_splits;
+  const int kv_head = block % num_kv_heads, seq_idx = block / num_kv_heads;
+
+  const Sequence sequence(args, seq_idx);
+  if (split_idx == 0 && row_tile == 0) {
+    clear_unowned_tokens<Element>(args, sequence, seq_idx, kv_head);
+  }
+  const DecodeTile<Config> tile(args, sequence, row_tile);
+  // Without splits the CTA also writes rows that see no key.
+  const bool has_work = split_idx < tile.num_active_splits || args.num_splits == 1;
+  if (tile.first_row >= tile.num_rows || !has_work) return;
+
+  PagedDecode<Config> decode(args, sequence, tile, kv_head);
+  decode.run(tile.split(split_idx));
+  decode.store(smem);
+  __syncthreads();
+
+  const int dim_quads = static_cast<int>(args.head_dim) / 4;
+  const int64_t partial =
+      partial_row<Config>(args, seq_idx, kv_head, row_tile) + split_idx * Config::kRows;
+  for (int i = threadIdx.x; i < Config::kRows * dim_quads; i += Config::kThreads) {
+    const int row = i / dim_quads, dim = i % dim_quads * 4;
+    if (tile.first_row + row >= tile.num_rows) break;
+    SoftmaxRow total;
+    const float4 value = merge_warps(smem, row, dim, total);
+    if (args.num_splits > 1) {
+      *reinterpret_cast<float4*>(args.partial_out + (partial + row) * args.head_dim + dim) = value;
+      if (dim == 0) args.partial_lse[partial + row] = total.lse2();
+    } else {
+      const int64_t out_row = output_row(args, sequence, kv_head, tile.first_row + row);
+      store_output<Element>(args, out_row, dim, value);
+      if (dim == 0) args.lse[out_row] = total.lse2() * kLn2;
+    }
+  }
+}
+
+// `args` has num_row_tiles, num_splits and, for more than one split, the partial results' memory.
+template <class Config>
+void launch_paged_decode(const PagedAttentionArgs& args, cudaStream_t stream) {
+  const int64_t tiles = args.num_seqs * args.num_kv_heads * args.num_row_tiles;
+  const int64_t blocks = tiles * std::max<int64_t>(args.num_splits, Config::kRows);
+  if (blocks > INT_MAX) {
+    fail("paged_attention",
+         "the number of tiles must be below 2^31, got " + std::to_string(blocks));
+  }
+  const Launch decode{"paged_attention", dim3(static_cast<unsigned>(tiles * args.num_splits)),
+                      dim3(Config::kThreads), 0, stream};
+  decode(paged_decode_kernel<Config>, args);
+  if (args.num_splits > 1) {
+    const Launch combine{"paged_attention", dim3(static_cast<unsigned>(tiles * Config::kRows)),
+                         dim3(kCombineWarps * 32), 0, stream};
+    combine(combine_kernel<Config>, args);
+  }
+}
+
+}  // namespace effllm

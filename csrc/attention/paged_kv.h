@@ -1,0 +1,80 @@
+// What attention kernels get beside the op's Params, and where a key of a sequence lies.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "attention/paged_attention.h"
+
+#ifdef __CUDACC__
+#define EFFLLM_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define EFFLLM_HOST_DEVICE inline
+#endif
+
+namespace effllm {
+
+// Quotients of numbers in [0, 2^31) by a number known at launch: a multiplication and a shift,
+// where the division instruction sequence of a GPU would take about twenty.
+struct FastDivisor {
+  uint32_t divisor, multiplier, shift;
+
+  // Divisors of 2^31 and more give the quotient 0 of 2^31 - 1.
+  static FastDivisor of(int64_t divisor) {
+    const auto d = static_cast<uint32_t>(std::min<int64_t>(divisor, INT32_MAX));
+    const auto log2_ceil = static_cast<uint32_t>(std::bit_width(d - 1));
+    // ceil(2^(31 + log2_ceil) / d) < 2^32; its error times 2^31 stays under one unit of the
+    // quotient.
+    const uint64_t multiplier = ((uint64_t{1} << (31 + log2_ceil)) + d - 1) / d;
+    return {d, static_cast<uint32_t>(multiplier), d == 1 ? 0 : log2_ceil - 1};
+  }
+
+  EFFLLM_HOST_DEVICE uint32_t quotient(uint32_t value) const {
+    const auto high = static_cast<uint32_t>((uint64_t{value} * multiplier) >> 32);
+    return divisor == 1 ? value : high >> shift;
+  }
+};
+
+// The argument of every paged attention kernel.
+//
+// Rows are packed: row r of a (sequence, KV head) pair is head r % group of its query r / group, so
+// that one read of the KV head serves all query heads that share it.
+struct PagedAttentionArgs : PagedAttentionParams {
+  FastDivisor page_size_divisor, group_divisor;
+  int32_t group;          // query heads per KV head
+  int32_t num_row_tiles;  // tiles that cover group * max_seqlen_q rows
+  int32_t num_splits;  // parts that the keys of a row tile are cut into, > 1: see the decode kernel
+  float* partial_out;  // [B, HKV, num_row_tiles, num_splits, rows of a tile, D]
+  float* partial_lse;  // [B, HKV, num_row_tiles, num_splits, rows of a tile], base 2
+};
+
+// Page and slot of one key. Page ids are clamped: a wrong one reads a wrong page, never other
+// memory.
+struct KeyLocation {
+  int64_t page, slot;
+
+  // In elements. 64 bits: a cache has more than 2^31 elements.
+  EFFLLM_HOST_DEVICE int64_t k_offset(const PagedAttentionParams& params, int64_t head) const {
+    return page * params.stride_k_page + slot * params.stride_k_slot + head * params.stride_k_head;
+  }
+  EFFLLM_HOST_DEVICE int64_t v_offset(const PagedAttentionParams& params, int64_t head) const {
+    return page * params.stride_v_page + slot * params.stride_v_slot + head * params.stride_v_head;
+  }
+};
+
+// `page_row` is the sequence's row of the page table; `key` is below the sequence's length.
+EFFLLM_HOST_DEVICE KeyLocation locate_key(const PagedAttentionArgs& args, const int32_t* page_row,
+                                          int key) {
+  const auto entry = args.page_size_divisor.quotient(static_cast<uint32_t>(key));
+  const int64_t page = page_row[entry];
+  const int64_t last_page = args.num_pages - 1;
+  return {page < 0           ? 0
+          : page > last_page ? last_page
+                             : page,
+          key - static_cast<int64_t>(entry) * args.page_size};
+}
+
+}  // namespace effllm
+
+#undef EFFLLM_HOST_DEVICE

@@ -1,0 +1,97 @@
+// Which queries and keys a CTA works on, from the lengths in device memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "attention/paged_kv.h"
+
+namespace effllm {
+
+// Half-open range of keys.
+struct KeyRange {
+  int begin, end;
+
+  __device__ __forceinline__ bool contains(int key) const { return key >= begin && key < end; }
+};
+
+struct Sequence {
+  int64_t first_token;  // row of q and out that holds query 0
+  int64_t end_token;    // where the next sequence begins
+  int num_queries;      // at most max_seqlen_q: the grid covers no more
+  int num_keys;
+  int first_position;  // of query 0; negative if there are fewer keys than queries
+  const int32_t* page_row;
+
+  // Lengths that contradict the tensors' sizes are clamped to them.
+  __device__ __forceinline__ Sequence(const PagedAttentionArgs& args, int seq_idx) {
+    const auto clamp = [](int64_t value, int64_t low, int64_t high) {
+      return value < low ? low : value > high ? high : value;
+    };
+    first_token = clamp(args.cu_seqlens_q[seq_idx], 0, args.num_tokens);
+    end_token = clamp(args.cu_seqlens_q[seq_idx + 1], first_token, args.num_tokens);
+    const int64_t length = end_token - first_token;
+    num_queries = static_cast<int>(clamp(length, 0, args.max_seqlen_q));
+    num_keys =
+        static_cast<int>(clamp(args.seq_lens[seq_idx], 0, args.max_pages_per_seq * args.page_size));
+    first_position = num_keys - static_cast<int>(length);
+    page_row = args.page_table + seq_idx * args.stride_page_table_seq;
+  }
+
+  // The keys that a query sees: always one range.
+  __device__ __forceinline__ KeyRange visible_keys(const PagedAttentionArgs& args,
+                                                   int query_idx) const {
+    const int64_t position = int64_t{first_position} + query_idx;
+    int64_t end = num_keys;
+    if (args.causal && position + 1 < end) end = position + 1 > 0 ? position + 1 : 0;
+    int64_t begin = position - args.window + 1;
+    begin = begin < 0 ? 0 : begin > end ? end : begin;
+    return {static_cast<int>(begin), static_cast<int>(end)};
+  }
+
+  // All keys that queries first_query .. last_query see between them.
+  __device__ __forceinline__ KeyRange visible_keys(const PagedAttentionArgs& args, int first_query,
+                                                   int last_query) const {
+    return {visible_keys(args, first_query).begin, visible_keys(args, last_query).end};
+  }
+};
+
+// Row `row` of (sequence, KV head) in [T * HQ]: the index into lse, and into out by D.
+__device__ __forceinline__ int64_t output_row(const PagedAttentionArgs& args,
+                                              const Sequence& sequence, int kv_head, int row) {
+  const int query_idx = static_cast<int>(args.group_divisor.quotient(row));
+  const int head = kv_head * args.group + row - query_idx * args.group;
+  return (sequence.first_token + query_idx) * args.num_q_heads + head;
+}
+
+// Writes out = 0 and lse = -inf for the tokens [begin, end) and the query heads of `kv_head`.
+template <class T>
+__device__ __forceinline__ void clear_tokens(const PagedAttentionArgs& args, int64_t begin,
+                                             int64_t end, int kv_head) {
+  const int chunks = static_cast<int>(args.head_dim) / 8;
+  const int64_t chunks_per_token = int64_t{chunks} * args.group;
+  for (int64_t i = threadIdx.x; i < (end - begin) * chunks_per_token; i += blockDim.x) {
+    const int64_t token = begin + i / chunks_per_token;
+    const int within_token = static_cast<int>(i % chunks_per_token);
+    const int64_t row = token * args.num_q_heads + kv_head * args.group + within_token / chunks;
+    const int chunk = within_token % chunks;
+    reinterpret_cast<uint4*>(static_cast<T*>(args.out) + row * args.head_dim)[chunk] = {};
+    if (chunk == 0) args.lse[row] = -INFINITY;
+  }
+}
+
+// Clears the tokens that no CTA computes and that this sequence is nearest to: those before the
+// first sequence, those past the last, and those over max_seqlen_q. Padding of a CUDA graph's batch
+// lies there, and must be 0, not NaN. One CTA per (sequence, KV head) calls it.
+template <class T>
+__device__ __forceinline__ void clear_unowned_tokens(const PagedAttentionArgs& args,
+                                                     const Sequence& sequence, int seq_idx,
+                                                     int kv_head) {
+  if (seq_idx == 0) clear_tokens<T>(args, 0, sequence.first_token, kv_head);
+  const bool last = seq_idx == args.num_seqs - 1;
+  clear_tokens<T>(args, sequence.first_token + sequence.num_queries,
+                  last ? args.num_tokens : sequence.end_token, kv_head);
+}
+
+}  // namespace effllm
