@@ -16,8 +16,8 @@ struct Int4PackParams {
   int64_t stride_n, stride_k;
   int32_t* qweight;  // contiguous
 
-  int64_t num_strips() const { return int4_num_strips(n); }
-  int64_t strip_words() const { return int4_strip_words(k); }
+  constexpr int64_t num_strips() const { return int4_num_strips(n); }
+  constexpr int64_t strip_words() const { return int4_strip_words(k); }
 };
 
 inline Int4PackParams check_int4_pack(const View& codes) {

@@ -1,0 +1,7 @@
+"""KV caches: the paged cache and the page pool behind it."""
+
+from .._host import BlockPool, OutOfPages
+from .batch import PagedBatch
+from .paged import PagedKVCache
+
+__all__ = ["BlockPool", "OutOfPages", "PagedBatch", "PagedKVCache"]

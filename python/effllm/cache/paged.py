@@ -1,0 +1,324 @@
+"""The paged KV cache: device tensors, page table, and the sequences that live in them.
+
+One model step, for any mix of prefill and decode:
+
+    batch = cache.step([(seq_a, 1), (seq_b, 37)])       # pages for the new tokens, lengths advance
+    for layer in range(cache.num_layers):               # inside the model
+        ops.kv_append(k, v, cache.k[layer], cache.v[layer], batch.slot_mapping)
+        out, _ = ops.paged_attention(
+            q, cache.k[layer], cache.v[layer], batch.page_table, batch.seq_lens,
+            batch.cu_seqlens_q, max_seqlen_q=batch.max_seqlen_q)
+    cache.commit(seq_a, tokens_a)                       # optional: offer full pages for reuse
+
+Tokens are packed without padding, in the order of the items. Dimensions: B rows of the step,
+T new tokens, P page size, NP pages, MAXP pages per sequence, HKV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._host import BlockPool
+from .batch import PagedBatch, index_tensors
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Host state of one sequence. Immutable, so that a fork or a failed call cannot alias it."""
+
+    pages: tuple[int, ...] = ()
+    length: int = 0  # tokens in the cache
+    committed: int = 0  # leading pages that this sequence has offered for reuse
+    salt: str | bytes = b""
+
+
+class PagedKVCache:
+    """Keys and values of many sequences in pages of P tokens, one K and one V tensor per layer.
+
+    Sequences are named by an int that is never reused. All bookkeeping is on the host; the device
+    only sees `page_table` and `seq_lens`, which keep their addresses for life (CUDA graphs).
+    Pages are shared between sequences through prefix reuse and `fork`, and copied when a sequence
+    appends to a page that somebody else can see. A call that fails changes nothing.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        max_batch: int,
+        max_seq_len: int,
+        page_size: int = 16,
+        num_pages: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Allocates everything at once.
+
+        `max_batch`: most rows of one step (more sequences may live in the cache). `max_seq_len`:
+        most tokens of one sequence, MAXP = ceil(max_seq_len / P). `num_pages`: NP, the reserved
+        page 0 included; the default holds max_batch sequences of max_seq_len. `dtype`: bfloat16,
+        float16 or float32.
+
+        ValueError for a size below 1 or another dtype.
+        """
+        sizes = (num_layers, num_kv_heads, head_dim, max_batch, max_seq_len, page_size)
+        if min(sizes) < 1:
+            raise ValueError(
+                "PagedKVCache: num_layers, num_kv_heads, head_dim, max_batch, max_seq_len and "
+                f"page_size must be at least 1, got {sizes}"
+            )
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"PagedKVCache: dtype must be bf16, fp16 or fp32, got {dtype}")
+        self.num_layers = num_layers
+        self.page_size = page_size
+        self.max_batch = max_batch
+        self.max_seq_len = max_seq_len
+        max_pages = self._pages_for(max_seq_len)
+        if num_pages is None:
+            num_pages = 1 + max_batch * max_pages
+        self.pool = BlockPool(num_pages, page_size)
+
+        def tensors() -> list[Tensor]:
+            # Physically [NP, HKV, P, D]: the rows of one head in one page are contiguous.
+            shape = (num_pages, num_kv_heads, page_size, head_dim)
+            empty = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            return [tensor.transpose(1, 2) for tensor in empty]
+
+        # Never inference tensors, even under inference_mode: those could not be written outside.
+        with torch.inference_mode(False):
+            self.k, self.v = tensors(), tensors()  # per layer, logical [NP, P, HKV, D]
+            self.page_table = torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device)
+            self.seq_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self._host_table = np.zeros((max_batch, max_pages), dtype=np.int32)
+        self._row_pages: list[tuple[int, ...]] = [()] * max_batch  # what each table row shows
+        self._seqs: dict[int, _Sequence] = {}
+        self._next_id = 0
+
+    # ---- sequences -------------------------------------------------------------------------------
+
+    def add(self, tokens: Sequence[int] = (), salt: str | bytes = b"") -> int:
+        """A new sequence; returns its id.
+
+        Full pages of an earlier sequence with the same leading `tokens` and `salt` are reused:
+        `length(seq)` tells how many tokens the cache already holds, and the first step feeds
+        `tokens[length(seq):]`. The last token is never taken from the cache, because its logits
+        must be computed. Needs no free page.
+        """
+        pages = self.pool.match_prefix(tokens[:-1], salt)
+        return self._insert(_Sequence(tuple(pages), len(pages) * self.page_size, len(pages), salt))
+
+    def length(self, seq_id: int) -> int:
+        """Tokens of the sequence that are in the cache."""
+        return self._get(seq_id).length
+
+    def pages(self, seq_id: int) -> tuple[int, ...]:
+        """Pages of the sequence in order, reserved ones included."""
+        return self._get(seq_id).pages
+
+    def free(self, seq_id: int) -> None:
+        """Ends a sequence; its committed pages stay findable until they are needed."""
+        self.pool.release(self._get(seq_id).pages)
+        del self._seqs[seq_id]
+
+    def fork(self, seq_id: int) -> int:
+        """A second sequence with the same content; all pages are shared, none is copied yet."""
+        seq = self._snapshot(seq_id)
+        self.pool.retain(seq.pages)
+        return self._insert(seq)
+
+    def reorder(self, seq_ids: Sequence[int], source: Sequence[int]) -> None:
+        """Beam search: sequence `seq_ids[i]` gets the content that `seq_ids[source[i]]` had."""
+        n = len(seq_ids)
+        if len(set(seq_ids)) < n or len(source) != n or not all(0 <= i < n for i in source):
+            raise ValueError(
+                f"PagedKVCache.reorder: needs distinct sequences and as many indices below {n}, "
+                f"got {list(seq_ids)} and {list(source)}"
+            )
+        old = [self._get(seq_id) for seq_id in seq_ids]
+        new = [self._snapshot(seq_ids[i]) for i in source]
+        # Retain first: a page dropped by one sequence may be taken over by another.
+        self.pool.retain([page for seq in new for page in seq.pages])
+        self._seqs.update(zip(seq_ids, new, strict=True))
+        for seq in old:
+            self.pool.release(seq.pages)
+
+    def crop(self, seq_id: int, length: int) -> None:
+        """Keeps the first `length` tokens; undoes steps, for example rejected draft tokens.
+
+        Pages past the new length go back to the pool, reserved ones included.
+        """
+        seq = self._get(seq_id)
+        if not 0 <= length <= seq.length:
+            raise ValueError(
+                f"PagedKVCache.crop: length must be in [0, {seq.length}], got {length}"
+            )
+        keep = self._pages_for(length)
+        self.pool.release(seq.pages[keep:])
+        self._seqs[seq_id] = replace(
+            seq,
+            pages=seq.pages[:keep],
+            length=length,
+            committed=min(seq.committed, length // self.page_size),
+        )
+
+    def commit(self, seq_id: int, tokens: Sequence[int]) -> None:
+        """Offers the sequence's full pages for prefix reuse by a later `add`.
+
+        `tokens`: the sequence's tokens from position 0, at least those of its full pages. Call it
+        after the kernels that write these pages were launched on the stream that will read them.
+        Costs nothing when no new page is full.
+        """
+        seq, size = self._get(seq_id), self.page_size
+        full = seq.length // size
+        if len(tokens) < full * size:
+            raise ValueError(
+                f"PagedKVCache.commit: needs the {full * size} tokens of {full} full pages, "
+                f"got {len(tokens)}"
+            )
+        for i in range(seq.committed, full):
+            parent = seq.pages[i - 1] if i else 0
+            self.pool.commit(seq.pages[i], tokens[i * size : (i + 1) * size], parent, seq.salt)
+        self._seqs[seq_id] = replace(seq, committed=full)
+
+    def reset(self) -> None:
+        """Drops every sequence and every reusable page, as after a change of the weights."""
+        self.pool.reset()
+        self._seqs.clear()
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def reserve(self, seq_id: int, num_tokens: int) -> None:
+        """Holds pages for the next `num_tokens` tokens, so that later steps cannot run out.
+
+        OutOfPages when the pool has too few, ValueError past max_seq_len.
+        """
+        self._reserve([(seq_id, num_tokens)])
+
+    def step(self, items: Sequence[tuple[int, int]], *, num_rows: int | None = None) -> PagedBatch:
+        """Makes room for `num_tokens` >= 1 new tokens of each (seq_id, num_tokens), in this order.
+
+        Lengths advance at once: the caller now computes these tokens, or takes them back with
+        `crop`. `num_rows` pads the batch to a fixed number of rows (CUDA graphs): all items must
+        then have equally many tokens, and a padding row has as many, with seq_len 0 and slot -1.
+
+        OutOfPages when the pool has too few pages for the whole step; ValueError for a repeated
+        sequence, a bad count, or a sequence past max_seq_len; IndexError for an unknown sequence.
+        """
+        counts = [n for _, n in items]
+        rows = len(items) if num_rows is None else num_rows
+        problem = None
+        if not len(items) <= rows <= self.max_batch:
+            problem = f"rows must be in [{len(items)}, max_batch={self.max_batch}], got {rows}"
+        elif min(counts, default=1) < 1:
+            problem = f"token counts must be at least 1, got {counts}"
+        elif num_rows is not None and len(set(counts)) > 1:
+            problem = f"padding needs equal token counts, got {counts}"
+        elif len({seq_id for seq_id, _ in items}) < len(items):
+            problem = f"a sequence repeats in {list(items)}"
+        if problem:
+            raise ValueError(f"PagedKVCache.step: {problem}")
+        self._reserve(items)
+
+        starts = [self._seqs[seq_id].length for seq_id, _ in items]
+        for seq_id, n in items:
+            seq = self._seqs[seq_id]
+            self._seqs[seq_id] = replace(seq, length=seq.length + n)
+        padding = rows - len(items)
+        self._write_rows([self._seqs[seq_id].pages for seq_id, _ in items] + [()] * padding)
+        seq_lens, *rest = index_tensors(self._host_table, self.page_size, starts, counts, padding)
+        self.seq_lens[:rows].copy_(seq_lens, non_blocking=True)
+        # Safe from pageable memory: the driver has taken its copy when the call returns.
+        cu_seqlens_q, slot_mapping, positions = (
+            tensor.to(self.seq_lens.device, non_blocking=True) for tensor in rest
+        )
+        return PagedBatch(
+            page_table=self.page_table[:rows],
+            seq_lens=self.seq_lens[:rows],
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max(counts, default=min(rows, 1)),
+            slot_mapping=slot_mapping,
+            positions=positions,
+        )
+
+    # ---- internals -------------------------------------------------------------------------------
+
+    def _get(self, seq_id: int) -> _Sequence:
+        if seq_id not in self._seqs:
+            raise IndexError(f"PagedKVCache: no sequence {seq_id}")
+        return self._seqs[seq_id]
+
+    def _insert(self, seq: _Sequence) -> int:
+        seq_id = self._next_id
+        self._next_id += 1
+        self._seqs[seq_id] = seq
+        return seq_id
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def _snapshot(self, seq_id: int) -> _Sequence:
+        """The sequence without reserved pages: those have one owner by design."""
+        seq = self._get(seq_id)
+        return replace(seq, pages=seq.pages[: self._pages_for(seq.length)])
+
+    def _reserve(self, items: Sequence[tuple[int, int]]) -> None:
+        """Makes the next tokens of all items writable, or raises and changes nothing."""
+        # Plan. A partly filled last page that others can see is copied: it is committed, or has
+        # other holders. Of several writers in one step, the last holder left keeps the page.
+        holders: dict[int, int] = {}
+        plan: list[tuple[int, bool, int]] = []  # (seq_id, copy the last page?, pages to append)
+        for seq_id, n in items:
+            seq = self._get(seq_id)
+            if n < 0 or seq.length + n > self.max_seq_len:
+                raise ValueError(
+                    f"PagedKVCache: sequence {seq_id} has {seq.length} tokens, cannot add {n}: "
+                    f"max_seq_len is {self.max_seq_len}"
+                )
+            copy = False
+            if n and seq.length % self.page_size:
+                page = seq.pages[seq.length // self.page_size]
+                left = holders.setdefault(page, self.pool.ref_count(page))
+                copy = left > 1 or self.pool.is_committed(page)
+                holders[page] = left - copy
+            grow = max(0, self._pages_for(seq.length + n) - len(seq.pages))
+            plan.append((seq_id, copy, grow))
+        fresh = iter(self.pool.allocate(sum(copy + grow for _, copy, grow in plan)))
+
+        # Apply: nothing can fail any more.
+        moves: list[tuple[int, int]] = []  # (page, its copy)
+        for seq_id, copy, grow in plan:
+            if not copy and not grow:
+                continue
+            seq = self._seqs[seq_id]
+            pages = list(seq.pages)
+            if copy:
+                last = seq.length // self.page_size
+                moves.append((pages[last], next(fresh)))
+                pages[last] = moves[-1][1]
+            pages += [next(fresh) for _ in range(grow)]
+            self._seqs[seq_id] = replace(seq, pages=tuple(pages))
+        if moves:
+            old, new = torch.tensor(moves, device=self.page_table.device).unbind(1)
+            for cache in (*self.k, *self.v):
+                cache[new] = cache[old]
+            self.pool.release([page for page, _ in moves])
+
+    def _write_rows(self, rows: list[tuple[int, ...]]) -> None:
+        """Shows these sequences in the page table; only rows that changed are sent."""
+        # `is` suffices: a sequence's tuple is replaced whenever its pages change.
+        dirty = [b for b, pages in enumerate(rows) if self._row_pages[b] is not pages]
+        for b in dirty:
+            self._row_pages[b] = rows[b]
+            self._host_table[b] = 0
+            self._host_table[b, : len(rows[b])] = rows[b]
+        if dirty:
+            changed = slice(dirty[0], dirty[-1] + 1)
+            host = torch.from_numpy(self._host_table[changed])
+            self.page_table[changed].copy_(host, non_blocking=True)

@@ -1,0 +1,63 @@
+"""Judges causal language models over fixed windows of tokens: perplexity, int4 cost, a draft."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@torch.no_grad()
+def mean_nll(model: Any, windows: torch.Tensor, *, batch_size: int = 8) -> float:
+    """Mean negative log-likelihood in nats per predicted token.
+
+    `windows` is int64 [W, T]; each window is scored on its own, so T - 1 tokens per window count.
+    `model(ids)` returns an object with `logits` [B, T, V], as `transformers` models do. The model
+    is put in evaluation mode and left so. Logits are reduced in fp32, the mean in fp64.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    for ids in windows.split(batch_size):
+        ids = ids.to(device)
+        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        total += loss.double().sum().item()
+    return total / (windows.shape[0] * (windows.shape[1] - 1))
+
+
+def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8) -> float:
+    """`exp(mean_nll(...))`; arguments as there."""
+    return math.exp(mean_nll(model, windows, batch_size=batch_size))
+
+
+@torch.no_grad()
+def fake_quantise(model: nn.Module, group: int = 64) -> nn.Module:
+    """Copy whose decoder linears hold weights rounded to symmetric int4, the head left alone."""
+    model = copy.deepcopy(model)
+    for module in model.model.layers.modules():  # type: ignore[union-attr]
+        if isinstance(module, nn.Linear):
+            grouped = module.weight.float().unflatten(1, (-1, group))
+            scale = grouped.abs().amax(-1, keepdim=True) / 7.5
+            codes = (grouped / scale + 8).round().clamp(0, 15)
+            module.weight.copy_(((codes - 8) * scale).flatten(1))
+    return model
+
+
+@torch.no_grad()
+def acceptance(model: nn.Module, draft: nn.Module, windows: torch.Tensor) -> dict[str, float]:
+    """How well the draft predicts the model: what speculative sampling accepts per token."""
+    overlap, same = [], []
+    for ids in windows.split(4):
+        p = model(ids, use_cache=False).logits.float().softmax(-1)
+        q = draft(ids, use_cache=False).logits.float().softmax(-1)
+        overlap.append(torch.minimum(p, q).sum(-1))
+        same.append((p.argmax(-1) == q.argmax(-1)).float())
+    return {
+        "sampled": torch.cat(overlap).mean().item(),
+        "greedy": torch.cat(same).mean().item(),
+    }

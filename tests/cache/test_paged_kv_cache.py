@@ -1,0 +1,481 @@
+"""PagedKVCache: bookkeeping checked by hand, contents checked against plain Python lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from torch import Tensor
+
+from effllm import ops
+from effllm.cache import OutOfPages, PagedBatch, PagedKVCache
+
+LAYERS, HKV, D = 2, 2, 8
+
+
+def make_cache(device: str = "cpu", **sizes: Any) -> PagedKVCache:
+    sizes = {"max_batch": 4, "max_seq_len": 20, "page_size": 4, "dtype": torch.float32} | sizes
+    return PagedKVCache(LAYERS, HKV, D, device=device, **sizes)
+
+
+def state(cache: PagedKVCache) -> object:
+    """Everything that a failed call must leave alone."""
+    pool = cache.pool
+    counts = [(pool.ref_count(p), pool.is_committed(p)) for p in range(pool.num_pages)]
+    return dict(cache._seqs), counts, pool.num_free, cache.page_table.tolist()
+
+
+def write(cache: PagedKVCache, batch: PagedBatch, values: Tensor) -> None:
+    """Stores value t (fp32 [T]) as the keys, and its negative as the values, of token t."""
+    rows = values[:, None, None].expand(-1, HKV, D).to(cache.k[0].device, cache.k[0].dtype)
+    for layer in range(cache.num_layers):
+        k, v = cache.k[layer], cache.v[layer]
+        ops.kv_append(rows + layer, -rows - layer, k, v, batch.slot_mapping)
+
+
+def contents(cache: PagedKVCache, seq_id: int, layer: int = 0) -> list[float]:
+    """The stored values of a sequence, read through its pages; they agree over heads and dims."""
+    pages = torch.tensor(cache.pages(seq_id), dtype=torch.int64)
+    k, v = (t[layer].cpu()[pages].flatten(0, 1)[: cache.length(seq_id)] for t in (cache.k, cache.v))
+    assert torch.equal(k, -v)
+    assert torch.equal(k, k[:, :1, :1].expand_as(k))
+    return (k[:, 0, 0] - layer).tolist()
+
+
+def feed(cache: PagedKVCache, seq_id: int, values: list[float]) -> None:
+    write(cache, cache.step([(seq_id, len(values))]), torch.tensor(values))
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+
+def test_mixed_step_tensors(device: str) -> None:
+    cache = make_cache(device)
+    a, b = cache.add(), cache.add()
+    cache.step([(a, 6)])
+    batch = cache.step([(b, 3), (a, 1)])
+    (b0,), (a0, a1) = cache.pages(b), cache.pages(a)
+    assert batch.page_table.tolist() == [[b0, 0, 0, 0, 0], [a0, a1, 0, 0, 0]]
+    assert batch.seq_lens.tolist() == [3, 7]
+    assert batch.cu_seqlens_q.tolist() == [0, 3, 4]
+    assert batch.max_seqlen_q == 3
+    assert batch.slot_mapping.tolist() == [4 * b0, 4 * b0 + 1, 4 * b0 + 2, 4 * a1 + 2]
+    assert batch.positions.tolist() == [0, 1, 2, 6]
+    int32 = (batch.page_table, batch.seq_lens, batch.cu_seqlens_q)
+    assert {t.dtype for t in int32} == {torch.int32}
+    assert {t.dtype for t in (batch.slot_mapping, batch.positions)} == {torch.int64}
+    assert {t.device.type for t in (*int32, batch.slot_mapping, batch.positions)} == {device}
+    assert len({0, b0, a0, a1}) == 4
+
+
+def test_table_and_lengths_stay_at_one_address() -> None:
+    cache = make_cache()
+    table, lens = cache.page_table.data_ptr(), cache.seq_lens.data_ptr()
+    a, b = cache.add(), cache.add()
+    for items in ([(a, 5)], [(b, 1), (a, 1)], [(a, 4)]):
+        batch = cache.step(items)
+        assert (batch.page_table.data_ptr(), batch.seq_lens.data_ptr()) == (table, lens)
+    # The row of b, now shown by a alone, holds nothing of b.
+    assert batch.page_table.tolist() == [[*cache.pages(a), 0, 0]]
+
+
+def test_padding_rows_are_empty_and_write_nothing() -> None:
+    cache = make_cache()
+    a = cache.add()
+    batch = cache.step([(a, 2)], num_rows=3)
+    assert batch.page_table[1:].count_nonzero() == 0
+    assert batch.seq_lens.tolist() == [2, 0, 0]
+    assert batch.cu_seqlens_q.tolist() == [0, 2, 4, 6]
+    assert batch.slot_mapping[2:].tolist() == [-1] * 4
+    assert batch.positions[2:].tolist() == [0] * 4
+    only_padding = cache.step([], num_rows=2)
+    assert only_padding.cu_seqlens_q.tolist() == [0, 1, 2]
+    assert only_padding.slot_mapping.tolist() == [-1, -1]
+    assert only_padding.max_seqlen_q == 1
+
+
+def test_empty_step() -> None:
+    batch = make_cache().step([])
+    assert batch.page_table.shape == (0, 5)
+    assert batch.cu_seqlens_q.tolist() == [0]
+    assert batch.slot_mapping.shape == batch.positions.shape == (0,)
+    assert batch.max_seqlen_q == 0
+
+
+def test_tensors_are_usable_outside_the_inference_mode_that_built_them() -> None:
+    with torch.inference_mode():
+        cache = make_cache()
+    feed(cache, cache.add(), [1.0, 2.0])
+    assert not cache.k[0].is_inference()
+    assert cache.k[0].shape == (21, 4, HKV, D)
+    assert cache.k[0].transpose(1, 2).is_contiguous()
+
+
+# ---- sequences -----------------------------------------------------------------------------------
+
+
+def test_prefix_is_reused_up_to_the_last_token_and_per_salt() -> None:
+    cache = make_cache()
+    prompt = [5, 6, 7, 8, 9, 10, 11, 12]
+    first = cache.add(prompt, salt="x")
+    assert cache.length(first) == 0
+    feed(cache, first, [float(t) for t in prompt])
+    cache.commit(first, prompt)
+    # The second page holds the last token, which must be computed for its logits.
+    again = cache.add(prompt, salt="x")
+    assert cache.length(again) == 4
+    assert cache.pages(again) == cache.pages(first)[:1]
+    longer = cache.add([*prompt, 13], salt="x")
+    assert cache.pages(longer) == cache.pages(first)
+    assert cache.length(cache.add([*prompt, 13])) == 0
+    assert cache.length(cache.add([5, 6, 7, 0, 9], salt="x")) == 0
+
+    for seq in (first, again, longer):
+        cache.free(seq)
+    revived = cache.add([*prompt, 13], salt=b"x")
+    assert contents(cache, revived) == [float(t) for t in prompt]
+
+
+def test_prefix_chain_continues_over_commits() -> None:
+    cache = make_cache()
+    tokens = list(range(12))
+    seq = cache.add(tokens[:3])
+    for start, end in ((0, 3), (3, 7), (7, 8), (8, 12)):
+        feed(cache, seq, [float(t) for t in tokens[start:end]])
+        cache.commit(seq, tokens[:end])
+    assert cache.length(cache.add([*tokens, 99])) == 12
+
+
+def test_fork_copies_the_partial_page_only_when_written(device: str) -> None:
+    cache = make_cache(device)
+    a = cache.add()
+    feed(cache, a, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    free = cache.pool.num_free
+    b = cache.fork(a)
+    assert cache.pages(b) == cache.pages(a)
+    assert cache.pool.num_free == free
+    write(cache, cache.step([(a, 1), (b, 1)]), torch.tensor([7.0, 8.0]))
+    # One writer copies, the last one keeps the page.
+    assert cache.pool.num_free == free - 1
+    assert cache.pages(a)[0] == cache.pages(b)[0]
+    assert cache.pages(a)[1] != cache.pages(b)[1]
+    for layer in range(LAYERS):
+        assert contents(cache, a, layer) == [1, 2, 3, 4, 5, 6, 7]
+        assert contents(cache, b, layer) == [1, 2, 3, 4, 5, 6, 8]
+
+
+def test_reorder_moves_contents_between_beams() -> None:
+    cache = make_cache()
+    beams = [cache.add() for _ in range(3)]
+    for i, seq in enumerate(beams):
+        feed(cache, seq, [10.0 * i, 10.0 * i + 1])
+    cache.reorder(beams, [2, 0, 0])
+    assert [contents(cache, seq) for seq in beams] == [[20, 21], [0, 1], [0, 1]]
+    write(cache, cache.step([(seq, 1) for seq in beams]), torch.tensor([5.0, 6.0, 7.0]))
+    assert [contents(cache, seq) for seq in beams] == [[20, 21, 5], [0, 1, 6], [0, 1, 7]]
+    for seq in beams:
+        cache.free(seq)
+    assert cache.pool.num_free == cache.pool.num_pages - 1
+
+
+def test_crop_takes_steps_back_and_frees_pages() -> None:
+    cache = make_cache()
+    seq = cache.add()
+    feed(cache, seq, [float(i) for i in range(10)])
+    free = cache.pool.num_free
+    cache.crop(seq, 5)
+    assert (cache.length(seq), cache.pool.num_free) == (5, free + 1)
+    feed(cache, seq, [50.0])
+    assert contents(cache, seq) == [0, 1, 2, 3, 4, 50]
+    cache.crop(seq, 0)
+    assert cache.pages(seq) == ()
+    with pytest.raises(ValueError, match=r"crop: length must be in \[0, 0\], got 1"):
+        cache.crop(seq, 1)
+
+
+def test_writing_after_a_crop_into_a_committed_page_leaves_the_prefix_intact() -> None:
+    cache = make_cache()
+    prompt = [1, 2, 3, 4, 5]
+    seq = cache.add(prompt)
+    feed(cache, seq, [1.0, 2.0, 3.0, 4.0, 5.0])
+    cache.commit(seq, prompt)
+    cache.crop(seq, 2)
+    feed(cache, seq, [30.0, 40.0])
+    cache.commit(seq, [1, 2, 30, 40])
+    assert contents(cache, seq) == [1, 2, 30, 40]
+    assert contents(cache, cache.add(prompt)) == [1, 2, 3, 4]
+    assert contents(cache, cache.add([1, 2, 30, 40, 9])) == [1, 2, 30, 40]
+
+
+def test_reserved_pages_are_used_first_and_never_shared() -> None:
+    cache = make_cache(num_pages=5)
+    a = cache.add()
+    cache.reserve(a, 12)
+    assert cache.pool.num_free == 1
+    reserved = cache.pages(a)
+    b = cache.fork(a)
+    assert cache.pages(b) == ()
+    cache.step([(b, 4)])
+    for n in (4, 1, 7):
+        cache.step([(a, n)])
+    assert cache.pages(a) == reserved
+
+
+def test_reset_forgets_sequences_and_prefixes() -> None:
+    cache = make_cache()
+    seq = cache.add([1, 2, 3, 4, 5])
+    feed(cache, seq, [1.0, 2.0, 3.0, 4.0, 5.0])
+    cache.commit(seq, [1, 2, 3, 4])
+    cache.reset()
+    assert cache.pool.num_free == cache.pool.num_pages - 1
+    with pytest.raises(IndexError, match=f"no sequence {seq}"):
+        cache.length(seq)
+    fresh = cache.add([1, 2, 3, 4, 5])
+    assert (fresh != seq, cache.length(fresh)) == (True, 0)
+    batch = cache.step([(fresh, 5)])
+    assert batch.page_table.tolist() == [[*cache.pages(fresh), 0, 0, 0]]
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def test_out_of_pages_changes_nothing() -> None:
+    cache = make_cache(num_pages=5)
+    a = cache.add()
+    feed(cache, a, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    b = cache.fork(a)
+    cache.step([(cache.add(), 1)])
+    before = state(cache)
+    # a and b have one page to copy and two to append, and one page is left.
+    with pytest.raises(OutOfPages, match="needed 3 pages, found 1 free"):
+        cache.step([(a, 4), (b, 4)])
+    with pytest.raises(OutOfPages, match="needed 2 pages, found 1 free"):
+        cache.reserve(b, 4)
+    assert state(cache) == before
+    cache.step([(b, 2)])
+    assert contents(cache, a) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("items", "num_rows", "error", "message"),
+    [
+        ([(0, 1), (0, 1)], None, ValueError, r"a sequence repeats in \[\(0, 1\), \(0, 1\)\]"),
+        ([(0, 0)], None, ValueError, r"token counts must be at least 1, got \[0\]"),
+        ([(0, 1), (1, 2)], 3, ValueError, r"padding needs equal token counts, got \[1, 2\]"),
+        ([(0, 1)], 5, ValueError, r"rows must be in \[1, max_batch=4\], got 5"),
+        ([(0, 1), (1, 1)], 1, ValueError, r"rows must be in \[2, max_batch=4\], got 1"),
+        ([(i, 1) for i in range(5)], None, ValueError, r"rows must be in \[5, max_batch=4\]"),
+        ([(1, 1), (0, 18)], None, ValueError, "sequence 0 has 3 tokens, cannot add 18: max_seq"),
+        ([(1, 1), (9, 1)], None, IndexError, "no sequence 9"),
+    ],
+)
+def test_bad_steps_change_nothing(
+    items: list[tuple[int, int]], num_rows: int | None, error: type[Exception], message: str
+) -> None:
+    cache = make_cache()
+    cache.step([(cache.add(), 3), (cache.add(), 1)])
+    before = state(cache)
+    with pytest.raises(error, match=message):
+        cache.step(items, num_rows=num_rows)
+    assert state(cache) == before
+
+
+def test_other_errors_state_what_is_wrong() -> None:
+    cache = make_cache()
+    a, b = cache.add(), cache.add()
+    cache.step([(a, 9)])
+    with pytest.raises(ValueError, match="needs the 8 tokens of 2 full pages, got 7"):
+        cache.commit(a, list(range(7)))
+    for order in ([0], [0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match="as many indices below 2, got"):
+            cache.reorder([a, b], order)
+    with pytest.raises(ValueError, match="needs distinct sequences"):
+        cache.reorder([a, a], [0, 0])
+    with pytest.raises(ValueError, match="has 9 tokens, cannot add -1"):
+        cache.reserve(a, -1)
+    cache.free(b)
+    for call in (cache.free, cache.fork, cache.length, cache.pages):
+        with pytest.raises(IndexError, match=f"no sequence {b}"):
+            call(b)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"page_size": 0}, r"page_size must be at least 1, got \(2, 2, 8, 4, 20, 0\)"),
+        ({"max_batch": 0}, "must be at least 1"),
+        ({"dtype": torch.int8}, "dtype must be bf16, fp16 or fp32, got torch.int8"),
+        ({"num_pages": 1}, r"num_pages must be in \[2, .*\] \(page 0 is reserved\), got 1"),
+    ],
+)
+def test_constructor_checks(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_cache(**sizes)
+
+
+# ---- against references --------------------------------------------------------------------------
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random life of a small cache: every sequence must always read back what it was fed.
+
+    The stored value of a token is a number given to its whole prefix, as a model's keys depend on
+    the whole prefix; so a wrongly shared or overwritten page shows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = make_cache(num_pages=10, page_size=2, max_seq_len=9, max_batch=4)
+        self.tokens: dict[int, list[int]] = {}
+        self.numbers: dict[tuple[int, ...], float] = {}
+
+    token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=6)
+    some = precondition(lambda self: len(self.tokens) > 0)
+    room = precondition(lambda self: len(self.tokens) < 5)
+
+    def values(self, tokens: list[int], start: int) -> list[float]:
+        prefixes = [tuple(tokens[: i + 1]) for i in range(start, len(tokens))]
+        return [self.numbers.setdefault(p, float(len(self.numbers))) for p in prefixes]
+
+    def pick(self, data: st.DataObject) -> int:
+        return int(data.draw(st.sampled_from(sorted(self.tokens))))
+
+    def check(self) -> None:
+        for seq, tokens in self.tokens.items():
+            assert contents(self.cache, seq) == self.values(tokens, 0)
+        held = {page for seq in self.tokens for page in self.cache.pages(seq)}
+        assert 0 not in held
+        pool = self.cache.pool
+        assert pool.num_free == pool.num_pages - 1 - len(held)
+
+    @room
+    @rule(tokens=token_lists)
+    def add(self, tokens: list[int]) -> None:
+        seq = self.cache.add(tokens)
+        self.tokens[seq] = tokens[: self.cache.length(seq)]
+        assert len(self.tokens[seq]) < len(tokens)
+        self.check()
+        self.step_all({seq: tokens[len(self.tokens[seq]) :]})
+
+    @some
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        seqs = data.draw(st.lists(st.sampled_from(sorted(self.tokens)), max_size=4, unique=True))
+        self.step_all({seq: data.draw(self.token_lists.map(lambda t: t[:3])) for seq in seqs})
+
+    def step_all(self, new: dict[int, list[int]]) -> None:
+        before = state(self.cache)
+        items = [(seq, len(tokens)) for seq, tokens in new.items()]
+        try:
+            batch = self.cache.step(items)
+        except (OutOfPages, ValueError):  # the pool or max_seq_len
+            assert state(self.cache) == before
+            return
+        values: list[float] = []
+        for seq, tokens in new.items():
+            start = len(self.tokens[seq])
+            self.tokens[seq] = self.tokens[seq] + tokens
+            values += self.values(self.tokens[seq], start)
+        write(self.cache, batch, torch.tensor(values))
+        self.check()
+
+    @some
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        seq = self.pick(data)
+        self.cache.commit(seq, self.tokens[seq])
+
+    @some
+    @rule(data=st.data())
+    def crop(self, data: st.DataObject) -> None:
+        seq = self.pick(data)
+        length = data.draw(st.integers(0, len(self.tokens[seq])))
+        self.cache.crop(seq, length)
+        self.tokens[seq] = self.tokens[seq][:length]
+        self.check()
+
+    @some
+    @room
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        seq = self.pick(data)
+        self.tokens[self.cache.fork(seq)] = self.tokens[seq]
+        self.check()
+
+    @some
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        seqs = sorted(self.tokens)
+        source = [data.draw(st.integers(0, len(seqs) - 1)) for _ in seqs]
+        self.cache.reorder(seqs, source)
+        self.tokens = {seq: self.tokens[seqs[i]] for seq, i in zip(seqs, source, strict=True)}
+        self.check()
+
+    @some
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        seq = self.pick(data)
+        self.cache.free(seq)
+        del self.tokens[seq]
+        self.check()
+
+
+CacheMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestCacheMachine = CacheMachine.TestCase
+
+
+def test_attention_over_steps_equals_one_dense_pass(device: str, nan_memory: None) -> None:
+    """Chunked prefill, decode, a fork and a prefix hit, with NaN in every slot never written."""
+    torch.manual_seed(1)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    cache = make_cache(device, dtype=dtype, max_seq_len=32)
+    q, k, v = (torch.randn(2, 14, heads, D, dtype=dtype, device=device) for heads in (4, HKV, HKV))
+    # Two sequences that agree in their first ten tokens.
+    for t in (q, k, v):
+        t[1, :10] = t[0, :10]
+    group = 4 // HKV
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q.double().transpose(1, 2),
+        k.double().transpose(1, 2).repeat_interleave(group, 1),
+        v.double().transpose(1, 2).repeat_interleave(group, 1),
+        is_causal=True,
+    ).transpose(1, 2)
+
+    def run(items: list[tuple[int, int, int]]) -> None:
+        """Feeds (sequence, row of the data, tokens) and compares the outputs of these tokens."""
+        starts = [cache.length(seq) for seq, _, _ in items]
+        batch = cache.step([(seq, n) for seq, _, n in items])
+
+        def new(t: Tensor) -> Tensor:
+            return torch.cat(
+                [t[row, s : s + n] for (_, row, n), s in zip(items, starts, strict=True)]
+            )
+
+        ops.kv_append(new(k), new(v), cache.k[1], cache.v[1], batch.slot_mapping)
+        out, _ = ops.paged_attention(
+            new(q),
+            cache.k[1],
+            cache.v[1],
+            batch.page_table,
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+            max_seqlen_q=batch.max_seqlen_q,
+        )
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+        torch.testing.assert_close(out.double(), new(dense), atol=tolerance, rtol=tolerance)
+
+    tokens = list(range(14))
+    a = cache.add(tokens)
+    run([(a, 0, 7)])
+    run([(a, 0, 3)])
+    cache.commit(a, tokens[:10])
+    b = cache.fork(a)
+    run([(b, 1, 2), (a, 0, 1)])
+    run([(a, 0, 3), (b, 1, 2)])
+    c = cache.add(tokens)
+    assert cache.length(c) == 8
+    run([(c, 0, 6)])
