@@ -1,0 +1,342 @@
+// paged_attention: schema and CPU implementation.
+//
+// The rows of one task, query tokens times the query heads of one KV head, share every key and
+// value that they load. Keys come in tiles that begin at multiples of kTileKeys, wherever the first
+// visible key is: a row's result then depends neither on the rows beside it nor on the batch, to
+// the bit.
+#include "attention/paged_attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/torch.h"
+
+namespace effllm {
+namespace {
+
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kTileKeys = 64;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct KeyRange {
+  int64_t begin, end;
+
+  KeyRange operator&(const KeyRange& other) const {
+    return {std::max(begin, other.begin), std::min(end, other.end)};
+  }
+  bool empty() const { return begin >= end; }
+};
+
+struct Sequence {
+  int64_t index, first_token, num_queries, num_keys;
+
+  // What query `query` of this sequence sees. Both ends grow with `query`.
+  KeyRange visible_keys(const PagedAttentionParams& params, int64_t query) const {
+    const int64_t position = num_keys - num_queries + query;
+    return {std::max<int64_t>(position - params.window + 1, 0),
+            params.causal ? std::min(position + 1, num_keys) : num_keys};
+  }
+
+  KeyRange visible_keys(const PagedAttentionParams& params, int64_t first, int64_t last) const {
+    return {visible_keys(params, first).begin, visible_keys(params, last).end};
+  }
+};
+
+Sequence sequence_at(const PagedAttentionParams& params, int64_t index) {
+  const int32_t* starts = params.cu_seqlens_q + index;
+  return {index, starts[0], starts[1] - starts[0], params.seq_lens[index]};
+}
+
+// Checks what the tensors hold, as far as it will be read. Nothing may throw once threads run.
+void check_values(const PagedAttentionParams& params) {
+  const Check check("paged_attention");
+  const auto in_range = [&](const std::string& name, int64_t value, int64_t first, int64_t last,
+                            const char* formula) {
+    if (value >= first && value <= last) return;
+    const int64_t bounds[] = {first, last};
+    check.that(false, name + " must be in " + formula + " = " + format_list(bounds, 2) + ", got " +
+                          std::to_string(value));
+  };
+
+  check.that(params.cu_seqlens_q[0] == 0,
+             "cu_seqlens_q[0] must be 0, got " + std::to_string(params.cu_seqlens_q[0]));
+  const int64_t longest_keys = params.max_pages_per_seq * params.page_size;
+  int64_t longest_query = 0;
+  for (int64_t idx = 0; idx < params.num_seqs; ++idx) {
+    const std::string position = std::to_string(idx);
+    const Sequence seq = sequence_at(params, idx);
+    in_range("cu_seqlens_q[" + std::to_string(idx + 1) + "]", params.cu_seqlens_q[idx + 1],
+             params.cu_seqlens_q[idx], params.num_tokens, "[the entry before it, T]");
+    in_range("seq_lens[" + position + "]", seq.num_keys, 0, longest_keys, "[0, MAXP * P]");
+    longest_query = std::max(longest_query, seq.num_queries);
+
+    if (seq.num_queries == 0) continue;
+    const KeyRange keys = seq.visible_keys(params, 0, seq.num_queries - 1);
+    if (keys.empty()) continue;
+    const int32_t* pages = params.page_table + idx * params.stride_page_table_seq;
+    for (int64_t page = keys.begin / params.page_size; page * params.page_size < keys.end; ++page) {
+      if (pages[page] >= 0 && pages[page] < params.num_pages) continue;
+      in_range("page_table[" + position + ", " + std::to_string(page) + "]", pages[page], 0,
+               params.num_pages - 1, "[0, NP - 1]");
+    }
+  }
+  check.that(params.max_seqlen_q >= longest_query,
+             "max_seqlen_q must be at least the longest query of cu_seqlens_q, " +
+                 std::to_string(longest_query) + ", got " + std::to_string(params.max_seqlen_q));
+}
+
+// Up to kTileRows rows of one sequence and KV head. Row r is query token r / group of the sequence
+// and query head r % group of the KV head.
+struct Task {
+  Sequence seq;
+  int64_t kv_head, first_row, num_rows;
+};
+
+std::vector<Task> split_into_tasks(const PagedAttentionParams& params) {
+  const int64_t group = params.num_q_heads / params.num_kv_heads;
+  std::vector<Task> tasks;
+  for (int64_t idx = 0; idx < params.num_seqs; ++idx) {
+    const Sequence seq = sequence_at(params, idx);
+    const int64_t num_rows = seq.num_queries * group;
+    for (int64_t row = 0; row < num_rows; row += kTileRows) {
+      for (int64_t head = 0; head < params.num_kv_heads; ++head) {
+        tasks.push_back({seq, head, row, std::min(kTileRows, num_rows - row)});
+      }
+    }
+  }
+  return tasks;
+}
+
+// What one thread works in, all in fp32.
+struct Workspace {
+  static int64_t size(int64_t dim) { return 2 * (kTileRows + kTileKeys) * dim; }
+
+  Workspace(float* memory, int64_t dim)
+      : queries(memory),
+        sums(queries + kTileRows * dim),
+        keys(sums + kTileRows * dim),
+        values(keys + kTileKeys * dim) {}
+
+  float* queries;           // [kTileRows, D]
+  float* sums;              // [kTileRows, D], of exp(score - maximum) * value
+  float* keys;              // [D, kTileKeys]
+  float* values;            // [kTileKeys, D]
+  float maxima[kTileRows];  // largest score of each row so far
+  float totals[kTileRows];  // of exp(score - maximum)
+};
+
+// kColumns columns of add_weighted_rows, in registers from the first row to the last. Sums of four
+// rows first: shorter chains round less.
+template <int kColumns>
+void add_weighted_columns(const float* weights, const float* rows, int64_t count, int64_t width,
+                          float* out) {
+  float sums[kColumns];
+  for (int col = 0; col < kColumns; ++col) sums[col] = out[col];
+  int64_t row = 0;
+  for (; row + 4 <= count; row += 4, weights += 4, rows += 4 * width) {
+    const float *r0 = rows, *r1 = r0 + width, *r2 = r1 + width, *r3 = r2 + width;
+    for (int col = 0; col < kColumns; ++col) {
+      sums[col] += (weights[0] * r0[col] + weights[1] * r1[col]) +
+                   (weights[2] * r2[col] + weights[3] * r3[col]);
+    }
+  }
+  for (; row < count; ++row, ++weights, rows += width) {
+    for (int col = 0; col < kColumns; ++col) sums[col] += weights[0] * rows[col];
+  }
+  for (int col = 0; col < kColumns; ++col) out[col] = sums[col];
+}
+
+// out[0 .. width) += the sum over rows of weights[row] * rows[row * width ..], width a multiple
+// of 8. Both matrix products are made of it: no sum crosses lanes, so it vectorises as it is
+// written.
+void add_weighted_rows(const float* weights, const float* rows, int64_t count, int64_t width,
+                       float* out) {
+  int64_t col = 0;
+  for (; col + 32 <= width; col += 32) {
+    add_weighted_columns<32>(weights, rows + col, count, width, out + col);
+  }
+  for (; col < width; col += 8) {
+    add_weighted_columns<8>(weights, rows + col, count, width, out + col);
+  }
+}
+
+template <class T>
+void load_queries(const PagedAttentionParams& params, const Task& task, Workspace& work) {
+  const int64_t group = params.num_q_heads / params.num_kv_heads;
+  for (int64_t idx = 0; idx < task.num_rows; ++idx) {
+    const int64_t row = task.first_row + idx;
+    const T* query = static_cast<const T*>(params.q) +
+                     (task.seq.first_token + row / group) * params.stride_q_token +
+                     (task.kv_head * group + row % group) * params.stride_q_head;
+    for (int64_t d = 0; d < params.head_dim; ++d) {
+      work.queries[idx * params.head_dim + d] = to_float(query[d]);
+    }
+  }
+}
+
+// Keys (transposed) and values of `range`, which lies in the tile that begins at `tile_begin`.
+template <class T>
+void load_keys_and_values(const PagedAttentionParams& params, const Task& task, KeyRange range,
+                          int64_t tile_begin, Workspace& work) {
+  const int32_t* pages = params.page_table + task.seq.index * params.stride_page_table_seq;
+  for (int64_t position = range.begin; position < range.end; ++position) {
+    const int64_t page = pages[position / params.page_size];
+    const int64_t slot = position % params.page_size;
+    const T* key = static_cast<const T*>(params.k_cache) + page * params.stride_k_page +
+                   slot * params.stride_k_slot + task.kv_head * params.stride_k_head;
+    const T* value = static_cast<const T*>(params.v_cache) + page * params.stride_v_page +
+                     slot * params.stride_v_slot + task.kv_head * params.stride_v_head;
+    float* key_column = work.keys + (position - tile_begin);
+    float* value_row = work.values + (position - tile_begin) * params.head_dim;
+    for (int64_t d = 0; d < params.head_dim; ++d) key_column[d * kTileKeys] = to_float(key[d]);
+    for (int64_t d = 0; d < params.head_dim; ++d) value_row[d] = to_float(value[d]);
+  }
+}
+
+// One step of the online softmax: row `row` of the task meets its visible keys of a tile,
+// `visible`, counted from the tile's begin.
+void update_row(const PagedAttentionParams& params, int64_t row, KeyRange visible,
+                Workspace& work) {
+  const int64_t dim = params.head_dim;
+  float scores[kTileKeys] = {};
+  add_weighted_rows(work.queries + row * dim, work.keys, dim, kTileKeys, scores);
+
+  float maximum = work.maxima[row];
+  for (int64_t key = visible.begin; key < visible.end; ++key) {
+    scores[key] *= params.scale;
+    if (params.softcap > 0.0f) {
+      scores[key] = params.softcap * std::tanh(scores[key] / params.softcap);
+    }
+    maximum = scores[key] > maximum ? scores[key] : maximum;
+  }
+
+  // While all scores are -inf, any finite base does: -inf - -inf would make them NaN.
+  const float base = maximum == -kInfinity ? 0.0f : maximum;
+  const float rescale = std::exp(work.maxima[row] - base);
+  float total = work.totals[row] * rescale;
+  for (int64_t key = visible.begin; key < visible.end; ++key) {
+    scores[key] = std::exp(scores[key] - base);
+    total += scores[key];
+  }
+  work.maxima[row] = maximum;
+  work.totals[row] = total;
+
+  float* sums = work.sums + row * dim;
+  if (rescale != 1.0f) {
+    for (int64_t d = 0; d < dim; ++d) sums[d] *= rescale;
+  }
+  // Only visible values are read: what a masked one holds, even NaN, has no influence.
+  add_weighted_rows(scores + visible.begin, work.values + visible.begin * dim,
+                    visible.end - visible.begin, dim, sums);
+}
+
+template <class T>
+void store_rows(const PagedAttentionParams& params, const Task& task, const Workspace& work) {
+  const int64_t group = params.num_q_heads / params.num_kv_heads;
+  for (int64_t idx = 0; idx < task.num_rows; ++idx) {
+    const int64_t row = task.first_row + idx;
+    const int64_t out_row = (task.seq.first_token + row / group) * params.num_q_heads +
+                            task.kv_head * group + row % group;
+    const float total = work.totals[idx];
+    params.lse[out_row] = work.maxima[idx] + std::log(total);  // log(0) = -inf: no key
+    T* out = static_cast<T*>(params.out) + out_row * params.head_dim;
+    for (int64_t d = 0; d < params.head_dim; ++d) {
+      const float sum = work.sums[idx * params.head_dim + d];
+      out[d] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
+    }
+  }
+}
+
+template <class T>
+void run_task(const PagedAttentionParams& params, const Task& task, Workspace& work) {
+  const int64_t group = params.num_q_heads / params.num_kv_heads;
+  load_queries<T>(params, task, work);
+  std::fill_n(work.sums, task.num_rows * params.head_dim, 0.0f);
+  std::fill_n(work.maxima, task.num_rows, -kInfinity);
+  std::fill_n(work.totals, task.num_rows, 0.0f);
+
+  const KeyRange keys = task.seq.visible_keys(params, task.first_row / group,
+                                              (task.first_row + task.num_rows - 1) / group);
+  for (int64_t tile_begin = keys.begin / kTileKeys * kTileKeys; tile_begin < keys.end;
+       tile_begin += kTileKeys) {
+    const KeyRange tile = keys & KeyRange{tile_begin, tile_begin + kTileKeys};
+    load_keys_and_values<T>(params, task, tile, tile_begin, work);
+    for (int64_t row = 0; row < task.num_rows; ++row) {
+      const int64_t query = (task.first_row + row) / group;
+      const KeyRange visible = tile & task.seq.visible_keys(params, query);
+      if (visible.empty()) continue;
+      update_row(params, row, {visible.begin - tile_begin, visible.end - tile_begin}, work);
+    }
+  }
+  store_rows<T>(params, task, work);
+}
+
+template <class T>
+void run_paged_attention(const PagedAttentionParams& params) {
+  // Query tokens past the last sequence: rows without keys.
+  const int64_t num_rows = params.num_tokens * params.num_q_heads;
+  const int64_t first_unused = params.cu_seqlens_q[params.num_seqs] * params.num_q_heads;
+  std::fill(static_cast<T*>(params.out) + first_unused * params.head_dim,
+            static_cast<T*>(params.out) + num_rows * params.head_dim, T{});
+  std::fill(params.lse + first_unused, params.lse + num_rows, -kInfinity);
+
+  // Tasks differ in length, so threads take the next one when they are done with theirs. All memory
+  // is there before they start: an exception in a thread would end the process.
+  const std::vector<Task> tasks = split_into_tasks(params);
+  const int64_t num_workers =
+      std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(tasks.size()));
+  const int64_t workspace_size = Workspace::size(params.head_dim);
+  std::vector<float> memory(num_workers * workspace_size);
+  std::atomic<size_t> next_task{0};
+  parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      Workspace work(memory.data() + worker * workspace_size, params.head_dim);
+      for (size_t idx = next_task++; idx < tasks.size(); idx = next_task++) {
+        run_task<T>(params, tasks[idx], work);
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> paged_attention_cpu(const Tensor& q, const Tensor& k_cache,
+                                               const Tensor& v_cache, const Tensor& page_table,
+                                               const Tensor& seq_lens, const Tensor& cu_seqlens_q,
+                                               int64_t max_seqlen_q, std::optional<double> scale,
+                                               bool causal, std::optional<int64_t> window,
+                                               double softcap) {
+  PagedAttentionParams params = check_paged_attention(
+      as_view(q, "q"), as_view(k_cache, "k_cache"), as_view(v_cache, "v_cache"),
+      as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
+      as_view(cu_seqlens_q, "cu_seqlens_q"), max_seqlen_q, scale, causal, window, softcap);
+  check_values(params);
+
+  Tensor out = new_empty(q, {params.num_tokens, params.num_q_heads, params.head_dim}, params.dtype);
+  Tensor lse = new_empty(q, {params.num_tokens, params.num_q_heads}, DType::kFloat32);
+  params.out = out.mutable_data_ptr();
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (params.num_tokens > 0 && params.num_q_heads > 0) {
+    dispatch_float(params.dtype,
+                   [&](auto element) { run_paged_attention<decltype(element)>(params); });
+  }
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NS, m) {
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
+      "Tensor seq_lens, Tensor cu_seqlens_q, *, SymInt max_seqlen_q, float? scale=None, "
+      "bool causal=True, int? window=None, float softcap=0.) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NS, CPU, m) {
+  m.impl("paged_attention", TORCH_BOX(&paged_attention_cpu));
+}
+
+}  // namespace effllm

@@ -1,0 +1,132 @@
+// paged_attention: softmax(scale * Q K^T) V over keys and values that live in pages.
+//
+//   q            [T, HQ, D]        query tokens of all sequences, one after the other
+//   k_cache      [NP, P, HKV, D]   any strides with stride(-1) == 1 (usual memory: [NP, HKV, P, D])
+//   v_cache      [NP, P, HKV, D]   likewise
+//   page_table   [B, MAXP] int32   page of each P keys; entries without a visible key are not read
+//   seq_lens     [B] int32         keys of each sequence, those of its query tokens included
+//   cu_seqlens_q [B + 1] int32     sequence b owns query tokens cu_seqlens_q[b] .. [b + 1], from 0
+//   out          [T, HQ, D]        and lse [T, HQ] fp32, natural logarithm
+//
+// Query i of the n of a sequence with s keys stands at position s - n + i (bottom-right alignment).
+// It sees key j if, when causal, j <= position, and, with a window w, j > position - w.
+// Scores are softcap * tanh(scale * qk / softcap) if softcap > 0. A row that sees no key is 0 with
+// lse -inf; so is a query token of no sequence (cu_seqlens_q[B] < T), and a row whose scores are
+// all -inf. Query head h reads KV head h / (HQ / HKV).
+//
+// Lengths and tables are data: the CPU raises on a value out of range, the GPU, which cannot raise,
+// clamps it (seq_lens to MAXP * P, pages to NP - 1), so that nothing outside the tensors is read,
+// and clears query tokens over max_seqlen_q.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "common/check.h"
+#include "common/view.h"
+
+namespace effllm {
+
+struct PagedAttentionParams {
+  int64_t num_seqs, num_tokens, num_q_heads, num_kv_heads, head_dim;
+  int64_t num_pages, page_size, max_pages_per_seq, max_seqlen_q;
+  DType dtype;  // of q, k_cache, v_cache and out
+
+  const void* q;
+  int64_t stride_q_token, stride_q_head;
+  const void* k_cache;
+  int64_t stride_k_page, stride_k_slot, stride_k_head;
+  const void* v_cache;
+  int64_t stride_v_page, stride_v_slot, stride_v_head;
+  const int32_t* page_table;
+  int64_t stride_page_table_seq;
+  const int32_t* seq_lens;
+  const int32_t* cu_seqlens_q;
+
+  float scale, softcap;
+  bool causal;
+  int64_t window;  // keys seen including the query's own; at most kNoWindow, which is all
+
+  void* out;   // [T, HQ, D], contiguous
+  float* lse;  // [T, HQ], contiguous
+
+  static constexpr int64_t kNoWindow = INT64_MAX / 2;
+};
+
+// Everything but `out` and `lse`, which the op allocates afterwards.
+inline PagedAttentionParams check_paged_attention(const View& q, const View& k_cache,
+                                                  const View& v_cache, const View& page_table,
+                                                  const View& seq_lens, const View& cu_seqlens_q,
+                                                  int64_t max_seqlen_q, std::optional<double> scale,
+                                                  bool causal, std::optional<int64_t> window,
+                                                  double softcap) {
+  Check check("paged_attention");
+  Sym tokens("T"), q_heads("HQ"), dim("D"), pages("NP"), page_size("P"), kv_heads("HKV");
+  Sym seqs("B"), max_pages("MAXP");
+  check(q).shape({tokens, q_heads, dim}).last_stride_one();
+  if (q.device.type == Device::Type::kCPU) {
+    check(q).dtype({DType::kFloat16, DType::kBFloat16, DType::kFloat32});
+  } else {
+    check(q).dtype({DType::kFloat16, DType::kBFloat16});
+  }
+  check(k_cache).dtype({q.dtype}).shape({pages, page_size, kv_heads, dim}).last_stride_one();
+  check(v_cache).dtype({q.dtype}).shape({pages, page_size, kv_heads, dim}).last_stride_one();
+  check(page_table).dtype({DType::kInt32}).shape({seqs, max_pages}).last_stride_one();
+  check(seq_lens).dtype({DType::kInt32}).shape({seqs}).last_stride_one();
+  check(cu_seqlens_q).dtype({DType::kInt32}).shape({{"B + 1", *seqs + 1}}).last_stride_one();
+
+  check.that(
+      *dim % 8 == 0 && *dim >= 8 && *dim <= 256,
+      "q must have a head dim that is a multiple of 8 up to 256, got " + std::to_string(*dim));
+  check.that(*kv_heads > 0 && *q_heads % *kv_heads == 0,
+             "q must have a number of heads that is a multiple of the cache's " +
+                 std::to_string(*kv_heads) + ", got " + std::to_string(*q_heads));
+  check.that(*page_size > 0, "k_cache must have a page size of at least 1, got 0");
+  check.that(max_seqlen_q >= 0,
+             "max_seqlen_q must be at least 0, got " + std::to_string(max_seqlen_q));
+  check.that(!window || *window >= 1,
+             "window must be at least 1 or None, got " + std::to_string(window.value_or(0)));
+  // As floats, which is what kernels compute with.
+  check.that(softcap >= 0.0 && softcap <= FLT_MAX,
+             "softcap must be finite and at least 0 (0 = none), got " + std::to_string(softcap));
+  check.that(!scale || std::abs(*scale) <= FLT_MAX,
+             "scale must be finite, got " + std::to_string(scale.value_or(0.0)));
+
+  PagedAttentionParams params{};
+  params.num_seqs = *seqs;
+  params.num_tokens = *tokens;
+  params.num_q_heads = *q_heads;
+  params.num_kv_heads = *kv_heads;
+  params.head_dim = *dim;
+  params.num_pages = *pages;
+  params.page_size = *page_size;
+  params.max_pages_per_seq = *max_pages;
+  params.max_seqlen_q = max_seqlen_q;
+  params.dtype = q.dtype;
+  params.q = q.data;
+  params.stride_q_token = q.stride(0);
+  params.stride_q_head = q.stride(1);
+  params.k_cache = k_cache.data;
+  params.stride_k_page = k_cache.stride(0);
+  params.stride_k_slot = k_cache.stride(1);
+  params.stride_k_head = k_cache.stride(2);
+  params.v_cache = v_cache.data;
+  params.stride_v_page = v_cache.stride(0);
+  params.stride_v_slot = v_cache.stride(1);
+  params.stride_v_head = v_cache.stride(2);
+  params.page_table = page_table.data_as<int32_t>();
+  params.stride_page_table_seq = page_table.stride(0);
+  params.seq_lens = seq_lens.data_as<int32_t>();
+  params.cu_seqlens_q = cu_seqlens_q.data_as<int32_t>();
+  params.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(*dim))));
+  params.softcap = static_cast<float>(softcap);
+  params.causal = causal;
+  params.window = std::min(window.value_or(INT64_MAX), PagedAttentionParams::kNoWindow);
+  return params;
+}
+
+}  // namespace effllm

@@ -1,0 +1,191 @@
+"""paged_attention: queries against keys and values that live in pages."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._autograd import refuse_backward
+from .._load import ops
+
+_op = ops.paged_attention.default
+_REF_QUERIES = 512  # at a time: all scores of a long prompt in float64 would not fit
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    max_seqlen_q: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale * Q K^T) V`` for sequences of any lengths, prefill and decode in one batch.
+
+    Query i of the n of a sequence with s keys stands at position s - n + i (bottom-right
+    alignment): the new keys are already in the cache. Softmax and sums are fp32. Lengths and
+    tables are read on the device; nothing synchronises, so calls can be captured in CUDA graphs.
+    Decoding costs the reading of the keys and values once; GQA heads share it.
+
+    Args:
+        q: [T, HQ, D], fp16 or bf16; fp32 on the CPU only. The query tokens of all sequences, one
+            sequence after the other; any strides with stride(-1) == 1. D is a multiple of 8 up to
+            256, HQ a multiple of HKV; query head h reads KV head h // (HQ // HKV).
+        k_cache, v_cache: [NP, P, HKV, D] in the dtype of q, any page size P >= 1, any strides with
+            stride(-1) == 1; on a GPU rows have to start at multiples of 16 bytes.
+        page_table: int32 [B, MAXP]: the page of each P keys of a sequence. Entries that hold no
+            visible key are not read and may be anything.
+        seq_lens: int32 [B], keys of each sequence, its query tokens included; may be 0.
+        cu_seqlens_q: int32 [B + 1], from 0: sequence b owns query tokens cu_seqlens_q[b] up to, not
+            including, cu_seqlens_q[b + 1]. Tokens past the last belong to no sequence.
+        max_seqlen_q: at least the number of query tokens of the longest sequence.
+        scale: multiplies the scores; None means 1 / sqrt(D).
+        causal: whether a query sees no key behind its own position.
+        window: how many keys a query sees at most, counted back from its own position, its own
+            included; None means all.
+        softcap: c > 0 turns each score s into c * tanh(s / c); 0 leaves it.
+
+    Returns:
+        out [T, HQ, D] in the dtype of q, and lse fp32 [T, HQ], the natural logarithm of the sum of
+        the exponentials of the scores; both contiguous. A row that sees no key is 0 with lse -inf.
+
+    Raises:
+        RuntimeError: a wrong dtype, device, rank, shape, stride or number; on the CPU also a length
+            or page out of range. A GPU, which cannot raise, clamps those, and leaves query tokens
+            beyond max_seqlen_q at 0. The backward pass: this is an inference op.
+
+    Source:
+        csrc/attention/paged_attention.h. Pages as in PagedAttention (arXiv:2309.06180), the online
+        softmax of FlashAttention (arXiv:2205.14135).
+    """
+    return _op(
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        seq_lens,
+        cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+    )
+
+
+@torch.library.register_fake(_op.name())
+def _fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    max_seqlen_q: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    torch._check(
+        q.dim() == 3, lambda: f"paged_attention: q must be [T, HQ, D], got {list(q.shape)}"
+    )
+    torch._check(
+        k_cache.dim() == 4 and k_cache.shape[3] == q.shape[2],
+        lambda: (
+            f"paged_attention: k_cache must be [NP, P, HKV, D] = [?, ?, ?, {q.shape[2]}], "
+            f"got {list(k_cache.shape)}"
+        ),
+    )
+    torch._check(
+        v_cache.shape == k_cache.shape,
+        lambda: (
+            f"paged_attention: v_cache must have the shape of k_cache, {list(k_cache.shape)}, "
+            f"got {list(v_cache.shape)}"
+        ),
+    )
+    torch._check(
+        page_table.dim() == 2 and seq_lens.dim() == 1 and cu_seqlens_q.dim() == 1,
+        lambda: (
+            "paged_attention: page_table must be [B, MAXP], seq_lens [B] and cu_seqlens_q [B + 1], "
+            f"got {list(page_table.shape)}, {list(seq_lens.shape)} and {list(cu_seqlens_q.shape)}"
+        ),
+    )
+    torch._check(
+        seq_lens.shape[0] == page_table.shape[0]
+        and cu_seqlens_q.shape[0] == page_table.shape[0] + 1,
+        lambda: (
+            f"paged_attention: page_table has B = {page_table.shape[0]}, but seq_lens is "
+            f"{list(seq_lens.shape)} and cu_seqlens_q {list(cu_seqlens_q.shape)}"
+        ),
+    )
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+refuse_backward(_op)
+
+
+def paged_attention_ref(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    max_seqlen_q: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+    weights_dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, one sequence after the other: gather the pages, mask, softmax.
+
+    All arithmetic and the results are in ``dtype``; the attention weights are rounded to
+    ``weights_dtype`` in between, as every 16-bit implementation does before it multiplies by V.
+    """
+    num_tokens, num_heads, dim = q.shape
+    page_size, group = k_cache.shape[1], num_heads // k_cache.shape[2]
+    scale = 1.0 / math.sqrt(dim) if scale is None else scale
+    out = torch.zeros(num_tokens, num_heads, dim, dtype=dtype, device=q.device)
+    lse = torch.full((num_tokens, num_heads), -math.inf, dtype=dtype, device=q.device)
+    starts = cu_seqlens_q.tolist()
+    for index, num_keys in enumerate(seq_lens.tolist()):
+        first_position = num_keys - (starts[index + 1] - starts[index])
+        for start in range(starts[index], starts[index + 1], _REF_QUERIES):
+            rows = slice(start, min(start + _REF_QUERIES, starts[index + 1]))
+            position = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+            position = position - starts[index] + first_position
+            key = torch.arange(num_keys, device=q.device)
+            visible = key < num_keys if not causal else key <= position
+            if window is not None:
+                visible = visible & (key > position - window)
+            visible = visible.expand(position.shape[0], num_keys)
+            # Table entries without a visible key may be absurd: they are not looked up.
+            used = visible.any(0)
+            pages = page_table[index, key[used] // page_size].long()
+            slots = key[used] % page_size
+            keys, values = (
+                cache[pages, slots].to(dtype).repeat_interleave(group, dim=1)
+                for cache in (k_cache, v_cache)
+            )
+            scores = torch.einsum("qhd,khd->hqk", q[rows].to(dtype), keys) * scale
+            if softcap > 0:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~visible[:, used], -math.inf)
+            row_lse = scores.logsumexp(-1)
+            # Rows without a key: any finite number in place of -inf makes all their weights 0.
+            base = row_lse.masked_fill(row_lse == -math.inf, 0.0)[..., None]
+            weights = torch.exp(scores - base).to(weights_dtype).to(dtype)
+            out[rows] = torch.einsum("hqk,khd->qhd", weights, values)
+            lse[rows] = row_lse.T
+    return out, lse
