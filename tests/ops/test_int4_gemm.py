@@ -163,8 +163,14 @@ def wrong(index: int, tensor: Tensor) -> list[Any]:
 ERRORS = [
     (wrong(0, torch.ones(6, 192, dtype=torch.int32)), r"x must be float16.* got int32"),
     (wrong(0, torch.ones(())), r"x must be \[\.\.\., K\], got a scalar"),
-    (wrong(0, torch.ones(6, 193)), r"scales must be \[N, ceil\(K/g\)\] = \[72, 4\], got \[72, 3\]"),
-    (wrong(0, torch.ones(6, 64)), r"scales must be \[N, ceil\(K/g\)\] = \[72, 1\], got \[72, 3\]"),
+    (
+        wrong(0, torch.ones(6, 193).half()),
+        r"scales must be \[N, ceil\(K/g\)\] = \[72, 4\], got \[72, 3\]",
+    ),
+    (
+        wrong(0, torch.ones(6, 64).half()),
+        r"scales must be \[N, ceil\(K/g\)\] = \[72, 1\], got \[72, 3\]",
+    ),
     (wrong(1, torch.zeros(2, 1536)), r"qweight must be int32, got float32"),
     (
         wrong(1, torch.zeros(1, 1536, dtype=torch.int32)),

@@ -30,8 +30,8 @@ def test_rows_may_be_strided(device: str) -> None:
         (torch.zeros(512, dtype=torch.int32), 64, 64, r"qweight must be .* got \[512\]"),
         (torch.zeros(1, 512, dtype=torch.int32), -1, 64, r"n and k must be at least 0, got n = -1"),
         (
-            torch.zeros(512, 2, dtype=torch.int32).T[:1],
-            64,
+            torch.zeros(512, 2, dtype=torch.int32).T,
+            128,
             64,
             r"qweight must have stride 1 in its last dimension, got strides \[1, 2\]",
         ),

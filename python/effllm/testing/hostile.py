@@ -6,6 +6,7 @@ passes. Here such memory holds NaN, the largest integer, or a canary.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from torch import Tensor
 
 ABSURD_PAGES = (2147480000, -1)
 """What page tables hold past their last page: a stale entry or a sentinel, neither a page."""
+
+MAX_DRAWN = 2**24
+"""A longer tensor repeats its values from here on: drawing gigabytes on the CPU takes minutes."""
 
 CANARY = 0xA5
 GUARD_BYTES = 512
@@ -41,9 +45,12 @@ def normal(
         outliers: fraction of the elements that are enlarged.
     """
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator) + mean
-    enlarged = torch.rand(shape, generator=generator) < outliers
-    return torch.where(enlarged, values * 30, values).to(device, dtype)
+    count = math.prod(shape)
+    drawn = min(count, MAX_DRAWN)
+    values = torch.randn(drawn, generator=generator) + mean
+    enlarged = torch.rand(drawn, generator=generator) < outliers
+    values = torch.where(enlarged, values * 30, values).to(device, dtype)
+    return values.repeat(-(-count // max(drawn, 1)))[:count].view(shape)
 
 
 def poison_(tensor: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -81,7 +88,7 @@ def poison_unused_slots_(cache: Tensor, page_table: Tensor, seq_lens: Tensor) ->
     """Fill every slot of a cache [NP, P, HKV, D] that holds no key with NaN, in place: unused pages
     and the tails of last pages. ``0 * NaN`` is NaN, so masking by multiplication shows too."""
     live = live_slots(page_table, seq_lens, cache.shape[0], cache.shape[1])
-    return poison_(cache, ~live[:, :, None, None])
+    return poison_(cache, ~live[:, :, None, None].to(cache.device))
 
 
 def absurd_tails(page_table: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:
