@@ -173,7 +173,8 @@ class PagedAttentionCase(Case):
     def shape(self) -> dict[str, int | str]:
         queries, keys = max(self.sequences, key=lambda sequence: sequence[1])
         names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        return {
+        window = {} if self.window is None else {"window": self.window}
+        return window | {
             "B": len(self.sequences),
             "S": keys,
             "HQ": self.num_q_heads,
