@@ -173,7 +173,7 @@ class PagedAttentionCase(Case):
     def shape(self) -> dict[str, int | str]:
         queries, keys = max(self.sequences, key=lambda sequence: sequence[1])
         names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        window = {} if self.window is None else {"window": self.window}
+        window: dict[str, int | str] = {} if self.window is None else {"window": self.window}
         return window | {
             "B": len(self.sequences),
             "S": keys,
