@@ -24,6 +24,7 @@ struct Launch {
   dim3 grid, block;
   size_t smem_bytes;
   cudaStream_t stream;
+  int cluster = 1;  // CTAs, neighbours in x, that see each other's shared memory (sm_90)
 
   template <class Params>
   void operator()(void (*kernel)(Params), const Params& params) const {
@@ -33,8 +34,17 @@ struct Launch {
                                       static_cast<int>(smem_bytes)),
                  op, "shared memory opt-in");
     }
-    kernel<<<grid, block, smem_bytes, stream>>>(params);
-    check_cuda(cudaGetLastError(), op, "kernel launch");
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, params), op, "kernel launch");
   }
 };
 

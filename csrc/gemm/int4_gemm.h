@@ -97,9 +97,9 @@ inline Int4GemmParams check_int4_gemm(const View& x, const View& qweight, const 
   return params;
 }
 
-// CUDA tile shapes. `token_tiles` counts 8-token columns of one CTA's 64-row strip; `k_slices`
-// warps per 16 rows share the work along K, which is what keeps enough loads in flight for few
-// tokens.
+// Tile shapes of the mma.sync kernel. `token_tiles` counts 8-token columns of one CTA's 64-row
+// strip; `k_slices` warps per 16 rows share the work along K, which is what keeps enough loads in
+// flight for few tokens.
 struct Int4GemmConfig {
   int token_tiles, k_slices;
   int tokens() const { return 8 * token_tiles; }

@@ -105,6 +105,18 @@ def _cases() -> list[Int4GemmCase]:
             for n, k, g in ((40, 200, 64), (65, 1000, -1), (17, 333, 128), (1, 64, 32), (72, 1, 32))
             for dtype in (half, bf16)
         ),
+        # Long K: slices of it are summed by several CTAs; rows of x that bulk copies can read.
+        *(
+            Int4GemmCase(m, n, k, g, dtype, zeros)
+            for m, n, k, g, zeros in (
+                (1, 64, 8192, 128, False),
+                (12, 136, 4104, 64, True),
+                (20, 200, 4096, -1, False),
+                (64, 72, 2880, 128, True),
+                (130, 320, 1032, -1, True),
+            )
+            for dtype in (half, bf16)
+        ),
         # Nothing to do, in each dimension.
         *(Int4GemmCase(m, n, k, bias=True) for m, n, k in ((0, 64, 64), (4, 0, 64), (4, 64, 0))),
         Int4GemmCase(65537, 8, 64),

@@ -1,0 +1,37 @@
+// Thread block clusters (sm_90): rank, barrier, and reads of each other's shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "ptx/mbarrier.cuh"
+
+namespace effllm::ptx {
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all CTAs of the cluster; writes to shared memory before it are seen after it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+// The float that CTA `rank` has where this CTA has `pointer`.
+__device__ __forceinline__ float load_cluster_smem(const float* pointer, uint32_t rank) {
+  float value;
+  asm volatile(
+      "{.reg .b32 address;\n"
+      "mapa.shared::cluster.u32 address, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [address];}"
+      : "=f"(value)
+      : "r"(smem_address(pointer)), "r"(rank)
+      : "memory");
+  return value;
+}
+
+}  // namespace effllm::ptx
