@@ -8,11 +8,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "attention/paged_attention_rows.h"
+#include "common/cpu_isa.h"
 #include "common/dispatch.h"
 #include "common/torch.h"
 
@@ -20,7 +23,7 @@ namespace effllm {
 namespace {
 
 constexpr int64_t kTileRows = 32;
-constexpr int64_t kTileKeys = 64;
+constexpr int64_t kTileKeys = kAttentionTileKeys;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct KeyRange {
@@ -29,6 +32,7 @@ struct KeyRange {
   KeyRange operator&(const KeyRange& other) const {
     return {std::max(begin, other.begin), std::min(end, other.end)};
   }
+  bool operator==(const KeyRange&) const = default;
   bool empty() const { return begin >= end; }
 };
 
@@ -114,55 +118,30 @@ std::vector<Task> split_into_tasks(const PagedAttentionParams& params) {
 
 // What one thread works in, all in fp32.
 struct Workspace {
-  static int64_t size(int64_t dim) { return 2 * (kTileRows + kTileKeys) * dim; }
+  static int64_t size(int64_t dim) {
+    return (2 * kTileRows + kAttentionKeyStride + kTileKeys) * dim;
+  }
 
   Workspace(float* memory, int64_t dim)
       : queries(memory),
         sums(queries + kTileRows * dim),
         keys(sums + kTileRows * dim),
-        values(keys + kTileKeys * dim) {}
+        values(keys + kAttentionKeyStride * dim) {}
 
   float* queries;           // [kTileRows, D]
   float* sums;              // [kTileRows, D], of exp(score - maximum) * value
-  float* keys;              // [D, kTileKeys]
+  float* keys;              // [D, kAttentionKeyStride]
   float* values;            // [kTileKeys, D]
   float maxima[kTileRows];  // largest score of each row so far
   float totals[kTileRows];  // of exp(score - maximum)
 };
 
-// kColumns columns of add_weighted_rows, in registers from the first row to the last. Sums of four
-// rows first: shorter chains round less.
-template <int kColumns>
-void add_weighted_columns(const float* weights, const float* rows, int64_t count, int64_t width,
-                          float* out) {
-  float sums[kColumns];
-  for (int col = 0; col < kColumns; ++col) sums[col] = out[col];
-  int64_t row = 0;
-  for (; row + 4 <= count; row += 4, weights += 4, rows += 4 * width) {
-    const float *r0 = rows, *r1 = r0 + width, *r2 = r1 + width, *r3 = r2 + width;
-    for (int col = 0; col < kColumns; ++col) {
-      sums[col] += (weights[0] * r0[col] + weights[1] * r1[col]) +
-                   (weights[2] * r2[col] + weights[3] * r3[col]);
-    }
+AttentionRowsKernel select_rows_kernel() {
+  if constexpr (kHasX86Isas) {
+    if (cpu_isa() == CpuIsa::kAvx512) return attention_rows_avx512;
+    if (cpu_isa() == CpuIsa::kAvx2) return attention_rows_avx2;
   }
-  for (; row < count; ++row, ++weights, rows += width) {
-    for (int col = 0; col < kColumns; ++col) sums[col] += weights[0] * rows[col];
-  }
-  for (int col = 0; col < kColumns; ++col) out[col] = sums[col];
-}
-
-// out[0 .. width) += the sum over rows of weights[row] * rows[row * width ..], width a multiple
-// of 8. Both matrix products are made of it: no sum crosses lanes, so it vectorises as it is
-// written.
-void add_weighted_rows(const float* weights, const float* rows, int64_t count, int64_t width,
-                       float* out) {
-  int64_t col = 0;
-  for (; col + 32 <= width; col += 32) {
-    add_weighted_columns<32>(weights, rows + col, count, width, out + col);
-  }
-  for (; col < width; col += 8) {
-    add_weighted_columns<8>(weights, rows + col, count, width, out + col);
-  }
+  return update_rows<4>;
 }
 
 template <class T>
@@ -193,46 +172,11 @@ void load_keys_and_values(const PagedAttentionParams& params, const Task& task, 
                      slot * params.stride_v_slot + task.kv_head * params.stride_v_head;
     float* key_column = work.keys + (position - tile_begin);
     float* value_row = work.values + (position - tile_begin) * params.head_dim;
-    for (int64_t d = 0; d < params.head_dim; ++d) key_column[d * kTileKeys] = to_float(key[d]);
+    for (int64_t d = 0; d < params.head_dim; ++d) {
+      key_column[d * kAttentionKeyStride] = to_float(key[d]);
+    }
     for (int64_t d = 0; d < params.head_dim; ++d) value_row[d] = to_float(value[d]);
   }
-}
-
-// One step of the online softmax: row `row` of the task meets its visible keys of a tile,
-// `visible`, counted from the tile's begin.
-void update_row(const PagedAttentionParams& params, int64_t row, KeyRange visible,
-                Workspace& work) {
-  const int64_t dim = params.head_dim;
-  float scores[kTileKeys] = {};
-  add_weighted_rows(work.queries + row * dim, work.keys, dim, kTileKeys, scores);
-
-  float maximum = work.maxima[row];
-  for (int64_t key = visible.begin; key < visible.end; ++key) {
-    scores[key] *= params.scale;
-    if (params.softcap > 0.0f) {
-      scores[key] = params.softcap * std::tanh(scores[key] / params.softcap);
-    }
-    maximum = scores[key] > maximum ? scores[key] : maximum;
-  }
-
-  // While all scores are -inf, any finite base does: -inf - -inf would make them NaN.
-  const float base = maximum == -kInfinity ? 0.0f : maximum;
-  const float rescale = std::exp(work.maxima[row] - base);
-  float total = work.totals[row] * rescale;
-  for (int64_t key = visible.begin; key < visible.end; ++key) {
-    scores[key] = std::exp(scores[key] - base);
-    total += scores[key];
-  }
-  work.maxima[row] = maximum;
-  work.totals[row] = total;
-
-  float* sums = work.sums + row * dim;
-  if (rescale != 1.0f) {
-    for (int64_t d = 0; d < dim; ++d) sums[d] *= rescale;
-  }
-  // Only visible values are read: what a masked one holds, even NaN, has no influence.
-  add_weighted_rows(scores + visible.begin, work.values + visible.begin * dim,
-                    visible.end - visible.begin, dim, sums);
 }
 
 template <class T>
@@ -253,24 +197,40 @@ void store_rows(const PagedAttentionParams& params, const Task& task, const Work
 }
 
 template <class T>
-void run_task(const PagedAttentionParams& params, const Task& task, Workspace& work) {
+void run_task(const PagedAttentionParams& params, const Task& task, Workspace& work,
+              AttentionRowsKernel update_rows) {
   const int64_t group = params.num_q_heads / params.num_kv_heads;
   load_queries<T>(params, task, work);
   std::fill_n(work.sums, task.num_rows * params.head_dim, 0.0f);
   std::fill_n(work.maxima, task.num_rows, -kInfinity);
   std::fill_n(work.totals, task.num_rows, 0.0f);
 
+  const AttentionTile operands{.dim = params.head_dim,
+                               .scale = params.scale,
+                               .softcap = params.softcap,
+                               .queries = work.queries,
+                               .keys = work.keys,
+                               .values = work.values,
+                               .sums = work.sums,
+                               .maxima = work.maxima,
+                               .totals = work.totals};
   const KeyRange keys = task.seq.visible_keys(params, task.first_row / group,
                                               (task.first_row + task.num_rows - 1) / group);
   for (int64_t tile_begin = keys.begin / kTileKeys * kTileKeys; tile_begin < keys.end;
        tile_begin += kTileKeys) {
     const KeyRange tile = keys & KeyRange{tile_begin, tile_begin + kTileKeys};
     load_keys_and_values<T>(params, task, tile, tile_begin, work);
-    for (int64_t row = 0; row < task.num_rows; ++row) {
-      const int64_t query = (task.first_row + row) / group;
-      const KeyRange visible = tile & task.seq.visible_keys(params, query);
+    const auto visible_keys = [&](int64_t row) {
+      return tile & task.seq.visible_keys(params, (task.first_row + row) / group);
+    };
+    // Rows that see the same keys of the tile go together.
+    for (int64_t row = 0, next; row < task.num_rows; row = next) {
+      const KeyRange visible = visible_keys(row);
+      for (next = row + 1; next < task.num_rows && visible_keys(next) == visible; ++next) {
+      }
       if (visible.empty()) continue;
-      update_row(params, row, {visible.begin - tile_begin, visible.end - tile_begin}, work);
+      update_rows(operands, row, next - row, static_cast<int>(visible.begin - tile_begin),
+                  static_cast<int>(visible.end - tile_begin));
     }
   }
   store_rows<T>(params, task, work);
@@ -285,6 +245,7 @@ void run_paged_attention(const PagedAttentionParams& params) {
             static_cast<T*>(params.out) + num_rows * params.head_dim, T{});
   std::fill(params.lse + first_unused, params.lse + num_rows, -kInfinity);
 
+  const AttentionRowsKernel rows_kernel = select_rows_kernel();
   // Tasks differ in length, so threads take the next one when they are done with theirs. All memory
   // is there before they start: an exception in a thread would end the process.
   const std::vector<Task> tasks = split_into_tasks(params);
@@ -297,7 +258,7 @@ void run_paged_attention(const PagedAttentionParams& params) {
     for (int64_t worker = begin; worker < end; ++worker) {
       Workspace work(memory.data() + worker * workspace_size, params.head_dim);
       for (size_t idx = next_task++; idx < tasks.size(); idx = next_task++) {
-        run_task<T>(params, tasks[idx], work);
+        run_task<T>(params, tasks[idx], work, rows_kernel);
       }
     }
   });

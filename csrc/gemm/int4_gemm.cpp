@@ -1,127 +1,187 @@
+// int4_gemm: schema and CPU implementation.
+//
+// Here x, scales and zero points of any type become floats where the inner loop wants them; that
+// loop is int4_gemm_strip.h, compiled once per instruction set.
 #include "gemm/int4_gemm.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
+#include "common/cpu_isa.h"
 #include "common/dispatch.h"
 #include "common/torch.h"
+#include "gemm/int4_gemm_strip.h"
 
 namespace effllm {
 namespace {
 
-// Sixteen consecutive words of a tile hold two rows: all 64 codes of row n (for one n % 8 of a
-// 16-row block) and all of row n + 8. Lane j of the sixteen is columns around 16 * (j % 4) + 2 * (j
-// / 4), and each of a word's four codes per row is one more offset. Keeping x in that order
-// ("fragment order") turns dequantisation into shifts of whole vectors, without a shuffle.
-constexpr int kLanes = 16;
-constexpr int kTileK = 64;
+static_assert(kInt4CpuRows == kInt4StripRows && kInt4CpuTileWords == kInt4TileWords);
 
-constexpr int64_t fragment_column(int offset, int lane) {
-  const int col_half = offset / 2, odd = offset % 2;
-  return 16 * (lane % 4) + 8 * col_half + 2 * (lane / 4) + odd;
+using Int4StripKernel = void (*)(const Int4Strip&);
+
+Int4StripKernel select_strip_kernel() {
+  if constexpr (kHasX86Isas) {
+    if (cpu_isa() == CpuIsa::kAvx512) return int4_strip_avx512;
+    if (cpu_isa() == CpuIsa::kAvx2) return int4_strip_avx2;
+  }
+  return multiply_strip<4>;
 }
 
-// x[m, :] in fragment order, fp32, padded with zeros to whole tiles.
+// x as [num_tiles, M, 64] in fragment order (int4_gemm_strip.h), fp32, padded with zeros to whole
+// tiles.
 template <class T>
 void gather_x(const Int4GemmParams& params, int64_t num_tiles, float* fragments) {
-  const T* x = static_cast<const T*>(params.x);
   parallel_for(0, params.m, 1, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      const T* row = x + m * params.k;
-      float* out = fragments + m * num_tiles * kTileK;
-      for (int64_t tile = 0; tile < num_tiles; ++tile) {
-        for (int offset = 0; offset < 4; ++offset) {
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const int64_t k = tile * kTileK + fragment_column(offset, lane);
-            *out++ = k < params.k ? to_float(row[k]) : 0.0f;
-          }
+      const T* row = static_cast<const T*>(params.x) + m * params.k;
+      for (int64_t step = 0; step < num_tiles * (kInt4CpuTileK / kInt4CpuStep); ++step) {
+        const int64_t first = step * kInt4CpuStep;
+        float columns[kInt4CpuStep] = {};
+        const int64_t count = std::min<int64_t>(params.k - first, kInt4CpuStep);
+        if (count == kInt4CpuStep) {
+          for (int idx = 0; idx < kInt4CpuStep; ++idx) columns[idx] = to_float(row[first + idx]);
+        } else {
+          for (int64_t idx = 0; idx < count; ++idx) columns[idx] = to_float(row[first + idx]);
+        }
+        float* out = fragments + (first / kInt4CpuTileK * params.m + m) * kInt4CpuTileK +
+                     first % kInt4CpuTileK;
+        for (int idx = 0; idx < kInt4CpuStep; ++idx) {
+          const int quad = idx / 4, byte = idx % 4;
+          out[idx] = columns[2 * quad + 8 * (byte % 2) + byte / 2];
         }
       }
     }
   });
 }
 
-// Row n of W in fragment order, fp32. Columns past K get the last group's scale; x is zero there.
-void dequantize_row(const Int4GemmParams& params, int64_t n, int64_t num_tiles, float* weights) {
-  const int row_half = static_cast<int>((n % 16) / 8);
-  const int32_t* words = params.qweight + (n / kInt4StripRows) * params.stride_qweight_strip +
-                         int4_word(n % kInt4StripRows, 0);
-  for (int64_t tile = 0; tile < num_tiles; ++tile, words += kInt4TileWords) {
-    // Groups are multiples of 16 columns, or all of them: lanes j, j + 4, .. share one.
-    float scale[kLanes], zero[kLanes];
-    for (int step = 0; step < 4; ++step) {
-      const int64_t k = tile * kTileK + 16 * step;
-      const int64_t group = std::min(k / params.group_size, params.num_groups - 1);
-      const float group_scale =
-          load_float(params.scales, params.scales_dtype,
-                     n * params.stride_scales_n + group * params.stride_scales_g);
-      const float group_zero =
-          params.zeros == nullptr
-              ? static_cast<float>(kInt4PaddingCode)
-              : params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g];
-      for (int lane = step; lane < kLanes; lane += 4) {
-        scale[lane] = group_scale;
-        zero[lane] = group_zero;
+constexpr int64_t slot_of_row(int64_t row) { return row / 16 * 16 + row % 8 * 2 + row % 16 / 8; }
+
+// What one thread works in: scales and zero points of a strip, and sums of a block of tokens.
+struct Workspace {
+  // Room for a last tile that has one group of two. An odd number of cache lines: the 64 rows of a
+  // group would else compete for few sets of L1.
+  static int64_t stride(const Int4GemmParams& params) {
+    return (ceil_div<int64_t>(params.num_groups + 1, 16) | 1) * 16;
+  }
+
+  static int64_t size(const Int4GemmParams& params) {
+    return kInt4CpuRows * (2 * stride(params) + kInt4CpuMaxTokens + 1);
+  }
+
+  Workspace(float* memory, const Int4GemmParams& params)
+      : scales(memory),
+        zeros(scales + kInt4CpuRows * stride(params)),
+        sums(zeros + kInt4CpuRows * stride(params)),
+        bias(sums + kInt4CpuRows * kInt4CpuMaxTokens) {}
+
+  float *scales, *zeros;  // [64 slots, stride]
+  float* sums;            // [kInt4CpuMaxTokens, 64 slots]
+  float* bias;            // [64 rows]
+};
+
+template <class T>
+void load_groups(const T* data, int64_t stride_n, int64_t stride_g, int64_t num_rows,
+                 int64_t num_groups, float* table, int64_t stride_table) {
+  for (int64_t row = 0; row < num_rows; ++row, data += stride_n) {
+    float* out = table + slot_of_row(row) * stride_table;
+    for (int64_t group = 0; group < num_groups; ++group) {
+      if constexpr (std::is_same_v<T, uint8_t>) {
+        out[group] = data[group * stride_g] + kInt4CpuCodeBias;
+      } else {
+        out[group] = to_float(data[group * stride_g]);
       }
     }
-    for (int offset = 0; offset < 4; ++offset) {
-      const int shift = int4_shift(row_half, offset / 2, offset % 2);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const auto code = static_cast<int32_t>((static_cast<uint32_t>(words[lane]) >> shift) & 15u);
-        *weights++ = (static_cast<float>(code) - zero[lane]) * scale[lane];
-      }
+    // Columns past the last group are multiplied by x = 0; their scale must be no NaN.
+    out[num_groups] = out[num_groups - 1];
+  }
+}
+
+void load_strip(const Int4GemmParams& params, int64_t first_row, int64_t num_rows,
+                const Workspace& work) {
+  const int64_t stride = Workspace::stride(params);
+  if (params.num_groups > 0) {
+    dispatch_float(params.scales_dtype, [&](auto element) {
+      load_groups(
+          static_cast<const decltype(element)*>(params.scales) + first_row * params.stride_scales_n,
+          params.stride_scales_n, params.stride_scales_g, num_rows, params.num_groups, work.scales,
+          stride);
+    });
+    if (params.zeros != nullptr) {
+      load_groups(params.zeros + first_row * params.stride_zeros_n, params.stride_zeros_n,
+                  params.stride_zeros_g, num_rows, params.num_groups, work.zeros, stride);
+    }
+  }
+  if (params.bias != nullptr) {
+    for (int64_t row = 0; row < num_rows; ++row) {
+      work.bias[row] =
+          load_float(params.bias, params.bias_dtype, (first_row + row) * params.stride_bias);
     }
   }
 }
 
-// Dot products of one weight row with `kRows` rows of x.
-template <int kRows>
-void dot(const float* weights, const float* x, int64_t length, float* sums) {
-  float lanes[kRows][kLanes] = {};
-  for (int64_t k = 0; k < length; k += kLanes) {
-    for (int row = 0; row < kRows; ++row) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        lanes[row][lane] += weights[k + lane] * x[row * length + k + lane];
-      }
+// A block of tokens of one strip.
+struct Task {
+  int64_t strip, first_row, num_rows, first_token, num_tokens;
+};
+
+Task task_at(const Int4GemmParams& params, int64_t index, int64_t num_blocks) {
+  const int64_t first_row = index / num_blocks * kInt4CpuRows;
+  const int64_t first_token = index % num_blocks * kInt4CpuMaxTokens;
+  return {index / num_blocks, first_row, std::min<int64_t>(params.n - first_row, kInt4CpuRows),
+          first_token, std::min<int64_t>(params.m - first_token, kInt4CpuMaxTokens)};
+}
+
+template <class T>
+void run_task(const Int4GemmParams& params, const Task& task, const float* x, int64_t num_tiles,
+              const Workspace& work, Int4StripKernel strip_kernel) {
+  strip_kernel({
+      .words = params.qweight + task.strip * params.stride_qweight_strip,
+      .num_tiles = num_tiles,
+      .num_rows = static_cast<int>(task.num_rows),
+      .x = x + task.first_token * kInt4CpuTileK,
+      .stride_x_tile = params.m * kInt4CpuTileK,
+      .num_tokens = static_cast<int>(task.num_tokens),
+      .scales = work.scales,
+      .zeros = work.zeros,
+      .stride_scales = Workspace::stride(params),
+      .tiles_per_group = ceil_div<int64_t>(params.group_size, kInt4CpuTileK),
+      .two_groups_per_tile = params.group_size < kInt4CpuTileK && params.num_groups > 1,
+      .sums = work.sums,
+  });
+  for (int64_t token = 0; token < task.num_tokens; ++token) {
+    const float* sums = work.sums + token * kInt4CpuRows;
+    T* out = static_cast<T*>(params.out) + (task.first_token + token) * params.n + task.first_row;
+    for (int64_t row = 0; row < task.num_rows; ++row) {
+      out[row] = from_float<T>(sums[slot_of_row(row)] + work.bias[row]);
     }
-  }
-  for (int row = 0; row < kRows; ++row) {
-    sums[row] = 0.0f;
-    for (int lane = 0; lane < kLanes; ++lane) sums[row] += lanes[row][lane];
   }
 }
 
 template <class T>
 void int4_gemm(const Int4GemmParams& params) {
-  const int64_t num_tiles = ceil_div<int64_t>(params.k, kTileK), length = num_tiles * kTileK;
-  std::vector<float> x(params.m * length);
+  const Int4StripKernel strip_kernel = select_strip_kernel();
+  const int64_t num_tiles = ceil_div<int64_t>(params.k, kInt4CpuTileK);
+  std::vector<float> x(num_tiles * params.m * kInt4CpuTileK);
   gather_x<T>(params, num_tiles, x.data());
-  T* out = static_cast<T*>(params.out);
 
-  constexpr int64_t kRowsPerTask = 16;
-  constexpr int kTokenBlock =
-      4;  // tokens per pass over a dequantised row: their sums stay in registers
-  parallel_for(0, ceil_div(params.n, kRowsPerTask), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> weights(length);
-    const int64_t last = std::min(end * kRowsPerTask, params.n);
-    for (int64_t n = begin * kRowsPerTask; n < last; ++n) {
-      dequantize_row(params, n, num_tiles, weights.data());
-      const float bias = params.bias == nullptr
-                             ? 0.0f
-                             : load_float(params.bias, params.bias_dtype, n * params.stride_bias);
-      for (int64_t m = 0; m < params.m;) {
-        float sums[kTokenBlock];
-        const bool whole_block = m + kTokenBlock <= params.m;
-        const int tokens = whole_block ? kTokenBlock : 1;
-        if (whole_block) {
-          dot<kTokenBlock>(weights.data(), x.data() + m * length, length, sums);
-        } else {
-          dot<1>(weights.data(), x.data() + m * length, length, sums);
-        }
-        for (int token = 0; token < tokens; ++token) {
-          out[(m + token) * params.n + n] = from_float<T>(sums[token] + bias);
-        }
-        m += tokens;
+  // A strip's tasks follow each other. All memory is there before the threads start: an exception
+  // in one of them would end the process.
+  const int64_t num_blocks = ceil_div<int64_t>(params.m, kInt4CpuMaxTokens);
+  const int64_t num_tasks = int4_num_strips(params.n) * num_blocks;
+  const int64_t num_workers = std::min<int64_t>(torch::stable::get_num_threads(), num_tasks);
+  std::vector<float> memory(num_workers * Workspace::size(params));
+  parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      const Workspace work(memory.data() + worker * Workspace::size(params), params);
+      std::fill(work.zeros, work.sums, kInt4PaddingCode + kInt4CpuCodeBias);
+      int64_t loaded_strip = -1;
+      const int64_t last = num_tasks * (worker + 1) / num_workers;
+      for (int64_t idx = num_tasks * worker / num_workers; idx < last; ++idx) {
+        const Task task = task_at(params, idx, num_blocks);
+        if (task.strip != loaded_strip) load_strip(params, task.first_row, task.num_rows, work);
+        loaded_strip = task.strip;
+        run_task<T>(params, task, x.data(), num_tiles, work, strip_kernel);
       }
     }
   });

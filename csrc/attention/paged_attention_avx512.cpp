@@ -1,0 +1,10 @@
+#include "attention/paged_attention_rows.h"
+
+namespace effllm {
+
+void attention_rows_avx512(const AttentionTile& tile, int64_t first_row, int64_t num_rows,
+                           int begin, int end) {
+  update_rows<16>(tile, first_row, num_rows, begin, end);
+}
+
+}  // namespace effllm

@@ -1,0 +1,48 @@
+// Which instruction set the CPU loops of this process use. The library itself is compiled for the
+// oldest processor of its architecture; hot loops are compiled once more per ISA, in files whose
+// name ends in the ISA's (`*_avx2.cpp`), and chosen here at run time.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace effllm {
+
+enum class CpuIsa : int { kBaseline, kAvx2, kAvx512 };
+
+#if defined(__x86_64__)
+inline constexpr bool kHasX86Isas = true;
+
+inline CpuIsa widest_cpu_isa() {
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx2 && avx512 ? CpuIsa::kAvx512 : avx2 ? CpuIsa::kAvx2 : CpuIsa::kBaseline;
+}
+#else
+inline constexpr bool kHasX86Isas = false;
+
+inline CpuIsa widest_cpu_isa() { return CpuIsa::kBaseline; }
+#endif
+
+// The environment variable EFFLLM_CPU_ISA is an upper limit, so that any machine can run the paths
+// of lesser ones.
+inline CpuIsa allowed_cpu_isa() {
+  const char* name = std::getenv("EFFLLM_CPU_ISA");
+  const std::string value = name == nullptr ? "" : name;
+  if (value == "baseline") return CpuIsa::kBaseline;
+  if (value == "avx2") return CpuIsa::kAvx2;
+  if (value.empty() || value == "avx512") return CpuIsa::kAvx512;
+  throw std::runtime_error("effllm: EFFLLM_CPU_ISA must be baseline, avx2 or avx512, got '" +
+                           value + "'");
+}
+
+// Read once: the first use decides for the process.
+inline CpuIsa cpu_isa() {
+  static const CpuIsa isa = std::min(widest_cpu_isa(), allowed_cpu_isa());
+  return isa;
+}
+
+}  // namespace effllm

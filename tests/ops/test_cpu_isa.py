@@ -1,0 +1,52 @@
+"""The CPU loops for lesser processors: EFFLLM_CPU_ISA limits what is used. All other tests run the
+widest that this one has.
+
+The variable is read once per process, so each limit gets its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHECK_CASES = """
+from importlib import import_module
+import sys
+
+from effllm import ops
+from effllm.testing.run import check_values
+
+op = sys.argv[1]
+module = import_module(f"effllm.testing.cases.{op}")
+for case in module.CASES + module.CPU_CASES:
+    try:
+        check_values(getattr(ops, op), case, "cpu")
+    except AssertionError as error:
+        raise AssertionError(case.id) from error
+"""
+
+
+def run_limited(op: str, isa: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CHECK_CASES, op],
+        env=os.environ | {"EFFLLM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("op", ["int4_gemm", "paged_attention"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_values_within_the_limit(op: str, isa: str) -> None:
+    result = run_limited(op, isa)
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown_limit_is_a_named_error() -> None:
+    message = "EFFLLM_CPU_ISA must be baseline, avx2 or avx512, got 'sse9'"
+    assert message in run_limited("int4_gemm", "sse9").stderr
