@@ -42,12 +42,13 @@ refuse_backward(_op)
 
 
 def int4_unpack_ref(qweight: Tensor, n: int, k: int) -> Tensor:
-    """Plain PyTorch: the word and bit of every code by the formula of the layout."""
-    rows = torch.arange(n, device=qweight.device).unsqueeze(1)
+    """Plain PyTorch: the word and bit of every code by the formula of the layout, which is the same
+    in every strip of 64 rows."""
+    rows = torch.arange(64, device=qweight.device).unsqueeze(1)
     cols = torch.arange(k, device=qweight.device).unsqueeze(0)
-    thread = 32 * (rows % 64 // 16) + 4 * (rows % 8) + cols % 8 // 2
+    thread = 32 * (rows // 16) + 4 * (rows % 8) + cols % 8 // 2
     word = cols // 64 * 512 + 4 * thread + cols % 64 // 16
     element = 4 * (cols % 16 // 8) + 2 * (rows % 16 // 8) + cols % 2
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], device=qweight.device)
-    words = qweight[(rows // 64).expand(n, k), word]
-    return ((words >> (4 * order[element])) & 15).to(torch.uint8)
+    codes = (qweight[:, word] >> (4 * order[element]).int()) & 15
+    return codes.to(torch.uint8).flatten(0, 1)[:n]
