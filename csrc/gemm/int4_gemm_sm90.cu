@@ -1,16 +1,18 @@
 // int4_gemm on wgmma (sm_90a): weights as the register operand, few tokens per CTA.
 //
-// Roofline: N * K / 2 bytes of weights, each read once per 8 .. 128 tokens. An SM must keep some 32
-// KB of loads in flight to draw its share of 3 TB/s, hence deep stages and two CTAs per SM.
+// Roofline: N * K / 2 bytes of weights, each read once per 8 .. 128 tokens. An SM must keep some
+// 32 KB of loads in flight to draw its share of 3 TB/s, hence the ring and several CTAs per SM.
 //
-//                       K ->
-//   64 rows   [stage 0 | stage 1 | ...  ][           ][           ]   a strip of W
-//              `---- CTA 0 of cluster --' `- CTA 1 --' `- CTA 2 --'
+//             K ->
+//   64 rows   [ stage 0 | stage 1 | ... ][                 ][                 ]   a strip of W
+//              CTA 0 of the cluster       CTA 1             CTA 2
 //
-//   warp 4     copies a stage: 2 KB of codes per 64 columns (1-D, they are contiguous), and x by
-//   TMA warps 0-3  one warpgroup: codes -> registers -> exact integers (q - z) -> wgmma with x at
-//   the end every CTA leaves its sums in shared memory; CTA r adds those of all CTAs, in order, for
-//   its share of the tokens, adds the bias and stores
+//   warp 4      copies stages: 2 KB of codes per 64 columns, which are contiguous, and x by TMA
+//
+//   warps 0-3   one warpgroup: codes -> registers -> exact integers (q - z) -> wgmma with x
+//
+//   at the end  every CTA leaves its sums in shared memory; CTA r adds those of all CTAs, in order,
+//               for its share of the tokens, adds the bias and stores
 //
 // A group's integer products are added by the tensor core; its scale is applied to that sum.
 #include <algorithm>

@@ -5,11 +5,13 @@
 // the 16 bytes that are the thread's A fragments of four mma.m16n8k16 (and, stacked, of one wgmma
 // m64k64):
 //
-//           k: 0 .. 15    16 .. 31   32 .. 47   48 .. 63
-//   n 0..15  [ word 0     word 1     word 2     word 3 ]   threads  0 ..  31
-//   n 16..31 [                                         ]   threads 32 ..  63     thread t reads
-//   n 32..47 [                                         ]   threads 64 ..  95     words 4 t .. 4 t +
-//   3 n 48..63 [                                         ]   threads 96 .. 127
+//             k: 0 .. 15   16 .. 31   32 .. 47   48 .. 63
+//   n  0 .. 15  [ word 0     word 1     word 2     word 3 ]   threads  0 ..  31
+//   n 16 .. 31  [   .          .          .          .    ]   threads 32 ..  63
+//   n 32 .. 47  [   .          .          .          .    ]   threads 64 ..  95
+//   n 48 .. 63  [   .          .          .          .    ]   threads 96 .. 127
+//
+// Thread t reads words 4 t .. 4 t + 3 of the tile.
 //
 // Within a 16 x 16 block lane 4 g + c owns rows g, g + 8 and columns 2 c, 2 c + 1, 2 c + 8, 2 c +
 // 9: eight codes, in one word. Code pairs that share a 32-bit register after dequantisation sit 16
