@@ -35,15 +35,6 @@ struct View {
     return count;
   }
 
-  bool is_contiguous() const {
-    int64_t expected = 1;
-    for (int dim = rank - 1; dim >= 0; --dim) {
-      if (sizes[dim] != 1 && strides[dim] != expected) return false;
-      expected *= sizes[dim];
-    }
-    return true;
-  }
-
   template <class T>
   T* data_as() const {
     return static_cast<T*>(data);

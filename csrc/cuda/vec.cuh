@@ -1,4 +1,4 @@
-// 16-byte accesses and conversions of the 16-bit floats in device code.
+// The 16-bit floats in device code: CUDA's own types, and conversions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,26 +17,20 @@ struct DeviceType;
 template <>
 struct DeviceType<float16> {
   using type = __half;
-  using pair = __half2;
 };
 
 template <>
 struct DeviceType<bfloat16> {
   using type = __nv_bfloat16;
-  using pair = __nv_bfloat162;
 };
 
 template <>
 struct DeviceType<float> {
   using type = float;
-  using pair = float2;
 };
 
 template <class T>
 using device_t = typename DeviceType<T>::type;
-
-template <class T>
-using device_pair_t = typename DeviceType<T>::pair;
 
 __device__ __forceinline__ float device_to_float(float value) { return value; }
 __device__ __forceinline__ float device_to_float(__half value) { return __half2float(value); }

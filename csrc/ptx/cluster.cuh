@@ -1,4 +1,4 @@
-// Thread block clusters (sm_90): rank, barrier, and reads of each other's shared memory.
+// Thread block clusters (sm_90): barrier, and reads of each other's shared memory.
 #pragma once
 
 #include <cstdint>
@@ -6,12 +6,6 @@
 #include "ptx/mbarrier.cuh"
 
 namespace effllm::ptx {
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 
 // All threads of all CTAs of the cluster; writes to shared memory before it are seen after it.
 __device__ __forceinline__ void cluster_sync() {
