@@ -101,6 +101,19 @@ inline Tensor new_empty_like_rows(const Tensor& x, int64_t n) {
   return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, x.scalar_type());
 }
 
+// torch's threads, for loops in headers that shall not see torch.
+struct TorchThreads {
+  int64_t count() const { return torch::stable::get_num_threads(); }
+
+  // body(0) .. body(n - 1), in any order.
+  template <class Body>
+  void for_each(int64_t n, const Body& body) const {
+    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t idx = begin; idx < end; ++idx) body(idx);
+    });
+  }
+};
+
 #ifdef USE_CUDA
 // The stream that torch launches on for the device of `tensor`.
 inline cudaStream_t current_cuda_stream(const Tensor& tensor) {

@@ -1,23 +1,45 @@
-#include <utility>
-
 #include "common/torch.h"
+#include "cuda/vec.cuh"
 #include "gemm/int4_gemm.h"
-#include "gemm/int4_gemm_sm80.cuh"
 #include "gemm/int4_gemm_sm90.h"
+#include "gemm/packed_gemm_sm80.cuh"
+#include "quant/dequant.cuh"
 
 namespace effllm {
 namespace {
 
-// Row `index` of kInt4GemmConfigs, compiled: the table is the one list of what exists.
-template <class InT, size_t... kIndices>
-void launch_config(int index, const Int4GemmParams& params, cudaStream_t stream,
-                   std::index_sequence<kIndices...>) {
-  ((index == kIndices
-        ? launch_int4_gemm<Int4GemmSm80<InT, kInt4GemmConfigs[kIndices].token_tiles,
-                                        kInt4GemmConfigs[kIndices].k_slices>>(params, stream)
-        : void()),
-   ...);
-}
+// Weights of packed_gemm_sm80.cuh: scale and zero point of two rows.
+template <class InT_>
+struct Int4Weights {
+  using InT = InT_;
+  using Params = Int4GemmParams;
+  using Dequant = Int4Dequant<InT>;
+  static constexpr bool kZeroPastK = false;
+
+  __device__ __forceinline__ void load_group(const Params& params, int64_t row, int64_t k) {
+    const int64_t group = min(k / params.group_size, params.num_groups - 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Rows past N are computed on padding and never stored: any scale in bounds will do.
+      const int64_t n = min(row + 8 * half, params.n - 1);
+      scale[half] = device_load_float(params.scales, params.scales_dtype,
+                                      n * params.stride_scales_n + group * params.stride_scales_g);
+      zero[half] = Dequant::zero_pair(
+          params.zeros == nullptr
+              ? kInt4PaddingCode
+              : params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g]);
+    }
+  }
+
+  __device__ __forceinline__ void fragment(uint32_t word, uint32_t (&a)[4]) const {
+    // Register j holds rows g + 8 (j % 2).
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[j] = Dequant::codes(word, j, zero[j % 2]);
+  }
+
+  float scale[2];
+  typename Dequant::Pair zero[2];
+};
 
 int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
@@ -33,13 +55,7 @@ void launch(const Int4GemmParams& params, int device, cudaStream_t stream) {
       return launch_int4_gemm_sm90(params, *config, stream);
     }
   }
-  const int config = select_int4_gemm_config(params.m);
-  constexpr std::make_index_sequence<kInt4GemmConfigs.size()> kConfigIndices;
-  if (params.dtype == DType::kFloat16) {
-    launch_config<float16>(config, params, stream, kConfigIndices);
-  } else {
-    launch_config<bfloat16>(config, params, stream, kConfigIndices);
-  }
+  launch_packed_gemm_sm80<Int4Weights>("int4_gemm", params, stream);
 }
 
 Tensor int4_gemm_cuda(const Tensor& x, const Tensor& qweight, const Tensor& scales,

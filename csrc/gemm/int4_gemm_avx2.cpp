@@ -2,6 +2,6 @@
 
 namespace effllm {
 
-void int4_strip_avx2(const Int4Strip& strip) { multiply_strip<8>(strip); }
+void int4_strip_avx2(const PackedStrip& strip) { multiply_strip<Int4Decoder, 8>(strip); }
 
 }  // namespace effllm

@@ -2,6 +2,6 @@
 
 namespace effllm {
 
-void int4_strip_avx512(const Int4Strip& strip) { multiply_strip<16>(strip); }
+void int4_strip_avx512(const PackedStrip& strip) { multiply_strip<Int4Decoder, 16>(strip); }
 
 }  // namespace effllm

@@ -1,4 +1,4 @@
-// int4_gemm on mma.sync (sm_80 and later): right for every shape.
+// Matmuls over packed 4-bit codes on mma.sync (sm_80 and later): right for every shape.
 //
 // Roofline: for few tokens the N * K / 2 bytes of weights are all that counts and each is read
 // once, as the A fragment it already is; for many tokens the tensor cores' 2 M N K operations
@@ -14,22 +14,32 @@
 //
 // W is mma's A operand (16 rows x 16 columns), x^T its B operand (16 columns x 8 tokens), so a
 // lane's sums are rows (g, g + 8) x tokens (2 c, 2 c + 1), with g = lane / 4, c = lane % 4.
+//
+// An op brings its `Weights`: what a lane knows of its two rows to make weights of their codes.
+//   InT, Params                      16-bit type of x and of the weights; the op's arguments
+//   kZeroPastK                       whether any code is a number, so that zeros of x hide padding
+//   load_group(params, row, k)       for the group of column k; whole warps call it together
+//   scale[2]                         of rows g and g + 8 in that group
+//   fragment(word, a)                the A fragment of eight codes
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "common/math.h"
 #include "cuda/launch.h"
 #include "cuda/vec.cuh"
-#include "gemm/int4_gemm.h"
+#include "gemm/packed_gemm.h"
 #include "ptx/mma.cuh"
-#include "quant/dequant.cuh"
 
 namespace effllm {
 
-template <class InT_, int kTokenTiles_, int kSlices_>
-struct Int4GemmSm80 {
-  using InT = InT_;
+template <class Weights_, int kTokenTiles_, int kSlices_>
+struct PackedGemmSm80 {
+  using Weights = Weights_;
+  using InT = typename Weights::InT;
+  using Params = typename Weights::Params;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kSlices = kSlices_;
   static constexpr int kTokens = 8 * kTokenTiles;
@@ -50,13 +60,14 @@ struct Int4GemmSm80 {
 };
 
 template <class Config>
-struct Int4GemmFragments {
-  uint4 weights;                      // four k-steps of one 64 x 64 tile
+struct PackedGemmFragments {
+  uint4 codes;                        // four k-steps of one 64 x 64 tile
   uint4 x[Config::kChunksPerThread];  // this thread's part of the x tile, on its way to smem
 };
 
 // Columns k .. k + 7 of token m, zero outside of x. Rows of 16-byte multiples are read whole.
-__device__ __forceinline__ uint4 load_x_chunk(const Int4GemmParams& params, int64_t m, int64_t k) {
+__device__ __forceinline__ uint4 load_x_chunk(const PackedGemmParams& params, int64_t m,
+                                              int64_t k) {
   uint4 chunk = make_uint4(0, 0, 0, 0);
   if (m >= params.m || k >= params.k) return chunk;
   const uint16_t* x = static_cast<const uint16_t*>(params.x) + m * params.k + k;
@@ -73,13 +84,12 @@ __device__ __forceinline__ uint4 load_x_chunk(const Int4GemmParams& params, int6
 
 // Global memory -> registers for one tile of K; `strip` points at the strip's words.
 template <class Config>
-__device__ __forceinline__ void load_tile(const Int4GemmParams& params, const int32_t* strip,
+__device__ __forceinline__ void load_tile(const PackedGemmParams& params, const int32_t* strip,
                                           int64_t first_token, int64_t tile,
-                                          Int4GemmFragments<Config>& fragments) {
+                                          PackedGemmFragments<Config>& fragments) {
   const int thread = threadIdx.x % Config::kSliceThreads;
   if (tile >= ceil_div<int64_t>(params.k, Config::kTileK)) return;
-  fragments.weights =
-      __ldcs(reinterpret_cast<const uint4*>(strip + tile * kInt4TileWords) + thread);
+  fragments.codes = __ldcs(reinterpret_cast<const uint4*>(strip + tile * kInt4TileWords) + thread);
 #pragma unroll
   for (int i = 0; i < Config::kChunksPerThread; ++i) {
     const int chunk = thread + i * Config::kSliceThreads;
@@ -93,7 +103,7 @@ __device__ __forceinline__ void load_tile(const Int4GemmParams& params, const in
 template <class Config>
 __device__ __forceinline__ void store_x_tile(
     uint16_t (&x_smem)[Config::kTokens][Config::kRowElements],
-    const Int4GemmFragments<Config>& fragments) {
+    const PackedGemmFragments<Config>& fragments) {
   const int thread = threadIdx.x % Config::kSliceThreads;
 #pragma unroll
   for (int i = 0; i < Config::kChunksPerThread; ++i) {
@@ -104,48 +114,37 @@ __device__ __forceinline__ void store_x_tile(
   }
 }
 
-// Scale and zero point of the two rows of this lane for the group of column k.
-template <class Config>
-struct Int4GroupParams {
-  using Dequant = Int4Dequant<typename Config::InT>;
-  float scale[2];
-  typename Dequant::Pair zero[2];
-
-  __device__ __forceinline__ Int4GroupParams(const Int4GemmParams& params, int64_t row, int64_t k) {
-    const int64_t group = min(k / params.group_size, params.num_groups - 1);
+// Columns past K of a fragment of which this lane's first column is `columns_left` before K.
+__device__ __forceinline__ void zero_past_k(uint32_t (&a)[4], int64_t columns_left) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // Rows past N are computed on padding and never stored: any scale in bounds will do.
-      const int64_t n = min(row + 8 * half, params.n - 1);
-      scale[half] = device_load_float(params.scales, params.scales_dtype,
-                                      n * params.stride_scales_n + group * params.stride_scales_g);
-      zero[half] = Dequant::zero_pair(
-          params.zeros == nullptr
-              ? kInt4PaddingCode
-              : params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g]);
-    }
+  for (int j = 0; j < 4; ++j) {
+    const int64_t left = columns_left - 8 * (j / 2);
+    a[j] &= left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0u;
   }
-};
+}
 
-// sums += scale * (q - z) x over one 64-column tile. The smallest group is 32 columns: two k-steps.
+// sums += scale * weights * x over one 64-column tile. The smallest group is 32 columns: two
+// k-steps.
 template <class Config>
 __device__ __forceinline__ void mma_tile(
-    const Int4GemmParams& params, int64_t row, int64_t tile, const uint4& weights,
+    const typename Config::Params& params, int64_t row, int64_t tile, const uint4& codes,
+    typename Config::Weights& weights,
     const uint16_t (&x_smem)[Config::kTokens][Config::kRowElements],
     float (&sums)[Config::kTokenTiles][4]) {
-  using Dequant = Int4Dequant<typename Config::InT>;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
+  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  const int64_t columns_left = params.k - tile * Config::kTileK;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const Int4GroupParams<Config> group(params, row, tile * Config::kTileK + 32 * half);
+    weights.load_group(params, row, tile * Config::kTileK + 32 * half);
     float partial[Config::kTokenTiles][4] = {};
 #pragma unroll
     for (int step = 2 * half; step < 2 * half + 2; ++step) {
-      // Fragment register j holds rows g + 8 (j % 2).
       uint32_t a[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) a[j] = Dequant::codes(words[step], j, group.zero[j % 2]);
+      weights.fragment(words[step], a);
+      if (Config::Weights::kZeroPastK && columns_left < Config::kTileK) {
+        zero_past_k(a, columns_left - 16 * step - 2 * c);
+      }
 #pragma unroll
       for (int token_tile = 0; token_tile < Config::kTokenTiles; ++token_tile) {
         const uint16_t* x = &x_smem[8 * token_tile + g][16 * step + 2 * c];
@@ -157,8 +156,9 @@ __device__ __forceinline__ void mma_tile(
 #pragma unroll
     for (int token_tile = 0; token_tile < Config::kTokenTiles; ++token_tile) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        sums[token_tile][i] += group.scale[i / 2] * partial[token_tile][i];
+      for (int i = 0; i < 4; ++i) {
+        sums[token_tile][i] += weights.scale[i / 2] * partial[token_tile][i];
+      }
     }
   }
 }
@@ -166,7 +166,7 @@ __device__ __forceinline__ void mma_tile(
 // Adds the slices in order, adds the bias, casts and stores; neighbouring threads own neighbouring
 // rows of W, which are neighbours in `out`.
 template <class Config>
-__device__ __forceinline__ void store_output(const Int4GemmParams& params, int64_t first_row,
+__device__ __forceinline__ void store_output(const PackedGemmParams& params, int64_t first_row,
                                              int64_t first_token,
                                              const float (&sums)[Config::kTokenTiles][4],
                                              typename Config::SharedStorage& smem) {
@@ -200,7 +200,7 @@ __device__ __forceinline__ void store_output(const Int4GemmParams& params, int64
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads)
-    int4_gemm_kernel(const __grid_constant__ Int4GemmParams params) {
+    packed_gemm_kernel(const __grid_constant__ typename Config::Params params) {
   __shared__ typename Config::SharedStorage smem;
   // Token tiles vary fastest: CTAs that run together share a strip of weights in L2.
   const int64_t num_token_tiles = ceil_div<int64_t>(params.m, Config::kTokens);
@@ -213,29 +213,53 @@ __global__ void __launch_bounds__(Config::kThreads)
 
   const int64_t num_tiles = ceil_div<int64_t>(params.k, Config::kTileK);
   float sums[Config::kTokenTiles][4] = {};
-  Int4GemmFragments<Config> next;
+  typename Config::Weights weights;
+  PackedGemmFragments<Config> next;
   load_tile<Config>(params, strip_words, first_token, slice, next);
   for (int64_t base = 0, stage = 0; base < num_tiles; base += Config::kSlices, stage ^= 1) {
     const int64_t tile = base + slice;
     auto& x_smem = smem.x[stage][slice];
-    const uint4 weights = next.weights;
+    const uint4 codes = next.codes;
     if (tile < num_tiles) store_x_tile<Config>(x_smem, next);
     load_tile<Config>(params, strip_words, first_token, tile + Config::kSlices, next);
     // One barrier per round is enough: whoever fills this stage again has passed the next barrier,
     // which no warp reaches before it has read this one.
     __syncthreads();
-    if (tile < num_tiles) mma_tile<Config>(params, row, tile, weights, x_smem, sums);
+    if (tile < num_tiles) mma_tile<Config>(params, row, tile, codes, weights, x_smem, sums);
   }
   __syncthreads();  // the sums take the place of the x tiles
   store_output<Config>(params, strip * kInt4StripRows, first_token, sums, smem);
 }
 
 template <class Config>
-void launch_int4_gemm(const Int4GemmParams& params, cudaStream_t stream) {
+void launch_packed_gemm(const char* op, const typename Config::Params& params,
+                        cudaStream_t stream) {
   const int64_t blocks = int4_num_strips(params.n) * ceil_div<int64_t>(params.m, Config::kTokens);
-  const Launch launch{"int4_gemm", dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), 0,
-                      stream};
-  launch(int4_gemm_kernel<Config>, params);
+  const Launch launch{op, dim3(static_cast<unsigned>(blocks)), dim3(Config::kThreads), 0, stream};
+  launch(packed_gemm_kernel<Config>, params);
+}
+
+// Row `index` of kPackedGemmConfigs, compiled: the table is the one list of what exists.
+template <class Weights, size_t... kIndices>
+void launch_packed_gemm(const char* op, int index, const typename Weights::Params& params,
+                        cudaStream_t stream, std::index_sequence<kIndices...>) {
+  ((index == kIndices
+        ? launch_packed_gemm<PackedGemmSm80<Weights, kPackedGemmConfigs[kIndices].token_tiles,
+                                            kPackedGemmConfigs[kIndices].k_slices>>(op, params,
+                                                                                    stream)
+        : void()),
+   ...);
+}
+
+template <template <class> class Weights, class Params>
+void launch_packed_gemm_sm80(const char* op, const Params& params, cudaStream_t stream) {
+  const int config = select_packed_gemm_config(params.m);
+  constexpr std::make_index_sequence<kPackedGemmConfigs.size()> kConfigIndices;
+  if (params.dtype == DType::kFloat16) {
+    launch_packed_gemm<Weights<float16>>(op, config, params, stream, kConfigIndices);
+  } else {
+    launch_packed_gemm<Weights<bfloat16>>(op, config, params, stream, kConfigIndices);
+  }
 }
 
 }  // namespace effllm
