@@ -4,6 +4,7 @@ from .int4_gemm import int4_gemm
 from .int4_pack import int4_pack
 from .int4_unpack import int4_unpack
 from .kv_append import kv_append
+from .lut4_gemm import lut4_gemm
 from .paged_attention import paged_attention
 
-__all__ = ["int4_gemm", "int4_pack", "int4_unpack", "kv_append", "paged_attention"]
+__all__ = ["int4_gemm", "int4_pack", "int4_unpack", "kv_append", "lut4_gemm", "paged_attention"]

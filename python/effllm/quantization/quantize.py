@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from effllm.nn.linear import GROUP_SIZES, Int4Linear
+from effllm.nn.linear import Int4Linear
+from effllm.nn.packed_linear import GROUP_SIZES
 
 _logger = logging.getLogger(__name__)
 
