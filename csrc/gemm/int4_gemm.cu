@@ -6,7 +6,6 @@
 #include "quant/dequant.cuh"
 
 namespace effllm {
-namespace {
 
 // Weights of packed_gemm_sm80.cuh: scale and zero point of two rows.
 template <class InT_>
@@ -40,6 +39,8 @@ struct Int4Weights {
   float scale[2];
   typename Dequant::Pair zero[2];
 };
+
+namespace {
 
 int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;

@@ -43,14 +43,13 @@ inline int64_t lut4_num_rows(const View& qweight, const View& codebook,
 
 inline void check_codebook(Check& check, const View& codebook, int64_t n, int64_t num_groups) {
   check(codebook).dtype(kFloatDTypes);
-  const int64_t sizes[3] = {n, num_groups, kCodebookSize};
+  const int64_t sizes[3] = {n, num_groups, kCodebookSize}, row_sizes[2] = {n, kCodebookSize};
   bool matches = codebook.rank >= 1 && codebook.rank <= 3 && codebook.size(-1) == kCodebookSize;
   for (int dim = 0; matches && dim + 1 < codebook.rank; ++dim) {
     matches = codebook.size(dim) == sizes[dim];
   }
-  const std::string rows = "[" + std::to_string(n) + ", ";
-  check.that(matches, "codebook must be [16], [N, 16] or [N, ceil(K/g), 16] = [16], " + rows +
-                          "16] or " + format_list(sizes, 3) + ", got " +
+  check.that(matches, "codebook must be [16], [N, 16] or [N, ceil(K/g), 16] = [16], " +
+                          format_list(row_sizes, 2) + " or " + format_list(sizes, 3) + ", got " +
                           format_list(codebook.sizes, codebook.rank));
 }
 
