@@ -16,7 +16,7 @@
 namespace effllm {
 
 inline constexpr int kTableFloats = 16;  // of a codebook, or in the size of its planes
-inline constexpr int kPlaneBytes = 16;
+inline constexpr int kPlaneBytes = 16, kPlaneFloats = 4;
 
 // Defined in lut4_gemm_<isa>.cpp, on x86-64 alone.
 void lut4_strip_avx2(const PackedStrip& strip);
@@ -24,47 +24,7 @@ void lut4_strip_avx512(const PackedStrip& strip);
 
 namespace {
 
-#if defined(__AVX512BW__)
-using Plane = __m512i;
-
-inline Plane load_plane(const void* bytes) {
-  // The form with a mask, here of everything: GCC 12 warns of the other's own code.
-  return _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128(static_cast<const __m128i*>(bytes)));
-}
-
-inline Plane look_up(Plane plane, Plane codes) { return _mm512_shuffle_epi8(plane, codes); }
-#elif defined(__AVX2__)
-using Plane = __m256i;
-
-inline Plane load_plane(const void* bytes) {
-  return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(bytes)));
-}
-
-inline Plane look_up(Plane plane, Plane codes) { return _mm256_shuffle_epi8(plane, codes); }
-#endif
-
-#if defined(__AVX2__)
-template <int kWidth>
-struct CodebookDecoder {
-  static constexpr bool kTakesPadding = true;
-
-  // `decoding` is the four planes of a codebook.
-  explicit CodebookDecoder(const float* decoding) {
-    for (int idx = 0; idx < 4; ++idx) planes[idx] = load_plane(decoding + idx * kPlaneBytes / 4);
-  }
-
-  template <int kStep>
-  FloatVector<kWidth> weights(Vector<uint32_t, kWidth> codes) const {
-    using Bytes = Vector<uint8_t, kWidth>;
-    const auto bytes = [&](int idx) {
-      return reinterpret_cast<Bytes>(look_up(planes[idx], reinterpret_cast<Plane>(codes)));
-    };
-    return lanes_of_step<kStep, kWidth>(bytes(0), bytes(1), bytes(2), bytes(3));
-  }
-
-  Plane planes[4];
-};
-#else
+// Of 16 floats, for the oldest processors.
 template <int kWidth>
 struct CodebookDecoder {
   static_assert(kWidth == 4, "lane b of a step is byte b of one word");
@@ -83,6 +43,63 @@ struct CodebookDecoder {
   }
 
   const float* entries;
+};
+
+// Of four planes.
+template <int kWidth, class Plane>
+struct PlaneDecoder {
+  static constexpr bool kTakesPadding = true;
+
+  explicit PlaneDecoder(const float* decoding)
+      : planes{Plane(decoding), Plane(decoding + kPlaneFloats), Plane(decoding + 2 * kPlaneFloats),
+               Plane(decoding + 3 * kPlaneFloats)} {}
+
+  template <int kStep>
+  FloatVector<kWidth> weights(Vector<uint32_t, kWidth> codes) const {
+    using Bytes = Vector<uint8_t, kWidth>;
+    const auto bytes = [&](int idx) { return reinterpret_cast<Bytes>(planes[idx].look_up(codes)); };
+    return lanes_of_step<kStep, kWidth>(bytes(0), bytes(1), bytes(2), bytes(3));
+  }
+
+  Plane planes[4];
+};
+
+#if defined(__AVX2__)
+struct Avx2Plane {
+  explicit Avx2Plane(const float* from)
+      : bytes(
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))) {}
+
+  __m256i look_up(Vector<uint32_t, 8> codes) const {
+    return _mm256_shuffle_epi8(bytes, reinterpret_cast<__m256i>(codes));
+  }
+
+  __m256i bytes;
+};
+
+template <>
+struct CodebookDecoder<8> : PlaneDecoder<8, Avx2Plane> {
+  using PlaneDecoder::PlaneDecoder;
+};
+#endif
+
+#if defined(__AVX512BW__)
+struct Avx512Plane {
+  // The form with a mask, here of everything: GCC 12 warns of the other's own code.
+  explicit Avx512Plane(const float* from)
+      : bytes(_mm512_maskz_broadcast_i32x4(
+            0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))) {}
+
+  __m512i look_up(Vector<uint32_t, 16> codes) const {
+    return _mm512_shuffle_epi8(bytes, reinterpret_cast<__m512i>(codes));
+  }
+
+  __m512i bytes;
+};
+
+template <>
+struct CodebookDecoder<16> : PlaneDecoder<16, Avx512Plane> {
+  using PlaneDecoder::PlaneDecoder;
 };
 #endif
 

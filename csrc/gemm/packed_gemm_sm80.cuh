@@ -32,6 +32,7 @@
 #include "cuda/vec.cuh"
 #include "gemm/packed_gemm.h"
 #include "ptx/mma.cuh"
+#include "quant/dequant.cuh"
 
 namespace effllm {
 
@@ -111,15 +112,6 @@ __device__ __forceinline__ void store_x_tile(
     if (chunk < Config::kChunks) {
       *reinterpret_cast<uint4*>(&x_smem[chunk / 8][chunk % 8 * 8]) = fragments.x[i];
     }
-  }
-}
-
-// Columns past K of a fragment of which this lane's first column is `columns_left` before K.
-__device__ __forceinline__ void zero_past_k(uint32_t (&a)[4], int64_t columns_left) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int64_t left = columns_left - 8 * (j / 2);
-    a[j] &= left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0u;
   }
 }
 

@@ -72,4 +72,14 @@ struct Lut4Dequant {
   }
 };
 
+// Zero in the columns past K of an A fragment, for weights that may be no numbers there: 0 * NaN is
+// NaN. This lane's first column is `columns_left` before K.
+__device__ __forceinline__ void zero_past_k(uint32_t (&a)[4], int64_t columns_left) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int64_t left = columns_left - 8 * (j / 2);
+    a[j] &= left >= 2 ? 0xffffffffu : left == 1 ? 0xffffu : 0u;
+  }
+}
+
 }  // namespace effllm

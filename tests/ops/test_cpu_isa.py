@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,22 @@ def run_limited(op: str, isa: str) -> subprocess.CompletedProcess[str]:
 def test_values_within_the_limit(op: str, isa: str) -> None:
     result = run_limited(op, isa)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_padding_of_lut4_gemm_within_the_limit(isa: str) -> None:
+    """Each look-up has its own way to leave padding out, which the cases do not tempt."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu"]
+    file = Path(__file__).parent / "test_lut4_gemm.py"
+    result = subprocess.run(
+        [*command, "-k", "test_padding_is_never_looked_up", str(file)],
+        env=os.environ | {"EFFLLM_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
 
 
 def test_unknown_limit_is_a_named_error() -> None:

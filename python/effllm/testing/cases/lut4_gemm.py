@@ -170,10 +170,14 @@ CPU_CASES = [
     for scales in (False, True)
 ]
 
-# NF4, and codebooks by k-means per row (SqueezeLLM).
+# All for NF4; some for codebooks by k-means, which cost more to fetch: per row and per group.
 BENCH = [
     Lut4GemmCase(m, n, k, 128, torch.bfloat16, codebook, codebook == "tensor")
-    for codebook in ("tensor", "row")
+    for codebook, tokens in (
+        ("tensor", (1, 4, 16, 32, 64, 128, 256, 1024, 4096)),
+        ("row", (1, 16, 256)),
+        ("group", (1, 16, 256)),
+    )
     for n, k in MODEL_SHAPES
-    for m in (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
+    for m in tokens
 ]
