@@ -17,7 +17,7 @@
 //
 // An op brings its `Weights`: what a lane knows of its two rows to make weights of their codes.
 //   InT, Params                      16-bit type of x and of the weights; the op's arguments
-//   kZeroPastK                       whether any code is a number, so that zeros of x hide padding
+//   kZeroPastK                       whether a code may be no number: x = 0 then hides no padding
 //   load_group(params, row, k)       for the group of column k; whole warps call it together
 //   scale[2]                         of rows g and g + 8 in that group
 //   fragment(word, a)                the A fragment of eight codes
