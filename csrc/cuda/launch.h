@@ -19,6 +19,26 @@ inline void check_cuda(cudaError_t status, const char* op, const char* what) {
   fail(op, message);
 }
 
+// Clusters of `cluster` CTAs that the current device runs at the same time.
+template <class Params>
+int max_resident_clusters(const char* op, void (*kernel)(Params), int threads, int smem_bytes,
+                          int cluster) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+             op, "shared memory opt-in");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), op, "occupancy query");
+  return clusters;
+}
+
 struct Launch {
   const char* op;  // for the error text
   dim3 grid, block;

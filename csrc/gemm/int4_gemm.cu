@@ -48,13 +48,11 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-// The wgmma kernel where the GPU has it and it takes the shapes, else the one that takes all.
+// A wgmma kernel where the GPU has it and it takes the shapes, else the one that takes all.
 void launch(const Int4GemmParams& params, int device, cudaStream_t stream) {
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9) {
-    const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
-    if (const auto config = select_int4_gemm_sm90_config(params, num_sms)) {
-      return launch_int4_gemm_sm90(params, *config, stream);
-    }
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
+      launch_int4_gemm_sm90(params, device, stream)) {
+    return;
   }
   launch_packed_gemm_sm80<Int4Weights>("int4_gemm", params, stream);
 }

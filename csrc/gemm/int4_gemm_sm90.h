@@ -1,25 +1,67 @@
-// int4_gemm on wgmma: the host side of int4_gemm_sm90.cu, for code compiled for any architecture.
+// int4_gemm on wgmma: the host side, for code compiled for any architecture. Two kernels:
+//
+//   narrow  up to 32 tokens: many small CTAs, each a slice of a strip of W; bound by bytes
+//   wide    more: a persistent kernel over large tiles; bound by the tensor cores
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <array>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
 
 #include "gemm/int4_gemm.h"
 
 namespace effllm {
 
+// Launches one of them if it takes these arguments. Not taken: groups of 32, and rows of x that TMA
+// cannot read.
+bool launch_int4_gemm_sm90(const Int4GemmParams& params, int device, cudaStream_t stream);
+
 // Tokens of a CTA, and how many CTAs of a cluster share the work along K.
-struct Int4GemmSm90Config {
+struct Int4GemmNarrowPlan {
   int tokens, k_slices;
 };
 
-// None if the kernel does not take these shapes: groups of 32, rows of x that TMA cannot read, or
-// more groups than fit into shared memory.
-std::optional<Int4GemmSm90Config> select_int4_gemm_sm90_config(const Int4GemmParams& params,
-                                                               int num_sms);
+std::optional<Int4GemmNarrowPlan> plan_int4_gemm_narrow(const Int4GemmParams& params, int num_sms);
+void launch_int4_gemm_narrow_sm90(const Int4GemmParams& params, Int4GemmNarrowPlan plan,
+                                  cudaStream_t stream);
 
-void launch_int4_gemm_sm90(const Int4GemmParams& params, Int4GemmSm90Config config,
-                           cudaStream_t stream);
+// A CTA's tile, the stages of its ring, and how many of it share a multiprocessor.
+struct Int4GemmWideShape {
+  int tokens, row_blocks, stages, ctas_per_sm;
+
+  // Of a tile of 64 columns of K, in nanoseconds on an H100: with the multiprocessor to itself, and
+  // where all CTAs of one compute.
+  int lone_tile, shared_tile;
+
+  constexpr int strips() const { return 2 * row_blocks; }
+  constexpr int rows() const { return 64 * strips(); }
+};
+
+inline constexpr std::array<Int4GemmWideShape, 5> kInt4GemmWideShapes{{
+    {64, 1, 5, 2, 310, 640},
+    {64, 1, 9, 1, 310, 310},
+    {128, 1, 8, 1, 400, 400},
+    {128, 2, 5, 1, 745, 745},
+    {256, 1, 4, 1, 665, 665},
+}};
+
+// [shape][slices - 1]: clusters of so many CTAs that run on the current device at the same time.
+inline constexpr int kInt4GemmMaxSlices = 8;  // the largest cluster that every sm_90 schedules
+using Int4GemmResidency =
+    std::array<std::array<int, kInt4GemmMaxSlices>, kInt4GemmWideShapes.size()>;
+Int4GemmResidency int4_gemm_wide_residency();
+
+struct Int4GemmWidePlan {
+  size_t shape;
+  int k_slices, ctas;
+};
+
+Int4GemmWidePlan plan_int4_gemm_wide(int64_t m, int64_t n, int64_t k, int num_sms,
+                                     const Int4GemmResidency& residency);
+void launch_int4_gemm_wide_sm90(const Int4GemmParams& params, const Int4GemmWidePlan& plan,
+                                cudaStream_t stream);
 
 }  // namespace effllm

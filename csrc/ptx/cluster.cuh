@@ -15,7 +15,15 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-// The float that CTA `rank` has where this CTA has `pointer`.
+// The same, but no write before it need be seen after it. Reads are over, as the values are there.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.aligned;" ::
+          : "memory");
+}
+
+// What CTA `rank` has where this CTA has `pointer`.
 __device__ __forceinline__ float load_cluster_smem(const float* pointer, uint32_t rank) {
   float value;
   asm volatile(
@@ -23,6 +31,18 @@ __device__ __forceinline__ float load_cluster_smem(const float* pointer, uint32_
       "mapa.shared::cluster.u32 address, %1, %2;\n"
       "ld.shared::cluster.f32 %0, [address];}"
       : "=f"(value)
+      : "r"(smem_address(pointer)), "r"(rank)
+      : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float4 load_cluster_smem(const float4* pointer, uint32_t rank) {
+  float4 value;
+  asm volatile(
+      "{.reg .b32 address;\n"
+      "mapa.shared::cluster.u32 address, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [address];}"
+      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
       : "r"(smem_address(pointer)), "r"(rank)
       : "memory");
   return value;

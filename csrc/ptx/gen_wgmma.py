@@ -5,7 +5,7 @@ Run it after a change: python csrc/ptx/gen_wgmma.py. Its output is checked in; a
 
 from pathlib import Path
 
-WIDTHS = (8, 16, 32, 64, 128)
+WIDTHS = (8, 16, 32, 64, 128, 256)
 TYPES = {"float16": "f16", "bfloat16": "bf16"}
 
 HEADER = """\

@@ -10,10 +10,16 @@
 
 namespace effllm::ptx {
 
-// What is read once goes first, what is read by every CTA goes last.
+// What is read once goes first out of L2, what is read by every CTA goes last.
 __device__ __forceinline__ uint64_t l2_evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ uint64_t l2_evict_normal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 
@@ -41,6 +47,34 @@ __device__ __forceinline__ void tma_load_2d(void* dst, const CUtensorMap* map, u
       "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem_address(dst)),
       "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "l"(l2_policy)
       : "memory");
+}
+
+// The other way; elements outside the tensor are not written. Finished as bulk_wait says.
+__device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void* src, int x,
+                                             int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(smem_address(src)), "r"(x), "r"(y)
+      : "memory");
+}
+
+// Closes the group of stores that this thread has issued.
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until this thread's groups have read shared memory, or, with `bulk_wait`, have written as well.
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 }  // namespace effllm::ptx

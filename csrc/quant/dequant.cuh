@@ -5,17 +5,27 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/dtype.h"
+#include "cuda/vec.cuh"
 #include "ptx/cvt.cuh"
+#include "ptx/lop3.cuh"
 #include "ptx/prmt.cuh"
 #include "quant/lut4_layout.h"
 
 namespace effllm {
 
-// A pair of equal zero points as the float type's own numbers, to be subtracted from code pairs.
-// Everything here is exact: codes are 0..15, zero points 0..255, and the differences are integers
-// of at most 8 bits.
+// Four code pairs of a packed word, each beside the upper bits that make a 16-bit float of it:
+// 1024 + q in fp16, 128 + q in bf16.
+template <class T>
+__device__ __forceinline__ uint32_t biased_codes(uint32_t word, int pair) {
+  constexpr uint32_t kBits = std::is_same_v<T, float16> ? 0x64006400u : 0x43004300u;
+  return ptx::and_or(word >> (4 * pair), 0x000f000fu, kBits);
+}
+
+// Codes less a zero point, which is kept as the pair of floats that is subtracted. Everything here
+// is exact: codes are 0..15, zero points 0..255, and the differences are integers of 8 bits.
 template <class T>
 struct Int4Dequant;
 
@@ -24,12 +34,14 @@ struct Int4Dequant<float16> {
   using Pair = __half2;
 
   // 0x6400 | q is the half 1024 + q; so is the zero point's, and the difference needs no fix-up.
+  template <bool kSymmetric = false>
   static __device__ __forceinline__ Pair zero_pair(int zero) {
     return __half2half2(__ushort_as_half(static_cast<uint16_t>(0x6400 | zero)));
   }
 
+  template <bool kSymmetric = false>
   static __device__ __forceinline__ uint32_t codes(uint32_t word, int pair, Pair zero) {
-    const uint32_t biased = ((word >> (4 * pair)) & 0x000f000fu) | 0x64006400u;
+    const uint32_t biased = biased_codes<float16>(word, pair);
     const Pair value = __hsub2(reinterpret_cast<const Pair&>(biased), zero);
     return reinterpret_cast<const uint32_t&>(value);
   }
@@ -38,18 +50,73 @@ struct Int4Dequant<float16> {
 template <>
 struct Int4Dequant<bfloat16> {
   using Pair = __nv_bfloat162;
+  static constexpr int kBias = 128;
 
+  template <bool kSymmetric = false>
   static __device__ __forceinline__ Pair zero_pair(int zero) {
-    return __bfloat162bfloat162(__int2bfloat16_rn(zero));
+    return __bfloat162bfloat162(__int2bfloat16_rn(kSymmetric ? kBias + zero : zero));
   }
 
-  // 0x4300 | q is the bfloat16 128 + q. 128 + 255 would not be exact, hence two subtractions.
+  // 128 + 255 would not be exact, hence two subtractions, but for the zero point 8.
+  template <bool kSymmetric = false>
   static __device__ __forceinline__ uint32_t codes(uint32_t word, int pair, Pair zero) {
-    const uint32_t biased = ((word >> (4 * pair)) & 0x000f000fu) | 0x43004300u;
-    const Pair bias = __bfloat162bfloat162(__ushort_as_bfloat16(0x4300));
-    const Pair value = __hsub2(__hsub2(reinterpret_cast<const Pair&>(biased), bias), zero);
+    const uint32_t biased = biased_codes<bfloat16>(word, pair);
+    Pair value = reinterpret_cast<const Pair&>(biased);
+    if (!kSymmetric) value = __hsub2(value, __bfloat162bfloat162(__int2bfloat16_rn(kBias)));
+    value = __hsub2(value, zero);
     return reinterpret_cast<const uint32_t&>(value);
   }
+};
+
+// Whole weights (q - zero) * scale of one row and group, rounded once to T: `kExact` says that the
+// scale itself is a T; else what T cannot hold of it is added by a second product.
+//
+// With u = q + bias - sub, both exact, a weight is u * scale + add. `add` is 0, or -scale for odd
+// zero points from 129 on, to which no bfloat16 `sub` can be near enough.
+template <class T, bool kExact>
+struct ScaledInt4 {
+  using Native = device_t<T>;
+  using Pair = std::conditional_t<std::is_same_v<T, float16>, __half2, __nv_bfloat162>;
+  static constexpr int kBias = std::is_same_v<T, float16> ? 1024 : 128;
+  static constexpr bool kHasAdd = std::is_same_v<T, bfloat16>;
+
+  // As it travels through shared memory: {scale, its rest}, {sub, add}.
+  static __device__ __forceinline__ uint2 encode(float scale, int zero) {
+    const int odd = kHasAdd && zero > kBias ? zero % 2 : 0;
+    const float high = device_to_float(device_from_float<Native>(scale));
+    return {ptx::pack_pair<T>(high, kExact ? 0.0f : scale - high),
+            ptx::pack_pair<T>(static_cast<float>(kBias + zero - odd), odd ? -high : -0.0f)};
+  }
+
+  __device__ __forceinline__ void decode(uint2 encoded) {
+    scale = both(encoded.x, 0x1010);
+    if constexpr (!kExact) rest = both(encoded.x, 0x3232);
+    sub = both(encoded.y, 0x1010);
+    if constexpr (kHasAdd) add = both(encoded.y, 0x3232);
+  }
+
+  __device__ __forceinline__ uint32_t weights(uint32_t word, int pair) const {
+    const uint32_t biased = biased_codes<T>(word, pair);
+    const Pair u = __hsub2(reinterpret_cast<const Pair&>(biased), sub);
+    Pair value;
+    if constexpr (kExact && kHasAdd) {
+      value = __hfma2(u, scale, add);
+    } else if constexpr (kExact) {
+      value = __hmul2(u, scale);
+    } else if constexpr (kHasAdd) {
+      value = __hfma2(u, scale, __hfma2(u, rest, add));
+    } else {
+      value = __hfma2(u, scale, __hmul2(u, rest));
+    }
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+
+  static __device__ __forceinline__ Pair both(uint32_t pair, uint32_t selector) {
+    const uint32_t twice = ptx::Permute()(pair, 0, selector);
+    return reinterpret_cast<const Pair&>(twice);
+  }
+
+  Pair scale, rest, sub, add;
 };
 
 // Values of a codebook, rounded to T where its planes are made. Nothing else is rounded.
@@ -65,7 +132,7 @@ struct Lut4Dequant {
   }
 
   // lut4_look_up with prmt: 25 instructions for 8 weights (14 PRMT, 8 LOP3, 3 shifts; nvcc 13.0,
-  // sm_80 and sm_90), where Int4Dequant takes 15 in fp16 and 19 in bf16.
+  // sm_80 and sm_90), where Int4Dequant takes 11 in fp16 and 15 in bf16.
   static __device__ __forceinline__ void fragment(uint32_t word, const Lut4Planes& upper,
                                                   const Lut4Planes& lower, uint32_t (&a)[4]) {
     lut4_look_up(word, upper, lower, ptx::Permute(), a);

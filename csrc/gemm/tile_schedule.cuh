@@ -1,0 +1,54 @@
+// Which output tiles a CTA of a persistent GEMM computes, and in what order.
+//
+//   tiles 0 .. whole_tiles - 1   one CTA each, all of K; CTA b takes b, b + grid, ...
+//   the rest                     a cluster each: its CTAs, the "slices", share the work along K
+//
+// A last round that would leave most multiprocessors idle is thus cut finer; a problem of few tiles
+// consists of such a round alone.
+#pragma once
+
+#include "common/math.h"
+
+namespace effllm {
+
+struct TileSchedule {
+  struct Work {
+    int row_tile, token_tile;
+    int first_k_tile, num_k_tiles;  // at least one: there are no more slices than tiles of K
+    bool split;
+  };
+
+  // Of a group of so many token tiles the tiles run together: their x and W then meet in L2.
+  static constexpr int kGroupTokenTiles = 8;
+
+  int row_tiles, token_tiles, k_tiles;
+  int whole_tiles;  // a multiple of the grid, or all
+  int slices;       // CTAs of a cluster
+
+  // Of this CTA, its `item`-th piece of work; false when there is none.
+  __device__ __forceinline__ bool get(int item, Work& work) const {
+    const auto grid = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+    const int rounds = ceil_div(whole_tiles, grid);
+    int tile;
+    if (item < rounds) {
+      tile = item * grid + cta;
+      if (tile >= whole_tiles) return false;
+      work = {0, 0, 0, k_tiles, false};
+    } else {
+      tile = whole_tiles + (item - rounds) * (grid / slices) + cta / slices;
+      if (tile >= row_tiles * token_tiles) return false;
+      const int first = slice_begin(cta % slices);
+      work = {0, 0, first, slice_begin(cta % slices + 1) - first, true};
+    }
+    const int group = tile / (kGroupTokenTiles * row_tiles) * kGroupTokenTiles;
+    const int group_size = min(kGroupTokenTiles, token_tiles - group);
+    const int in_group = tile - group * row_tiles;
+    work.token_tile = group + in_group % group_size;
+    work.row_tile = in_group / group_size;
+    return true;
+  }
+
+  __device__ __forceinline__ int slice_begin(int slice) const { return k_tiles * slice / slices; }
+};
+
+}  // namespace effllm
