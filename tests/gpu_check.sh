@@ -8,6 +8,7 @@
 #   BENCH="int4_gemm paged_attention"       ops to benchmark (default: all)
 #   BENCH_K="M1 or M16"                     pytest -k expression over their case ids
 #   TEST_K="paged"                          the same for the test and sanitizer stages
+#   SANITIZE_M="gpu"                        pytest -m expression of the sanitizer stages
 #   PYTHON=python3                          needs torch, cmake, ninja, pybind11, pytest, hypothesis,
 #                                           pytest-benchmark; what it lacks may come in PYTHONPATH
 #   EFFLLM_COMMIT=abc1234                   what result rows call the sources, without a git checkout
@@ -65,8 +66,9 @@ gpu_tests() {  # $1: marker expression, the rest: a command to run pytest under
 sanitize() {  # $1: a tool of compute-sanitizer
   # Without torch's caching allocator each tensor is its own allocation, so that a read past its end
   # is not hidden by a neighbour.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 gpu_tests "gpu and sanitizer" \
-    compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20
+  # Only this library's kernels are watched: racecheck finds fault with those of cuBLAS.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 gpu_tests "${SANITIZE_M:-gpu and sanitizer}" \
+    compute-sanitizer --tool "$1" --kernel-regex kns=effllm --error-exitcode 9 --print-limit 20
 }
 
 bench() {

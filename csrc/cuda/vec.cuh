@@ -56,11 +56,11 @@ __device__ __forceinline__ __nv_bfloat16 device_from_float<__nv_bfloat16>(float 
   return __float2bfloat16_rn(value);
 }
 
-// Element `index` of a buffer of any float type as it lies in memory. To convert it waits for the
-// load, so that is left for later.
-__device__ __forceinline__ uint32_t device_load_bits(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::kFloat32) return static_cast<const uint32_t*>(data)[index];
-  return static_cast<const uint16_t*>(data)[index];
+// A float of any type as it lies in memory. To convert it waits for the load, so that is left for
+// later.
+__device__ __forceinline__ uint32_t device_load_bits(const void* data, DType dtype) {
+  if (dtype == DType::kFloat32) return *static_cast<const uint32_t*>(data);
+  return *static_cast<const uint16_t*>(data);
 }
 
 __device__ __forceinline__ float device_bits_to_float(uint32_t bits, DType dtype) {

@@ -40,12 +40,11 @@ struct Int4GemmWideShape {
   constexpr int rows() const { return 64 * strips(); }
 };
 
-inline constexpr std::array<Int4GemmWideShape, 5> kInt4GemmWideShapes{{
-    {64, 1, 5, 2, 310, 640},
-    {64, 1, 9, 1, 310, 310},
-    {128, 1, 8, 1, 400, 400},
-    {128, 2, 5, 1, 745, 745},
-    {256, 1, 4, 1, 665, 665},
+inline constexpr std::array<Int4GemmWideShape, 4> kInt4GemmWideShapes{{
+    {64, 1, 5, 2, 340, 600},
+    {128, 1, 8, 1, 410, 410},
+    {128, 2, 5, 1, 750, 750},
+    {256, 1, 4, 1, 660, 660},
 }};
 
 // [shape][slices - 1]: clusters of so many CTAs that run on the current device at the same time.

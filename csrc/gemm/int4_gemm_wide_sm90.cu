@@ -111,34 +111,46 @@ struct GroupCounter {
   }
 };
 
-// The scales and zero points of this producer thread's rows: loaded for one group, used later.
+// The scales and zero points of this producer thread's rows, group after group: loaded for one,
+// used later.
 template <class C>
 struct RowGroupLoader {
   static constexpr int kOwn = ceil_div(C::kRows, 128);
 
   const Int4GemmParams& params;
-  int64_t rows[kOwn];
+  int64_t groups_left;
+  const uint8_t *next_scale[kOwn], *next_zero[kOwn];
   uint32_t scales[kOwn];  // their bits: nothing waits for a load before it is used
   int zeros[kOwn];
 
-  __device__ __forceinline__ RowGroupLoader(const Int4GemmParams& params, int64_t first_row)
-      : params(params) {
-    // Rows past N are computed on what is there and never stored: any scale in bounds will do.
+  __device__ __forceinline__ RowGroupLoader(const Int4GemmParams& params, int64_t first_row,
+                                            int64_t group)
+      : params(params), groups_left(params.num_groups - group) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      rows[i] = min(first_row + i * 128 + threadIdx.x % 128, params.n - 1);
+      // Rows past N are computed on what is there and never stored: any scale in bounds will do.
+      const int64_t n = min(first_row + i * 128 + threadIdx.x % 128, params.n - 1);
+      const int64_t scale = n * params.stride_scales_n + group * params.stride_scales_g;
+      next_scale[i] = static_cast<const uint8_t*>(params.scales) + scale * scale_bytes();
+      next_zero[i] = params.zeros + n * params.stride_zeros_n + group * params.stride_zeros_g;
+      zeros[i] = kInt4PaddingCode;
     }
   }
 
-  __device__ __forceinline__ void load(int group) {
-    const int64_t g = min(static_cast<int64_t>(group), params.num_groups - 1);
+  __device__ __forceinline__ int scale_bytes() const {
+    return params.scales_dtype == DType::kFloat32 ? 4 : 2;
+  }
+
+  __device__ __forceinline__ void load_next() {
+    if (--groups_left < 0) return;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      scales[i] = device_load_bits(params.scales, params.scales_dtype,
-                                   rows[i] * params.stride_scales_n + g * params.stride_scales_g);
-      zeros[i] = params.zeros == nullptr
-                     ? kInt4PaddingCode
-                     : params.zeros[rows[i] * params.stride_zeros_n + g * params.stride_zeros_g];
+      scales[i] = device_load_bits(next_scale[i], params.scales_dtype);
+      next_scale[i] += params.stride_scales_g * scale_bytes();
+      if (params.zeros != nullptr) {
+        zeros[i] = *next_zero[i];
+        next_zero[i] += params.stride_zeros_g;
+      }
     }
   }
 
@@ -170,16 +182,16 @@ __device__ __forceinline__ void produce(const Args& args, const SharedMemory<C>&
   const int64_t codes_stride = kProducerWarps * params.stride_qweight_strip * 4;
   constexpr int kXWarp = C::kStrips < kProducerWarps ? kProducerWarps - 1 : 0;
 
-  RowGroupLoader<C> loader(params, work.row_tile * int64_t{C::kRows});
-  int group = work.first_k_tile / args.group_tiles;
-  loader.load(group);
+  RowGroupLoader<C> loader(params, work.row_tile * int64_t{C::kRows},
+                           work.first_k_tile / args.group_tiles);
+  loader.load_next();
   bool starts_group = true;
   GroupCounter counter(args, work.first_k_tile);
   for (int tile = 0; tile < work.num_k_tiles; ++tile, ring.advance(), codes += kTileBytes) {
     ptx::mbarrier_wait(&barriers.empty[ring.stage], ring.phase ^ 1);
     if (starts_group) {
       loader.store(smem.row_groups(ring.stage));
-      loader.load(++group);
+      loader.load_next();
     }
     starts_group = counter.next_tile_starts_group();
     __syncwarp();

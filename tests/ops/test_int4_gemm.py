@@ -103,6 +103,24 @@ def test_large_values_neither_overflow_inside_nor_are_hidden(device: str) -> Non
     assert int4_gemm(*args, **kwargs)[1].isinf().any()
 
 
+@pytest.mark.parametrize("m", [4, 40])
+def test_long_sums_of_outliers_around_a_mean(m: int, device: str) -> None:
+    """K = 16384, x with a mean and some channels a hundred times the others."""
+    case = Int4GemmCase(m, 64, 16384, 128, torch.bfloat16, zeros=True)
+    (x, *weights), kwargs = case.make(device)
+    x += 1
+    x[:, ::997] *= 100
+    check(case, (x, *weights), kwargs)
+
+
+@pytest.mark.parametrize("k", [2880, 4304, 7392, 10944])
+@pytest.mark.parametrize("n", [1, 8, 12, 40])
+@pytest.mark.parametrize("m", [3, 70])
+def test_shapes_off_every_tile(m: int, n: int, k: int, device: str) -> None:
+    case = Int4GemmCase(m, n, k, 128, torch.bfloat16, zeros=True, bias=True)
+    check(case, *case.make(device))
+
+
 def test_nan_and_inf_of_one_token_stay_in_its_row(device: str) -> None:
     (x, *weights), kwargs = Int4GemmCase(9, 64, 64).make(device)
     clean = int4_gemm(x, *weights, **kwargs)
@@ -113,10 +131,11 @@ def test_nan_and_inf_of_one_token_stay_in_its_row(device: str) -> None:
     assert_equal(out[others], clean[others])
 
 
-def test_repeatable_to_the_bit(device: str) -> None:
-    args, kwargs = Int4GemmCase(16, 128, 1024).make(device)
+@pytest.mark.parametrize("case", [Int4GemmCase(16, 128, 1024), Int4GemmCase(100, 520, 2048)])
+def test_repeatable_to_the_bit(case: Int4GemmCase, device: str) -> None:
+    args, kwargs = case.make(device)
     first = int4_gemm(*args, **kwargs)
-    for _ in range(5):
+    for _ in range(100 if device == "cuda" else 5):
         assert_equal(int4_gemm(*args, **kwargs), first)
 
 
@@ -242,16 +261,24 @@ def test_mixed_devices_are_a_named_error(index: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", [333, 1024])
 @pytest.mark.parametrize("m", [0, 1, 20, 200])
-def test_captured_as_the_very_first_call_and_replayed_with_other_data(m: int) -> None:
-    case = Int4GemmCase(m, 192, 333, 64, torch.bfloat16)
+def test_captured_as_the_very_first_call_and_replayed_with_other_data(m: int, k: int) -> None:
+    case = Int4GemmCase(m, 192, k, 64, torch.bfloat16)
     (x, *weights), kwargs = case.make("cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = int4_gemm(x, *weights, **kwargs)
-    x.copy_(hostile.normal(m, 333, dtype=x.dtype, seed=5))
+    x.copy_(hostile.normal(m, k, dtype=x.dtype, seed=5))
     graph.replay()
     assert_equal(out, int4_gemm(x, *weights, **kwargs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [3, 70])
+def test_many_rows(m: int) -> None:
+    case = Int4GemmCase(m, 59136, 2880, 64)
+    check(case, *case.make("cuda"))
 
 
 @pytest.mark.gpu

@@ -117,22 +117,23 @@ def _cases() -> list[Int4GemmCase]:
             )
             for dtype in (half, bf16)
         ),
-        # Many tokens on Hopper: every tile shape, whole tiles and tiles whose K a cluster shares,
-        # several rounds of them, and tails in M, N and K; scales that x's type holds and others.
+        # Many tokens on Hopper: each tile shape with whole tiles and with tiles whose K a cluster
+        # shares, several rounds, tails in M, N and K; scales that x's type holds and others.
         *(
             Int4GemmCase(m, n, k, g, dtype, zeros, zeros, scales_dtype)
             for m, n, k, g, zeros in (
-                (40, 520, 1032, -1, True),
-                (64, 17408, 192, 64, False),
-                (100, 4096, 1096, 128, True),
-                (130, 4096, 2880, 64, True),
-                (128, 33800, 136, 64, True),
-                (260, 8200, 512, 128, False),
-                (520, 4360, 448, -1, True),
-                (1100, 4096, 640, 128, True),
+                (40, 1032, 520, 64, True),
+                (40, 1032, 1032, -1, False),
+                (520, 2032, 520, 128, True),
+                (520, 8032, 1032, 128, False),
+                (520, 6032, 520, -1, True),
+                (260, 3032, 4104, 64, True),
+                (520, 4032, 520, 64, False),
+                (390, 9032, 1032, 128, True),
             )
-            for dtype, scales_dtype in ((half, half), (bf16, bf16), (bf16, fp32), (half, bf16))
+            for dtype, scales_dtype in ((bf16, bf16), (half, bf16) if zeros else (half, half))
         ),
+        Int4GemmCase(130, 1032, 520, 128, bf16, True, True, fp32),
         # Nothing to do, in each dimension.
         *(Int4GemmCase(m, n, k, bias=True) for m, n, k in ((0, 64, 64), (4, 0, 64), (4, 64, 0))),
         Int4GemmCase(65537, 8, 64),
