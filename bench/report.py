@@ -158,7 +158,7 @@ def plot(rows: list[Row], path: Path, peers: dict[str, list[Row]] | None = None)
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'effllm[plot]'") from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.26 * len(rows)), layout="constrained")
     positions = range(len(rows))
@@ -166,7 +166,9 @@ def plot(rows: list[Row], path: Path, peers: dict[str, list[Row]] | None = None)
     ratios = [row["ratio"] for row in rows]
     axes.barh(positions, [r - 1 for r in ratios], left=1, color="tab:blue", label="effllm")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(axis="x", lw=0.3)
     if peers:
         marks = [
