@@ -138,7 +138,7 @@ struct Workspace {
 
 AttentionRowsKernel select_rows_kernel() {
   if constexpr (kHasX86Isas) {
-    if (cpu_isa() == CpuIsa::kAvx512) return attention_rows_avx512;
+    if (cpu_isa() >= CpuIsa::kAvx512) return attention_rows_avx512;
     if (cpu_isa() == CpuIsa::kAvx2) return attention_rows_avx2;
   }
   return update_rows<4>;

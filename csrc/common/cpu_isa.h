@@ -10,16 +10,18 @@
 
 namespace effllm {
 
-enum class CpuIsa : int { kBaseline, kAvx2, kAvx512 };
+// Each includes those before it.
+enum class CpuIsa : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 #if defined(__x86_64__)
 inline constexpr bool kHasX86Isas = true;
 
 inline CpuIsa widest_cpu_isa() {
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return CpuIsa::kBaseline;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx2 && avx512 ? CpuIsa::kAvx512 : avx2 ? CpuIsa::kAvx2 : CpuIsa::kBaseline;
+  if (!avx512) return CpuIsa::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? CpuIsa::kAvx512Bf16 : CpuIsa::kAvx512;
 }
 #else
 inline constexpr bool kHasX86Isas = false;
@@ -34,9 +36,10 @@ inline CpuIsa allowed_cpu_isa() {
   const std::string value = name == nullptr ? "" : name;
   if (value == "baseline") return CpuIsa::kBaseline;
   if (value == "avx2") return CpuIsa::kAvx2;
-  if (value.empty() || value == "avx512") return CpuIsa::kAvx512;
-  throw std::runtime_error("effllm: EFFLLM_CPU_ISA must be baseline, avx2 or avx512, got '" +
-                           value + "'");
+  if (value == "avx512") return CpuIsa::kAvx512;
+  if (value.empty() || value == "avx512bf16") return CpuIsa::kAvx512Bf16;
+  throw std::runtime_error(
+      "effllm: EFFLLM_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got '" + value + "'");
 }
 
 // Read once: the first use decides for the process.

@@ -1,9 +1,17 @@
 // int4_gemm: schema and CPU implementation.
+//
+// There are two loops. packed_gemm_strip.h, compiled once per instruction set, multiplies in fp32;
+// int4_gemm_avx512bf16.cpp takes x as bf16, which it must be, and needs AVX-512 BF16. The choice is
+// by dtype and processor, never by shape: a token's result does not depend on the batch.
 #include "gemm/int4_gemm.h"
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
 
+#include "common/dispatch.h"
 #include "common/torch.h"
+#include "gemm/int4_gemm_bf16_strip.h"
 #include "gemm/int4_gemm_strip.h"
 #include "gemm/packed_gemm_cpu.h"
 
@@ -18,29 +26,106 @@ PackedStripKernel int4_strip_kernel() {
   return kBaseline;
 }
 
-// Zero points as Int4Decoder wants them, in a table like that of the scales.
-class Int4Decoding {
+// Zero points in a table like that of the scales.
+class ZerosTable {
  public:
-  explicit Int4Decoding(const Int4GemmParams& params) : params_(params) {}
+  explicit ZerosTable(const Int4GemmParams& params) : params_(params) {}
 
   int64_t size() const { return kPackedCpuRows * stride_slot(); }
   int64_t stride_slot() const { return group_table_stride(params_.num_groups); }
   int64_t stride_group() const { return 1; }
 
+  void prefetch(int64_t first_row, int64_t num_rows) const {
+    if (params_.zeros == nullptr) return;
+    prefetch_group_table(params_.zeros + first_row * params_.stride_zeros_n, params_.stride_zeros_n,
+                         params_.stride_zeros_g, num_rows, params_.num_groups);
+  }
+
+ protected:
+  template <class Loop, class Convert>
+  void load_zeros(int64_t first_row, int64_t num_rows, float* memory,
+                  const Convert& convert) const {
+    load_group_table<Loop>(params_.zeros + first_row * params_.stride_zeros_n,
+                           params_.stride_zeros_n, params_.stride_zeros_g, num_rows,
+                           params_.num_groups, memory, convert);
+  }
+
+  const Int4GemmParams& params_;
+};
+
+// As Int4Decoder wants them.
+class Fp32Decoding : public ZerosTable {
+ public:
+  using Loop = Fp32Loop;
+  using ZerosTable::ZerosTable;
+
   void init(float* memory) const {
+    if (params_.zeros != nullptr) return;
     std::fill(memory, memory + size(), kInt4PaddingCode + kInt4CpuCodeBias);
   }
 
   void load(int64_t first_row, int64_t num_rows, float* memory) const {
     if (params_.zeros == nullptr) return;
-    load_group_table(params_.zeros + first_row * params_.stride_zeros_n, params_.stride_zeros_n,
-                     params_.stride_zeros_g, num_rows, params_.num_groups, memory,
+    load_zeros<Loop>(first_row, num_rows, memory,
                      [](uint8_t zero) { return zero + kInt4CpuCodeBias; });
   }
 
+  void multiply(const PackedStrip& strip) const { kernel_(strip); }
+
  private:
-  const Int4GemmParams& params_;
+  const PackedStripKernel kernel_ = int4_strip_kernel();
 };
+
+// The loop of int4_gemm_avx512bf16.cpp, for x that is bf16 already.
+struct Bf16Loop {
+  using X = bfloat16;
+  static constexpr int64_t kMaxTokens = kInt4Bf16MaxTokens;
+
+  static constexpr int64_t slot_of_row(int64_t row) { return row; }
+
+  static void order(const bfloat16* columns, bfloat16* x) {
+    constexpr int kPairs = kPackedCpuTileK / 2;
+    uint32_t pairs[kPairs], ordered[kPairs];
+    std::memcpy(pairs, columns, sizeof(pairs));
+    for (int idx = 0; idx < kPairs; ++idx) ordered[idx] = pairs[int4_bf16_pair(idx)];
+    std::memcpy(x, ordered, sizeof(ordered));
+  }
+};
+
+// As Int4Bf16Strip wants them.
+class Bf16Decoding : public ZerosTable {
+ public:
+  using Loop = Bf16Loop;
+  using ZerosTable::ZerosTable;
+
+  void init(float*) const {}
+
+  void load(int64_t first_row, int64_t num_rows, float* memory) {
+    if (params_.zeros == nullptr) return;
+    uint8_t largest = 0;
+    load_zeros<Loop>(first_row, num_rows, memory, [&](uint8_t zero) {
+      largest = std::max(largest, zero);
+      return std::bit_cast<float>(static_cast<uint8_t>(16 - zero) * 0x01010101u);
+    });
+    kind_ = largest <= 16 ? Int4Zeros::kUpTo16 : Int4Zeros::kUpTo255;
+  }
+
+  void multiply(const Int4Bf16Strip& strip) const { int4_strip_avx512bf16(strip, kind_); }
+
+ private:
+  Int4Zeros kind_ = Int4Zeros::kEight;  // of the strip
+};
+
+void run_int4_gemm(const Int4GemmParams& params) {
+  if constexpr (kHasX86Isas) {
+    if (params.dtype == DType::kBFloat16 && cpu_isa() >= CpuIsa::kAvx512Bf16) {
+      return packed_gemm_cpu<bfloat16>(params, Bf16Decoding(params), TorchThreads());
+    }
+  }
+  dispatch_float(params.dtype, [&](auto element) {
+    packed_gemm_cpu<decltype(element)>(params, Fp32Decoding(params), TorchThreads());
+  });
+}
 
 Tensor int4_gemm_cpu(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                      const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias,
@@ -51,7 +136,7 @@ Tensor int4_gemm_cpu(const Tensor& x, const Tensor& qweight, const Tensor& scale
                       as_view(zeros, "zeros"), as_view(bias, "bias"), group_size);
   Tensor out = new_empty_like_rows(x, params.n);
   params.out = out.mutable_data_ptr();
-  packed_gemm_cpu(params, Int4Decoding(params), int4_strip_kernel(), TorchThreads());
+  run_int4_gemm(params);
   return out;
 }
 

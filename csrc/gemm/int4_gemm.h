@@ -5,6 +5,11 @@
 //
 // Products are of exact integers (q - z) and the scale is applied in fp32 to each group's sum, so
 // the only roundings are those of an fp32 accumulation and of the final cast.
+//
+// The CPU multiplies bf16 x by dot products of bf16 pairs where the processor has them (AVX-512
+// BF16), else, and x of other types always, in fp32. q - z is exact in bf16, too: the products are
+// the same. Their order is not, and numbers below 2^-126 count as zero. Both ways a token's sum is
+// built in the same order whatever the tokens beside it: CPU results do not depend on the batch.
 #pragma once
 
 #include <cstdint>

@@ -27,6 +27,8 @@ PackedStripKernel lut4_strip_kernel() {
 // planes], or only one where all rows or all groups share theirs.
 class CodebookDecoding {
  public:
+  using Loop = Fp32Loop;
+
   explicit CodebookDecoding(const Lut4GemmParams& params) : params_(params) {}
 
   // A last tile may have one group of two: its other half is padding, but reads a table, too.
@@ -41,6 +43,11 @@ class CodebookDecoding {
   void load(int64_t first_row, int64_t num_rows, float* memory) const {
     if (!shared_by_rows()) load_rows(first_row, num_rows, memory);
   }
+
+  // A row's codebooks are few or one long stretch, which hardware prefetches.
+  void prefetch(int64_t, int64_t) const {}
+
+  void multiply(const PackedStrip& strip) const { kernel_(strip); }
 
  private:
   bool shared_by_rows() const { return params_.stride_codebook_n == 0; }
@@ -61,7 +68,7 @@ class CodebookDecoding {
   void load_tables(int64_t first_row, int64_t num_rows, float* memory) const {
     const T* row = static_cast<const T*>(params_.codebook) + first_row * params_.stride_codebook_n;
     for (int64_t idx = 0; idx < num_rows; ++idx, row += params_.stride_codebook_n) {
-      float* table = memory + slot_of_row(idx) * stride_slot();
+      float* table = memory + Loop::slot_of_row(idx) * stride_slot();
       const T* entries = row;
       for (int64_t group = 0; group < num_groups(); ++group) {
         store_table<T, X>(entries, table);
@@ -93,6 +100,7 @@ class CodebookDecoding {
   }
 
   const Lut4GemmParams& params_;
+  const PackedStripKernel kernel_ = lut4_strip_kernel();
   const bool in_planes_ = cpu_isa() != CpuIsa::kBaseline;
 };
 
@@ -105,7 +113,9 @@ Tensor lut4_gemm_cpu(const Tensor& x, const Tensor& qweight, const Tensor& codeb
                                           as_view(bias, "bias"), group_size);
   Tensor out = new_empty_like_rows(x, params.n);
   params.out = out.mutable_data_ptr();
-  packed_gemm_cpu(params, CodebookDecoding(params), lut4_strip_kernel(), TorchThreads());
+  dispatch_float(params.dtype, [&](auto element) {
+    packed_gemm_cpu<decltype(element)>(params, CodebookDecoding(params), TorchThreads());
+  });
   return out;
 }
 

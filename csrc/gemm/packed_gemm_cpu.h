@@ -1,17 +1,20 @@
-// What the matmuls over packed codes do on the CPU around their inner loop (packed_gemm_strip.h):
-// x and scales of any type become floats where that loop wants them, and threads share the strips.
+// What the matmuls over packed codes do on the CPU around their inner loops: x and scales of any
+// type become what the loop takes, where it wants them, and threads share the strips.
 //
-// An op brings its strip kernels and a `Decoding`, which prepares what its decoder reads of a
-// strip:
+// An op brings a `Decoding`, which prepares what its loop reads of a strip. Each thread has a copy:
+//   Loop                                    of the kind of Fp32Loop
 //   size()                                  floats, in each thread's memory
 //   stride_slot(), stride_group()           where slots and groups lie in them
 //   init(memory)                            once per thread
 //   load(first_row, num_rows, memory)       per strip
+//   prefetch(first_row, num_rows)           of the strip after the one that was loaded
+//   multiply(strip)                         runs the loop
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
+#include <cstring>
+#include <memory>
 #include <vector>
 
 #include "common/cpu_isa.h"
@@ -27,15 +30,35 @@ static_assert(kPackedCpuRows == kInt4StripRows && kPackedCpuTileWords == kInt4Ti
 inline PackedStripKernel select_strip_kernel(PackedStripKernel baseline, PackedStripKernel avx2,
                                              PackedStripKernel avx512) {
   const CpuIsa isa = cpu_isa();
-  return isa == CpuIsa::kAvx512 ? avx512 : isa == CpuIsa::kAvx2 ? avx2 : baseline;
+  return isa >= CpuIsa::kAvx512 ? avx512 : isa == CpuIsa::kAvx2 ? avx2 : baseline;
 }
-
-constexpr int64_t slot_of_row(int64_t row) { return row / 16 * 16 + row % 8 * 2 + row % 16 / 8; }
 
 // Column, within its tile, of byte `byte` of the 16 words that hold a pair of rows.
 constexpr int64_t column_of_byte(int word, int byte) {
   return kPackedCpuStep * (word % 4) + 2 * (word / 4) + 8 * (byte % 2) + byte / 2;
 }
+
+// What the code around a loop must know of it; here that of packed_gemm_strip.h, for x of any type.
+struct Fp32Loop {
+  using X = float;
+  static constexpr int64_t kMaxTokens = kPackedCpuMaxTokens;
+
+  static constexpr int64_t slot_of_row(int64_t row) {
+    return row / 16 * 16 + row % 8 * 2 + row % 16 / 8;
+  }
+
+  // The columns of a tile into fragment order.
+  template <class T>
+  static void order(const T* columns, float* x) {
+    float values[kPackedCpuTileK];
+    for (int idx = 0; idx < kPackedCpuTileK; ++idx) values[idx] = to_float(columns[idx]);
+    for (int step = 0; step < kPackedCpuTileK; step += kPackedCpuStep) {
+      for (int idx = 0; idx < kPackedCpuStep; ++idx) {
+        x[step + idx] = values[step + column_of_byte(idx / 4 * 4, idx % 4)];
+      }
+    }
+  }
+};
 
 // Floats per row of a table [64 slots, groups]: room for a last tile that has one group of two, and
 // an odd number of cache lines. The 64 rows of a group would else compete for few sets of L1.
@@ -44,11 +67,11 @@ constexpr int64_t group_table_stride(int64_t num_groups) {
 }
 
 // Rows of data [num_rows, num_groups] into a table of slots, each number through `convert`.
-template <class T, class Convert>
+template <class Loop, class T, class Convert>
 void load_group_table(const T* data, int64_t stride_n, int64_t stride_g, int64_t num_rows,
                       int64_t num_groups, float* table, const Convert& convert) {
   for (int64_t row = 0; row < num_rows; ++row, data += stride_n) {
-    float* out = table + slot_of_row(row) * group_table_stride(num_groups);
+    float* out = table + Loop::slot_of_row(row) * group_table_stride(num_groups);
     for (int64_t group = 0; group < num_groups; ++group) {
       out[group] = convert(data[group * stride_g]);
     }
@@ -57,32 +80,37 @@ void load_group_table(const T* data, int64_t stride_n, int64_t stride_g, int64_t
   }
 }
 
-// x as [num_tiles, M, 64] in fragment order (packed_gemm_strip.h), fp32, padded with zeros to whole
-// tiles.
-template <class T, class Threads>
-void gather_x(const PackedGemmParams& params, int64_t num_tiles, float* fragments,
+// Brings such rows near: one by one, as load_group_table wants them, they would cost few tokens as
+// much time as the codes do. Strided ones have to wait.
+template <class T>
+void prefetch_group_table(const T* data, int64_t stride_n, int64_t stride_g, int64_t num_rows,
+                          int64_t num_groups) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (stride_g != 1) return;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    for (int64_t group = 0; group < num_groups; group += kLine) {
+      __builtin_prefetch(data + row * stride_n + group, 0, 2);
+    }
+  }
+}
+
+// x as [num_tiles, M, 64] in the loop's type and order, padded with zeros to whole tiles.
+template <class T, class Loop, class Threads>
+void gather_x(const PackedGemmParams& params, int64_t num_tiles, typename Loop::X* x,
               const Threads& threads) {
   threads.for_each(params.m, [&](int64_t m) {
     const T* row = static_cast<const T*>(params.x) + m * params.k;
-    for (int64_t step = 0; step < num_tiles * (kPackedCpuTileK / kPackedCpuStep); ++step) {
-      const int64_t first = step * kPackedCpuStep;
-      float columns[kPackedCpuStep] = {};
-      const int64_t count = std::min<int64_t>(params.k - first, kPackedCpuStep);
-      if (count == kPackedCpuStep) {
-        for (int idx = 0; idx < kPackedCpuStep; ++idx) columns[idx] = to_float(row[first + idx]);
-      } else {
-        for (int64_t idx = 0; idx < count; ++idx) columns[idx] = to_float(row[first + idx]);
-      }
-      float* out = fragments + (first / kPackedCpuTileK * params.m + m) * kPackedCpuTileK +
-                   first % kPackedCpuTileK;
-      for (int idx = 0; idx < kPackedCpuStep; ++idx) {
-        out[idx] = columns[column_of_byte(idx / 4 * 4, idx % 4)];
-      }
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      const int64_t first = tile * kPackedCpuTileK;
+      T columns[kPackedCpuTileK] = {};
+      std::memcpy(columns, row + first,
+                  std::min<int64_t>(params.k - first, kPackedCpuTileK) * sizeof(T));
+      Loop::order(columns, x + (tile * params.m + m) * kPackedCpuTileK);
     }
   });
 }
 
-// PackedStrip::padding.
+// StripOf::padding.
 inline std::vector<uint32_t> padding_words(int64_t k) {
   const int64_t last_columns = k - (ceil_div<int64_t>(k, kPackedCpuTileK) - 1) * kPackedCpuTileK;
   std::vector<uint32_t> words(2 * kPackedCpuStep);
@@ -100,11 +128,12 @@ struct StripTask {
   int64_t strip, first_row, num_rows, first_token, num_tokens;
 };
 
-inline StripTask strip_task_at(const PackedGemmParams& params, int64_t index, int64_t num_blocks) {
+inline StripTask strip_task_at(const PackedGemmParams& params, int64_t index, int64_t num_blocks,
+                               int64_t max_tokens) {
   const int64_t first_row = index / num_blocks * kPackedCpuRows;
-  const int64_t first_token = index % num_blocks * kPackedCpuMaxTokens;
+  const int64_t first_token = index % num_blocks * max_tokens;
   return {index / num_blocks, first_row, std::min<int64_t>(params.n - first_row, kPackedCpuRows),
-          first_token, std::min<int64_t>(params.m - first_token, kPackedCpuMaxTokens)};
+          first_token, std::min<int64_t>(params.m - first_token, max_tokens)};
 }
 
 // One thread at work: scales, bias and decoding of the strip that it has come to, and sums of a
@@ -112,35 +141,37 @@ inline StripTask strip_task_at(const PackedGemmParams& params, int64_t index, in
 template <class T, class Decoding>
 class StripWorker {
  public:
+  using Loop = typename Decoding::Loop;
+  using X = typename Loop::X;
+
   static int64_t memory_size(const PackedGemmParams& params, const Decoding& decoding) {
-    return kPackedCpuRows * (scales_stride(params) + kPackedCpuMaxTokens + 1) + decoding.size();
+    return kPackedCpuRows * (scales_stride(params) + Loop::kMaxTokens + 1) + decoding.size();
   }
 
-  // `memory` holds zeros.
-  StripWorker(const PackedGemmParams& params, const Decoding& decoding, PackedStripKernel kernel,
-              const float* x, const uint32_t* padding, float* memory)
+  // `memory` is uninitialised: its thread is the first to touch it. What rows past N leave so gives
+  // sums that nobody reads.
+  StripWorker(const PackedGemmParams& params, const Decoding& decoding, const X* x,
+              const uint32_t* padding, float* memory)
       : params_(params),
         decoding_(decoding),
-        kernel_(kernel),
         x_(x),
         padding_(padding),
         scales_(memory),
         sums_(scales_ + kPackedCpuRows * scales_stride(params)),
-        bias_(sums_ + kPackedCpuRows * kPackedCpuMaxTokens),
+        bias_(sums_ + kPackedCpuRows * Loop::kMaxTokens),
         decoding_memory_(bias_ + kPackedCpuRows) {
     if (params.scales == nullptr) std::fill(scales_, sums_, 1.0f);
-    decoding.init(decoding_memory_);
+    std::fill(bias_, decoding_memory_, 0.0f);
+    decoding_.init(decoding_memory_);
   }
 
   void load_strip(int64_t first_row, int64_t num_rows) {
-    if (params_.num_groups > 0) decoding_.load(first_row, num_rows, decoding_memory_);
-    if (params_.num_groups > 0 && params_.scales != nullptr) {
-      dispatch_float(params_.scales_dtype, [&](auto element) {
-        using S = decltype(element);
-        load_group_table(
-            static_cast<const S*>(params_.scales) + first_row * params_.stride_scales_n,
-            params_.stride_scales_n, params_.stride_scales_g, num_rows, params_.num_groups, scales_,
-            [](S scale) { return to_float(scale); });
+    if (params_.num_groups > 0) {
+      decoding_.load(first_row, num_rows, decoding_memory_);
+      with_scales(first_row, [&](const auto* scales) {
+        load_group_table<Loop>(scales, params_.stride_scales_n, params_.stride_scales_g, num_rows,
+                               params_.num_groups, scales_,
+                               [](auto scale) { return to_float(scale); });
       });
     }
     if (params_.bias != nullptr) {
@@ -151,8 +182,19 @@ class StripWorker {
     }
   }
 
+  // What load_strip will want of the next strip, while this one is multiplied.
+  void prefetch_strip(int64_t first_row) const {
+    const int64_t num_rows = std::min<int64_t>(params_.n - first_row, kPackedCpuRows);
+    if (num_rows <= 0) return;
+    decoding_.prefetch(first_row, num_rows);
+    with_scales(first_row, [&](const auto* scales) {
+      prefetch_group_table(scales, params_.stride_scales_n, params_.stride_scales_g, num_rows,
+                           params_.num_groups);
+    });
+  }
+
   void run(const StripTask& task, int64_t num_tiles) const {
-    kernel_({
+    decoding_.multiply({
         .words = params_.qweight + task.strip * params_.stride_qweight_strip,
         .num_tiles = num_tiles,
         .num_rows = static_cast<int>(task.num_rows),
@@ -173,7 +215,7 @@ class StripWorker {
       const float* sums = sums_ + token * kPackedCpuRows;
       T* out = static_cast<T*>(params_.out) + (task.first_token + token) * params_.n;
       for (int64_t row = 0; row < task.num_rows; ++row) {
-        out[task.first_row + row] = from_float<T>(sums[slot_of_row(row)] + bias_[row]);
+        out[task.first_row + row] = from_float<T>(sums[Loop::slot_of_row(row)] + bias_[row]);
       }
     }
   }
@@ -183,53 +225,57 @@ class StripWorker {
     return group_table_stride(params.num_groups);
   }
 
+  // Calls `body` with a pointer to the scales of a row, if there are any.
+  template <class Body>
+  void with_scales(int64_t row, const Body& body) const {
+    if (params_.scales == nullptr) return;
+    dispatch_float(params_.scales_dtype, [&](auto element) {
+      body(static_cast<const decltype(element)*>(params_.scales) + row * params_.stride_scales_n);
+    });
+  }
+
   const PackedGemmParams& params_;
-  const Decoding& decoding_;
-  PackedStripKernel kernel_;
-  const float* x_;
+  Decoding decoding_;
+  const X* x_;
   const uint32_t* padding_;
   float* scales_;           // [64 slots, scales_stride]
-  float* sums_;             // [kPackedCpuMaxTokens, 64 slots]
+  float* sums_;             // [kMaxTokens, 64 slots]
   float* bias_;             // [64 rows]
   float* decoding_memory_;  // the decoding's own
 };
 
+// For x and out of type T. `threads` has count(), and for_each(n, body), which calls body(0) ..
+// body(n - 1) in any order.
 template <class T, class Decoding, class Threads>
-void packed_gemm_of_type(const PackedGemmParams& params, const Decoding& decoding,
-                         PackedStripKernel kernel, const Threads& threads) {
+void packed_gemm_cpu(const PackedGemmParams& params, const Decoding& decoding,
+                     const Threads& threads) {
   using Worker = StripWorker<T, Decoding>;
+  using Loop = typename Decoding::Loop;
   const int64_t num_tiles = ceil_div<int64_t>(params.k, kPackedCpuTileK);
-  std::vector<float> x(num_tiles * params.m * kPackedCpuTileK);
-  gather_x<T>(params, num_tiles, x.data(), threads);
+  std::vector<typename Loop::X> x(num_tiles * params.m * kPackedCpuTileK);
+  gather_x<T, Loop>(params, num_tiles, x.data(), threads);
   const std::vector<uint32_t> padding = padding_words(params.k);
 
   // A strip's tasks follow each other. All memory is there before the threads start: an exception
   // in one of them would end the process.
-  const int64_t num_blocks = ceil_div<int64_t>(params.m, kPackedCpuMaxTokens);
+  const int64_t num_blocks = ceil_div<int64_t>(params.m, Loop::kMaxTokens);
   const int64_t num_tasks = int4_num_strips(params.n) * num_blocks;
   const int64_t num_workers = std::min<int64_t>(threads.count(), num_tasks);
   const int64_t memory_size = Worker::memory_size(params, decoding);
-  std::vector<float> memory(num_workers * memory_size);
+  const std::unique_ptr<float[]> memory(new float[num_workers * memory_size]);
   threads.for_each(num_workers, [&](int64_t idx) {
-    Worker worker(params, decoding, kernel, x.data(), padding.data(),
-                  memory.data() + idx * memory_size);
+    Worker worker(params, decoding, x.data(), padding.data(), memory.get() + idx * memory_size);
     int64_t loaded_strip = -1;
     const int64_t last = num_tasks * (idx + 1) / num_workers;
     for (int64_t task_idx = num_tasks * idx / num_workers; task_idx < last; ++task_idx) {
-      const StripTask task = strip_task_at(params, task_idx, num_blocks);
-      if (task.strip != loaded_strip) worker.load_strip(task.first_row, task.num_rows);
+      const StripTask task = strip_task_at(params, task_idx, num_blocks, Loop::kMaxTokens);
+      if (task.strip != loaded_strip) {
+        worker.load_strip(task.first_row, task.num_rows);
+        worker.prefetch_strip(task.first_row + kPackedCpuRows);
+      }
       loaded_strip = task.strip;
       worker.run(task, num_tiles);
     }
-  });
-}
-
-// `threads` has count(), and for_each(n, body), which calls body(0) .. body(n - 1) in any order.
-template <class Decoding, class Threads>
-void packed_gemm_cpu(const PackedGemmParams& params, const Decoding& decoding,
-                     PackedStripKernel kernel, const Threads& threads) {
-  dispatch_float(params.dtype, [&](auto element) {
-    packed_gemm_of_type<decltype(element)>(params, decoding, kernel, threads);
   });
 }
 

@@ -21,43 +21,17 @@
 #include <utility>
 
 #include "common/vector.h"
+#include "gemm/packed_strip.h"
 
 namespace effllm {
 
-inline constexpr int kPackedCpuStep = 16;  // columns, and words that hold a pair of rows
-inline constexpr int kPackedCpuTileK = 64;
-inline constexpr int kPackedCpuRows = 64;
-inline constexpr int kPackedCpuTileWords = 512;
+inline constexpr int kPackedCpuStep = 16;            // columns, and words that hold a pair of rows
 inline constexpr uint32_t kPackedCpuPadding = 0x80;  // or-ed to a code's byte
 inline constexpr int kPackedCpuMaxTokens = 32;       // of one call: their sums stay in L1
 
-// Rows are numbered in the order of their words here, as "slots": n, n + 8 for n = 0 .. 7, then the
-// next block of 16.
-struct PackedStrip {
-  const int32_t* words;  // [num_tiles, 512], the strip's row of qweight
-  int64_t num_tiles;
-  int num_rows;  // up to 64; whole blocks of 16 are computed
-
-  const float* x;  // [num_tiles, num_tokens, 64] in fragment order, zero past K
-  int64_t stride_x_tile;
-  int num_tokens;  // up to kPackedCpuMaxTokens
-
-  // A tile has one group, which may go on for more tiles, or two of 32 columns. Each slot and group
-  // has a scale in [64 slots, groups], and what its decoder reads.
-  const float* scales;
-  int64_t stride_scales;
-  const float* decoding;
-  int64_t stride_decoding_slot, stride_decoding_group;
-  int64_t tiles_per_group;
-  bool two_groups_per_tile;
-
-  // [2, 16 words] for all tiles but the last, and for the last: kPackedCpuPadding in the bytes of
-  // columns past K. Decoders whose weights may be no numbers make such codes 0.
-  const uint32_t* padding;
-
-  float* sums;  // [num_tokens, 64 slots], out
-};
-
+// Slots are in the order of their words: rows n, n + 8 for n = 0 .. 7, then the next block of 16.
+// x is in fragment order.
+using PackedStrip = StripOf<float>;
 using PackedStripKernel = void (*)(const PackedStrip&);
 
 namespace {

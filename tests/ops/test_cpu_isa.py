@@ -42,7 +42,7 @@ def run_limited(op: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("op", ["int4_gemm", "lut4_gemm", "paged_attention"])
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_values_within_the_limit(op: str, isa: str) -> None:
     result = run_limited(op, isa)
     assert result.returncode == 0, result.stderr
@@ -65,5 +65,5 @@ def test_padding_of_lut4_gemm_within_the_limit(isa: str) -> None:
 
 
 def test_unknown_limit_is_a_named_error() -> None:
-    message = "EFFLLM_CPU_ISA must be baseline, avx2 or avx512, got 'sse9'"
+    message = "EFFLLM_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got 'sse9'"
     assert message in run_limited("int4_gemm", "sse9").stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from effllm.ops import int4_gemm
+from effllm.ops import int4_gemm, int4_pack
 from effllm.ops.int4_gemm import dequantize, int4_gemm_ref
 from effllm.testing import hostile
 from effllm.testing.cases.int4_gemm import CPU_CASES, Int4GemmCase
 from effllm.testing.compare import assert_close_to_reference, assert_equal
 
 CASE = Int4GemmCase(6, 72, 192, 64, torch.float16, zeros=True, bias=True)
+OFF_EVERY_TILE = [(n, k) for n in (1, 8, 12, 40) for k in (2880, 4304, 7392, 10944)]
+"""N and K of real models' narrow and long layers."""
 
 
 def check(case: Int4GemmCase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -29,7 +32,7 @@ def check(case: Int4GemmCase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.id)
-def test_fp32_on_the_cpu(case: Int4GemmCase) -> None:
+def test_cases_of_the_cpu_alone(case: Int4GemmCase) -> None:
     check(case, *case.make("cpu"))
 
 
@@ -49,6 +52,63 @@ def test_any_shape(
     check(case, *case.make("cpu"))
 
 
+@pytest.mark.parametrize(("n", "k"), OFF_EVERY_TILE)
+@pytest.mark.parametrize("m", [3, 70])
+def test_shapes_off_every_tile(m: int, n: int, k: int, device: str) -> None:
+    case = Int4GemmCase(m, n, k, 128, torch.bfloat16, zeros=True, bias=True)
+    check(case, *case.make(device))
+
+
+@pytest.mark.parametrize(("n", "k"), OFF_EVERY_TILE)
+def test_every_type_off_every_tile_with_strided_x(n: int, k: int) -> None:
+    """The loops of the CPU, for every group size and type of scale."""
+    floats = [torch.bfloat16, torch.float16, torch.float32]
+    for index, (m, group_size) in enumerate(zip([3, 7, 17, 33], [32, 64, 128, -1], strict=True)):
+        scales_dtype = floats[(index + n) % 3]
+        for dtype, zeros, max_zero in (
+            (torch.bfloat16, False, 0),
+            (torch.bfloat16, True, 15),
+            (torch.bfloat16, True, 255),
+            (torch.float16, True, 15),
+            (torch.float32, False, 0),
+        ):
+            case = Int4GemmCase(m, n, k, group_size, dtype, zeros, True, scales_dtype, max_zero)
+            (_, *weights), kwargs = case.make("cpu")
+            wide = hostile.normal(m, 2 * k, dtype=dtype, seed=index)
+            check(case, (wide[:, ::2], *weights), kwargs)
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 64])
+@pytest.mark.parametrize("first_zero", [0, 1, 64, 128, 192])
+def test_every_code_and_zero_point_is_exact(m: int, first_zero: int, device: str) -> None:
+    """One column at a time: q - z is at most eight bits, which even the output holds exactly."""
+    zeros = torch.arange(first_zero, first_zero + 16, dtype=torch.uint8).repeat(4)[:, None]
+    codes = torch.arange(64, dtype=torch.uint8).remainder(16).repeat(64, 1)
+    scales = torch.full((64, 1), 0.25, dtype=torch.bfloat16)
+    x = torch.eye(64, dtype=torch.bfloat16)[64 - m :]
+    moved = [t.to(device) for t in (x, int4_pack(codes), scales, zeros)]
+    expected = (codes.double() - zeros.double())[:, 64 - m :].T * 0.25
+    assert_equal(int4_gemm(*moved, group_size=64), expected.to(torch.bfloat16).to(device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("max_zero", [None, 16, 255])
+def test_a_token_does_not_depend_on_its_batch_on_the_cpu(
+    dtype: torch.dtype, group_size: int, max_zero: int | None
+) -> None:
+    """The same bits alone, beside few tokens and in any position of many."""
+    case = Int4GemmCase(70, 72, 1000, group_size, dtype, max_zero is not None)
+    if max_zero is not None:
+        case = replace(case, max_zero=max_zero)
+    (x, *weights), kwargs = case.make("cpu")
+    whole = int4_gemm(x, *weights, **kwargs)
+    for size in (1, 2, 3, 4, 5, 7, 17, 33, 64):
+        for first in (0, 70 - size):
+            part = slice(first, first + size)
+            assert_equal(int4_gemm(x[part], *weights, **kwargs), whole[part], name=f"{part}")
+
+
 def test_leading_dimensions_of_x(device: str) -> None:
     (x, *weights), kwargs = CASE.make(device)
     expected = int4_gemm(x, *weights, **kwargs)
@@ -58,8 +118,9 @@ def test_leading_dimensions_of_x(device: str) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 2, 3, 4], ids=["x", "scales", "zeros", "bias"])
-def test_any_strides(index: int, device: str) -> None:
-    args, kwargs = CASE.make(device)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_any_strides(index: int, dtype: torch.dtype, device: str) -> None:
+    args, kwargs = replace(CASE, dtype=dtype).make(device)
     for name, tensor in hostile.odd_strides(args[index]):
         strided, dense = list(args), list(args)
         strided[index], dense[index] = tensor, tensor.contiguous()
@@ -113,21 +174,14 @@ def test_long_sums_of_outliers_around_a_mean(m: int, device: str) -> None:
     check(case, (x, *weights), kwargs)
 
 
-@pytest.mark.parametrize("k", [2880, 4304, 7392, 10944])
-@pytest.mark.parametrize("n", [1, 8, 12, 40])
-@pytest.mark.parametrize("m", [3, 70])
-def test_shapes_off_every_tile(m: int, n: int, k: int, device: str) -> None:
-    case = Int4GemmCase(m, n, k, 128, torch.bfloat16, zeros=True, bias=True)
-    check(case, *case.make(device))
-
-
-def test_nan_and_inf_of_one_token_stay_in_its_row(device: str) -> None:
-    (x, *weights), kwargs = Int4GemmCase(9, 64, 64).make(device)
+@pytest.mark.parametrize("m", [4, 9])
+def test_nan_and_inf_of_one_token_stay_in_its_row(m: int, device: str) -> None:
+    (x, *weights), kwargs = Int4GemmCase(m, 64, 64).make(device)
     clean = int4_gemm(x, *weights, **kwargs)
     x[3] = float("nan")
     out = int4_gemm(x, *weights, **kwargs)
     assert out[3].isnan().all()
-    others = [row for row in range(9) if row != 3]
+    others = [row for row in range(m) if row != 3]
     assert_equal(out[others], clean[others])
 
 

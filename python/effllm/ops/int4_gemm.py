@@ -23,7 +23,9 @@ def int4_gemm(
     """``x @ W.T + bias`` with ``W[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]``.
 
     The codes are exact in the multiplier, scales and sums are fp32; the result is rounded once.
-    For few tokens the time is that of reading the N * K / 2 bytes of codes.
+    For few tokens the time is that of reading the N * K / 2 bytes of codes. On a CPU a token's
+    result does not depend, to the bit, on the tokens beside it; it does depend on the processor:
+    one with AVX-512 BF16 multiplies bf16 x in pairs, with numbers below 2^-126 taken as zero.
 
     Args:
         x: [..., K], fp16 or bf16; fp32 on the CPU only. Any strides, any number of tokens.

@@ -17,7 +17,10 @@ from ..hostile import normal
 
 @dataclass(frozen=True)
 class Int4GemmCase(Case):
-    """x [m, k] times a weight [n, k] in groups of ``group_size`` (-1: one group of k)."""
+    """x [m, k] times a weight [n, k] in groups of ``group_size`` (-1: one group of k).
+
+    Zero points, if there are any, are 0 .. ``max_zero``.
+    """
 
     m: int
     n: int
@@ -27,6 +30,7 @@ class Int4GemmCase(Case):
     zeros: bool = False
     bias: bool = False
     scales_dtype: torch.dtype = torch.bfloat16
+    max_zero: int = 255
     op: ClassVar[str] = "int4_gemm"
     baseline_name: ClassVar[str] = "torch.mm"
 
@@ -36,7 +40,8 @@ class Int4GemmCase(Case):
 
     @property
     def id(self) -> str:
-        options = ("-zeros" if self.zeros else "") + ("-bias" if self.bias else "")
+        zeros = "-zeros" + ("" if self.max_zero == 255 else str(self.max_zero))
+        options = (zeros if self.zeros else "") + ("-bias" if self.bias else "")
         types = f"{str(self.dtype)[6:]}-s{str(self.scales_dtype)[6:]}"
         return f"m{self.m}-n{self.n}-k{self.k}-g{self.group_size}-{types}{options}"
 
@@ -50,7 +55,9 @@ class Int4GemmCase(Case):
         scales = (torch.rand(self.n, groups, generator=generator) + 0.5).to(self.scales_dtype) / 64
         zeros = bias = None
         if self.zeros:  # any value of a byte is a zero point, not only those of four bits
-            zeros = torch.randint(0, 256, (self.n, groups), generator=generator, dtype=torch.uint8)
+            zeros = torch.randint(
+                0, self.max_zero + 1, (self.n, groups), generator=generator, dtype=torch.uint8
+            )
         if self.bias:
             bias = normal(self.n, dtype=self.dtype, seed=seed + 3)
         tensors = (x, qweight, scales, zeros, bias)
@@ -143,8 +150,18 @@ def _cases() -> list[Int4GemmCase]:
 
 CASES = _cases()
 CPU_CASES = [
-    Int4GemmCase(4, 96, 320, 64, torch.float32, zeros, zeros, torch.float32)
-    for zeros in (False, True)
+    *(
+        Int4GemmCase(4, 96, 320, 64, torch.float32, zeros, zeros, torch.float32)
+        for zeros in (False, True)
+    ),
+    # Zero points that a loop may look up (all up to 16), on both sides of that limit and of the
+    # number of tokens from which weights are kept.
+    *(
+        Int4GemmCase(m, 96, 320, g, zeros=True, max_zero=max_zero)
+        for m in (1, 4, 5, 67)
+        for g in (32, 128)
+        for max_zero in (16, 17)
+    ),
 ]
 
 # Layers of Llama-3-8B and 70B: qkv, o, gate_up, down.
