@@ -105,10 +105,10 @@ inline Tensor new_empty_like_rows(const Tensor& x, int64_t n) {
 struct TorchThreads {
   int64_t count() const { return torch::stable::get_num_threads(); }
 
-  // body(0) .. body(n - 1), in any order.
+  // body(0) .. body(n - 1), in any order, `grain` of them at least on each thread.
   template <class Body>
-  void for_each(int64_t n, const Body& body) const {
-    parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+  void for_each(int64_t n, int64_t grain, const Body& body) const {
+    parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
       for (int64_t idx = begin; idx < end; ++idx) body(idx);
     });
   }

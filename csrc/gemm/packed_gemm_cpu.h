@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -94,11 +95,13 @@ void prefetch_group_table(const T* data, int64_t stride_n, int64_t stride_g, int
   }
 }
 
+constexpr int64_t kGatherTokens = 8;  // for fewer, threads cost more than they save
+
 // x as [num_tiles, M, 64] in the loop's type and order, padded with zeros to whole tiles.
 template <class T, class Loop, class Threads>
 void gather_x(const PackedGemmParams& params, int64_t num_tiles, typename Loop::X* x,
               const Threads& threads) {
-  threads.for_each(params.m, [&](int64_t m) {
+  threads.for_each(params.m, kGatherTokens, [&](int64_t m) {
     const T* row = static_cast<const T*>(params.x) + m * params.k;
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t first = tile * kPackedCpuTileK;
@@ -244,8 +247,8 @@ class StripWorker {
   float* decoding_memory_;  // the decoding's own
 };
 
-// For x and out of type T. `threads` has count(), and for_each(n, body), which calls body(0) ..
-// body(n - 1) in any order.
+// For x and out of type T. `threads` has count(), and for_each(n, grain, body), which calls body(0)
+// .. body(n - 1) in any order, `grain` of them at least on each thread.
 template <class T, class Decoding, class Threads>
 void packed_gemm_cpu(const PackedGemmParams& params, const Decoding& decoding,
                      const Threads& threads) {
@@ -256,18 +259,27 @@ void packed_gemm_cpu(const PackedGemmParams& params, const Decoding& decoding,
   gather_x<T, Loop>(params, num_tiles, x.data(), threads);
   const std::vector<uint32_t> padding = padding_words(params.k);
 
-  // A strip's tasks follow each other. All memory is there before the threads start: an exception
-  // in one of them would end the process.
+  // All memory is there before the threads start: an exception in one of them would end the
+  // process.
   const int64_t num_blocks = ceil_div<int64_t>(params.m, Loop::kMaxTokens);
   const int64_t num_tasks = int4_num_strips(params.n) * num_blocks;
   const int64_t num_workers = std::min<int64_t>(threads.count(), num_tasks);
   const int64_t memory_size = Worker::memory_size(params, decoding);
   const std::unique_ptr<float[]> memory(new float[num_workers * memory_size]);
-  threads.for_each(num_workers, [&](int64_t idx) {
+
+  // Cores are not equally fast: each takes a few chunks, one when it is done with another. A
+  // strip's tasks follow each other, and strips in the order in which they lie in memory.
+  const int64_t chunk = num_workers == 0 ? 1 : ceil_div<int64_t>(num_tasks, 4 * num_workers);
+  std::atomic<int64_t> next_task = 0;
+  threads.for_each(num_workers, 1, [&](int64_t idx) {
     Worker worker(params, decoding, x.data(), padding.data(), memory.get() + idx * memory_size);
     int64_t loaded_strip = -1;
-    const int64_t last = num_tasks * (idx + 1) / num_workers;
-    for (int64_t task_idx = num_tasks * idx / num_workers; task_idx < last; ++task_idx) {
+    for (int64_t task_idx = 0, last = 0;; ++task_idx) {
+      if (task_idx == last) {
+        task_idx = next_task.fetch_add(chunk);
+        last = std::min(task_idx + chunk, num_tasks);
+        if (task_idx >= num_tasks) return;
+      }
       const StripTask task = strip_task_at(params, task_idx, num_blocks, Loop::kMaxTokens);
       if (task.strip != loaded_strip) {
         worker.load_strip(task.first_row, task.num_rows);
