@@ -42,6 +42,8 @@ PEER_HEAD_DIM = 128
 """Head dim of all attention rows in peers files, which do not state it."""
 RIDGE_FLOPS_PER_BYTE = 260
 """Above this an H100 is bound by 16-bit arithmetic (800 TFLOP/s over 3.06 TB/s), below by bytes."""
+CPU_RIDGE_FLOPS_PER_BYTE = 12
+"""The same for a core of a server with AVX-512 BF16 (200 GFLOP/s over 17 GB/s)."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ def _attention_peer(row: Row, peers: list[Row]) -> Peer | None:
 def rate(row: Row) -> str:
     """The rate that the problem is bound by, with its unit."""
     flops, bytes_ = row["tflop_per_s"] * 1e12, row["gb_per_s"] * 1e9
-    if flops > RIDGE_FLOPS_PER_BYTE * bytes_:
-        return f"{row['tflop_per_s']:.0f} TFLOP/s"
+    ridge = CPU_RIDGE_FLOPS_PER_BYTE if row["timer"] == "host" else RIDGE_FLOPS_PER_BYTE
+    if flops > ridge * bytes_:
+        return f"{flops * 1e-12:.0f} TFLOP/s" if flops >= 1e13 else f"{flops * 1e-12:.2f} TFLOP/s"
     return f"{row['gb_per_s']:.0f} GB/s"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from effllm.ops import int4_gemm, int4_pack
 from effllm.ops.int4_gemm import dequantize, int4_gemm_ref
 from effllm.testing import hostile
-from effllm.testing.cases.int4_gemm import CPU_CASES, Int4GemmCase
+from effllm.testing.cases.int4_gemm import CPU_CASES, Int4GemmCase, Int4PackBaselineCase
 from effllm.testing.compare import assert_close_to_reference, assert_equal
 
 CASE = Int4GemmCase(6, 72, 192, 64, torch.float16, zeros=True, bias=True)
@@ -34,6 +34,15 @@ def check(case: Int4GemmCase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.id)
 def test_cases_of_the_cpu_alone(case: Int4GemmCase) -> None:
     check(case, *case.make("cpu"))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_baseline_of_torch_solves_the_same_problem(zeros: bool) -> None:
+    case = Int4PackBaselineCase(5, 64, 256, 64, zeros=zeros, bias=True, max_zero=15)
+    args, kwargs = case.make("cpu")
+    plain = Int4GemmCase.prepare_baseline(case, *args, **kwargs)()
+    exact = case.reference(*args, **kwargs)
+    assert_close_to_reference(case.baseline(*args, **kwargs), exact, plain, cosine=True)
 
 
 @settings(max_examples=30, deadline=None)

@@ -42,6 +42,7 @@ ROW = {
     "tflop_per_s": 6.7,
     "dtype": "bf16",
     "group_size": 128,
+    "timer": "graph",
     "card": "card A",
     "torch": "2.11",
     "cuda": "13.0",
@@ -120,6 +121,12 @@ def test_table_states_rate_limit_and_baseline(report: ModuleType) -> None:
     assert "**card A** (torch 2.11, CUDA 13.0; commit abc)" in text
     assert "| int4_gemm | N4096 K4096 M1 | bf16 | 128 | 5.0 | 1700 GB/s | 55% | torch.mm |" in text
     assert "| 600 TFLOP/s | - |" in text
+
+
+def test_a_cpu_is_bound_by_arithmetic_much_sooner(report: ModuleType) -> None:
+    row = ROW | {"timer": "host", "gb_per_s": 1.6, "tflop_per_s": 0.38}
+    assert report.rate(row) == "0.38 TFLOP/s"
+    assert report.rate(row | {"gb_per_s": 35.0}) == "35 GB/s"
 
 
 def test_matmul_peers_are_compared_through_the_common_baseline(report: ModuleType) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -60,12 +61,37 @@ def test_input_sets_stay_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(timing.input_sets(Copy(1000), "cpu")) == 1
 
 
-def test_host_timer_measures_one_call_of_those_that_take_turns() -> None:
-    result = timing.time_calls([lambda: time.sleep(0.002), lambda: time.sleep(0.004)], "cpu")
-    assert result.timer == "host"
-    assert len(result.samples) == timing.SAMPLES
+def test_host_timer_takes_calls_and_ways_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "HOST_SECONDS", 0.04)
+    order: list[str] = []
+
+    def sleep(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    fast, slow = timing.time_in_turn(
+        [partial(sleep, "a", 0.002), partial(sleep, "b", 0.002)], [partial(sleep, "c", 0.004)]
+    )
+    assert order[:2] == ["a", "c"]  # the warm-up
+    assert order[2:] == (["a", "c", "b", "c"] * len(order))[: len(order) - 2]
+    assert fast.timer == slow.timer == "host"
+    assert len(fast.samples) == len(slow.samples) >= timing.SAMPLES
     # A sleep never ends early; how late it ends is up to a busy machine.
-    assert 3000 <= result.us < 20_000
+    assert 2000 <= fast.us < 20_000
+    assert 4000 <= slow.us < 20_000
+    assert timing.time_calls([partial(sleep, "d", 0.001)], "cpu").timer == "host"
+
+
+def test_limits_of_the_host_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "HOST_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "HOST_READ_BYTES", 2**22)
+    timing.host_limits.cache_clear()
+    limits = timing.host_limits()
+    # No memory is a million times as fast or as slow, and no CPU.
+    assert 1e7 < limits.bytes_per_s < 1e13
+    assert 1e7 < limits.flops_16bit < 1e15
+    assert timing.host_limits() is limits
+    timing.host_limits.cache_clear()
 
 
 def test_the_default_baseline_call_is_the_baseline() -> None:
@@ -75,7 +101,7 @@ def test_the_default_baseline_call_is_the_baseline() -> None:
 
 
 def test_limit_fraction_takes_the_nearer_limit() -> None:
-    card = "NVIDIA H100 80GB HBM3"
+    limits = timing.GPU_LIMITS["NVIDIA H100 80GB HBM3"]
 
     @dataclass(frozen=True)
     class Work(Copy):
@@ -92,12 +118,14 @@ def test_limit_fraction_takes_the_nearer_limit() -> None:
     class Work8Bit(Work):
         math_bits: ClassVar[int] = 8
 
-    by_bytes = timing.limit_fraction(Work(num_bytes=3_060_000, num_flops=1), 2.0, card)
-    by_flops: Any = timing.limit_fraction(Work(num_flops=800_000_000), 4.0, card)
+    by_bytes = timing.limit_fraction(Work(num_bytes=3_060_000, num_flops=1), 2.0, limits)
+    by_flops: Any = timing.limit_fraction(Work(num_flops=800_000_000), 4.0, limits)
     assert by_bytes == pytest.approx(0.5)
     assert by_flops == pytest.approx(0.25)
-    assert timing.limit_fraction(Work8Bit(num_flops=1_500_000_000), 1.0, card) == pytest.approx(1.0)
-    assert timing.limit_fraction(Work(num_bytes=1), 1.0, "a card nobody measured") is None
+    assert timing.limit_fraction(Work8Bit(num_flops=1_500_000_000), 1.0, limits) == pytest.approx(
+        1.0
+    )
+    assert timing.limit_fraction(Work(num_bytes=1), 1.0, None) is None
 
 
 @pytest.mark.gpu

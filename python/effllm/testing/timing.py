@@ -6,6 +6,7 @@ by the repetition before, which a rotation over enough input sets removes.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -29,18 +30,22 @@ GRAPH_US = 2000.0
 """A graph does this much work, or 32 calls: its own launch, some 10 us, is then lost in it."""
 TARGET_SECONDS = 0.02
 """Duration of one sample: long enough for clocks to settle and event ticks not to matter."""
+HOST_SECONDS = 1.0
+"""How long all samples on a CPU take: each is one call, and their median wants many."""
+MAX_HOST_ROUNDS = 2000
+HOST_READ_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class GpuLimits:
-    """What one card can do at best: measured with a pure read and large matmuls."""
+class Limits:
+    """What a device can do at best: measured with a pure read and large matmuls."""
 
     bytes_per_s: float
     flops_16bit: float
     flops_8bit: float
 
 
-GPU_LIMITS = {"NVIDIA H100 80GB HBM3": GpuLimits(3.06e12, 800e12, 1500e12)}
+GPU_LIMITS = {"NVIDIA H100 80GB HBM3": Limits(3.06e12, 800e12, 1500e12)}
 """By the name that the driver gives. A card that nobody measured has no limits here."""
 
 
@@ -85,7 +90,7 @@ def time_calls(calls: Sequence[Call], device: str | torch.device) -> Timing:
         device: where the work happens.
     """
     if torch.device(device).type != "cuda":
-        return time_host(calls)
+        return time_in_turn(calls)[0]
     return time_graph(calls) if is_capturable(calls[0]) else time_events(calls)
 
 
@@ -134,31 +139,48 @@ def time_events(calls: Sequence[Call], samples: int = SAMPLES) -> Timing:
     return Timing(tuple(us / len(calls) for us in _event_samples(run_all, samples)), "events")
 
 
-def time_host(calls: Sequence[Call]) -> Timing:
-    """Time with the wall clock, for work on the CPU."""
+def time_in_turn(*ways: Sequence[Call]) -> list[Timing]:
+    """Time ways of doing the same on the CPU, one call of each after the other, with the wall
+    clock: whatever else the machine does meanwhile slows all of them alike.
 
-    def run(rounds: int) -> float:
+    Args:
+        ways: the calls of each way, which take turns as in ``time_calls``.
+    """
+
+    def run(call: Call) -> float:
         start = time.perf_counter()
-        for _ in range(rounds):
-            for call in calls:
-                call()
-        return (time.perf_counter() - start) / (rounds * len(calls))
+        call()
+        return time.perf_counter() - start
 
-    first = run(1)  # also the warm-up
-    rounds = max(1, round(TARGET_SECONDS / max(first * len(calls), 1e-9)))
-    return Timing(tuple(run(rounds) * 1e6 for _ in range(SAMPLES)), "host")
+    first = sum(run(way[0]) for way in ways)  # also the warm-up
+    rounds = min(max(SAMPLES, math.ceil(HOST_SECONDS / max(first, 1e-9))), MAX_HOST_ROUNDS)
+    samples = [[run(way[i % len(way)]) * 1e6 for way in ways] for i in range(rounds)]
+    return [Timing(of_way, "host") for of_way in zip(*samples, strict=True)]
 
 
-def limit_fraction(case: Case, us: float, card: str) -> float | None:
-    """Which part of the card's limit a time reaches: the larger of bytes and arithmetic, each at
-    the card's best rate, divided by the time. None if the card's limits are not known.
+@functools.cache
+def host_limits() -> Limits:
+    """What this CPU does at best with the threads that torch uses: a sum over far more than its
+    caches hold, and a large matmul in bf16. Integers are not limited: nobody measures them."""
+    # Not zeros: pages that nobody wrote to are all the same one, and stay in the cache.
+    words = torch.ones(HOST_READ_BYTES // 8, dtype=torch.int64)
+    a, b = torch.ones(1024, 4096, dtype=torch.bfloat16), torch.ones(4096, 4096).bfloat16()
+    read, matmul = (
+        min(time_in_turn([call])[0].samples) * 1e-6 for call in (words.sum, lambda: a @ b.T)
+    )
+    flops = 2 * a.numel() * b.shape[0]
+    return Limits(HOST_READ_BYTES / read, flops / matmul, math.inf)
+
+
+def limit_fraction(case: Case, us: float, limits: Limits | None) -> float | None:
+    """Which part of the device's limit a time reaches: the larger of bytes and arithmetic, each at
+    the best rate, divided by the time. None if the limits are not known.
 
     Args:
         case: says how many bytes and operations the problem is.
         us: measured microseconds.
-        card: as the driver names it.
+        limits: ``GPU_LIMITS`` of the card, or ``host_limits``.
     """
-    limits = GPU_LIMITS.get(card)
     if limits is None:
         return None
     flops_per_s = limits.flops_8bit if case.math_bits <= 8 else limits.flops_16bit

@@ -93,6 +93,32 @@ class Int4GemmCase(Case):
         return {"N": self.n, "K": self.k, "M": self.m}
 
 
+@dataclass(frozen=True)
+class Int4PackBaselineCase(Int4GemmCase):
+    """The same, beside torch's own int4 matmul for CPUs, which takes x and scales of one dtype."""
+
+    baseline_name: ClassVar[str] = "torch int4pack"
+
+    @property
+    def id(self) -> str:
+        return f"{super().id}-int4pack"
+
+    def prepare_baseline(self, *args: Any, **kwargs: Any) -> Callable[[], Tensor]:
+        """``_weight_int4pack_mm_for_cpu``, whose weight is ``(q - 8) * scale + offset``."""
+        x, qweight, scales, zeros, bias = args
+        codes = int4_unpack_ref(qweight, self.n, self.k).int()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        offsets = torch.zeros_like(scales) if zeros is None else (8 - zeros.to(x.dtype)) * scales
+        pairs = torch.stack([scales.T, offsets.T], dim=-1).contiguous()
+        multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+
+        def run() -> Tensor:
+            out = multiply(x, packed, kwargs["group_size"], pairs)
+            return out if bias is None else out + bias
+
+        return run
+
+
 def _cases() -> list[Int4GemmCase]:
     half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
     cases = [
@@ -179,4 +205,11 @@ BENCH = [
     Int4GemmCase(m, n, k, 128, torch.bfloat16)
     for n, k in MODEL_SHAPES
     for m in (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
+]
+CPU_BENCH = [
+    case_type(m, n, k, group_size, torch.bfloat16)
+    for group_size in (64, 128)
+    for n, k in ((4096, 4096), (14336, 4096), (4096, 14336))
+    for m in (1, 2, 4, 64)
+    for case_type in (Int4GemmCase, Int4PackBaselineCase)
 ]
