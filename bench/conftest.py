@@ -13,6 +13,7 @@ A benchmark file names the op and its cases, and no more:
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -29,9 +30,11 @@ from effllm.testing.case import Case
 from effllm.testing.run import check_values
 from effllm.testing.timing import (
     GPU_LIMITS,
-    host_limits,
+    Limits,
+    host_flops,
     input_sets,
     limit_fraction,
+    read_calls,
     time_calls,
     time_in_turn,
 )
@@ -129,9 +132,11 @@ def measure(function: Callable[..., Any], case: Case, device: str) -> tuple[Row,
     )
     card = card_name(device)
     if torch.device(device).type == "cpu":
+        reads, read_bytes = read_calls(sets)
         with torch.inference_mode():  # or each call of ours would first look for gradients
-            ours, baseline = time_in_turn(*ways)
-        limits = host_limits()
+            ours, baseline, read = time_in_turn(*ways, reads)
+        # Integer arithmetic has no limit here: nobody measures it.
+        limits = Limits(read_bytes / read.us * 1e6, host_flops(), math.inf)
     else:
         ours, baseline = (time_calls(calls, device) for calls in ways)
         limits = GPU_LIMITS.get(card)

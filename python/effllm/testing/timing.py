@@ -33,7 +33,6 @@ TARGET_SECONDS = 0.02
 HOST_SECONDS = 1.0
 """How long all samples on a CPU take: each is one call, and their median wants many."""
 MAX_HOST_ROUNDS = 2000
-HOST_READ_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -158,18 +157,26 @@ def time_in_turn(*ways: Sequence[Call]) -> list[Timing]:
     return [Timing(of_way, "host") for of_way in zip(*samples, strict=True)]
 
 
+def read_calls(sets: Sequence[tuple[Args, Kwargs]]) -> tuple[list[Call], int]:
+    """Calls that do no more than read the largest argument of each set, and its bytes.
+
+    They begin in the middle of the rotation: a read of what was just used would find it cached.
+    """
+    storages = [
+        max((v.untyped_storage() for v in args if isinstance(v, torch.Tensor)), key=len)
+        for args, _ in sets
+    ]
+    words = [torch.empty(0, dtype=torch.int64).set_(s, 0, (len(s) // 8,), (1,)) for s in storages]
+    middle = len(words) // 2
+    return [w.sum for w in words[middle:] + words[:middle]], words[0].nbytes
+
+
 @functools.cache
-def host_limits() -> Limits:
-    """What this CPU does at best with the threads that torch uses: a sum over far more than its
-    caches hold, and a large matmul in bf16. Integers are not limited: nobody measures them."""
-    # Not zeros: pages that nobody wrote to are all the same one, and stay in the cache.
-    words = torch.ones(HOST_READ_BYTES // 8, dtype=torch.int64)
+def host_flops() -> float:
+    """Operations per second of a large bf16 matmul, at best, with the threads that torch uses."""
     a, b = torch.ones(1024, 4096, dtype=torch.bfloat16), torch.ones(4096, 4096).bfloat16()
-    read, matmul = (
-        min(time_in_turn([call])[0].samples) * 1e-6 for call in (words.sum, lambda: a @ b.T)
-    )
-    flops = 2 * a.numel() * b.shape[0]
-    return Limits(HOST_READ_BYTES / read, flops / matmul, math.inf)
+    (timing,) = time_in_turn([lambda: a @ b.T])
+    return 2e6 * a.numel() * b.shape[0] / min(timing.samples)
 
 
 def limit_fraction(case: Case, us: float, limits: Limits | None) -> float | None:
@@ -179,7 +186,7 @@ def limit_fraction(case: Case, us: float, limits: Limits | None) -> float | None
     Args:
         case: says how many bytes and operations the problem is.
         us: measured microseconds.
-        limits: ``GPU_LIMITS`` of the card, or ``host_limits``.
+        limits: ``GPU_LIMITS`` of the card, or what was measured beside the case.
     """
     if limits is None:
         return None

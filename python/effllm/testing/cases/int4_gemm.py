@@ -210,6 +210,6 @@ CPU_BENCH = [
     case_type(m, n, k, group_size, torch.bfloat16)
     for group_size in (64, 128)
     for n, k in ((4096, 4096), (14336, 4096), (4096, 14336))
-    for m in (1, 2, 4, 64)
+    for m in (1, 4, 64)
     for case_type in (Int4GemmCase, Int4PackBaselineCase)
 ]
