@@ -76,7 +76,8 @@ class Fp32Decoding : public ZerosTable {
   const PackedStripKernel kernel_ = int4_strip_kernel();
 };
 
-// The loop of int4_gemm_avx512bf16.cpp, for x that is bf16 already.
+// The loop of int4_gemm_avx512bf16.cpp, for x that is bf16 already. It never leaves the order of
+// rows.
 struct Bf16Loop {
   using X = bfloat16;
   static constexpr int64_t kMaxTokens = kInt4Bf16MaxTokens;
@@ -113,7 +114,8 @@ class Bf16Decoding : public ZerosTable {
   void multiply(const Int4Bf16Strip& strip) const { int4_strip_avx512bf16(strip, kind_); }
 
  private:
-  Int4Zeros kind_ = Int4Zeros::kEight;  // of the strip
+  // Of the strip, not of all: to find that out would take another pass over the tensor.
+  Int4Zeros kind_ = Int4Zeros::kEight;
 };
 
 void run_int4_gemm(const Int4GemmParams& params) {

@@ -5,8 +5,12 @@
 // A vector has 16 lanes of 32 bits, 4 rows x 4 pairs of columns: lane 4 r + i is row r of a "quad"
 // and block i of 16 columns in the tile. In such a vector of words the codes of these rows and of
 // those 8 further down, the "high" quad of a "quad pair", lie beside the code that shares a dot
-// product with. x needs 16 bytes, the same for all four rows. Two groups in a tile are but other
-// zeros and scales in the lanes i = 2, 3.
+// product with. x needs 16 bytes, the same for all four rows.
+//
+// The products of a tile and both quads are then added, i = 0 to 1 and 2 to 3, which leaves a
+// vector of 8 rows x 2 halves of the tile to scale: half as many multiplications, which compete
+// with dot products for the same units. Two groups in a tile are but other zeros and scales in the
+// lanes of its second half.
 //
 // For few tokens the weights go from the words straight into the products; for more they are kept
 // in L1. The order of additions is the same, so that results do not depend on the batch.
@@ -90,6 +94,7 @@ class Groups {
  private:
   static constexpr int kCount = 8;
 
+  // Four rows of groups into groups of four rows. Zeros are no floats: they are only moved.
   static void transpose(const float* table, int64_t stride, float* to) {
     for (int group = 0; group < kCount; group += 4, table += 4, to += 4 * kPackedCpuRows) {
       __m128 a = _mm_loadu_ps(table), b = _mm_loadu_ps(table + stride);
@@ -159,12 +164,15 @@ inline void dequantize(const QuadPair<kZeros>& pair, const Body& body) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(row(1), row(0))),
                               _mm256_set_m128i(row(3), row(2)), 1);
   };
+  // The codes of one quad are the lower half of each byte; bytes 0 and 2 of a word are one pair of
+  // columns, bytes 1 and 3 the next. Look-ups ignore what else there is, which spares the masks.
   const auto quad = [&](int high, int step, __m512i words) {
     const __m512i codes = _mm512_and_si512(words, _mm512_set1_epi32(0x0f0f0f0f));
     if constexpr (kZeros == Int4Zeros::kEight) {
       body(high, step, look_up(kCodesMinusEight, words));
       body(high, step + 1, look_up(kCodesMinusEight, _mm512_srli_epi32(words, 8)));
     } else if constexpr (kZeros == Int4Zeros::kUpTo16) {
+      // 16 + q - zero, which is 0 .. 31. No byte carries into the next.
       const __m512i differences = _mm512_add_epi8(codes, pair.zeros[high]);
       body(high, step, look_up(kMinusSixteen, differences));
       body(high, step + 1, look_up(kMinusSixteen, _mm512_srli_epi32(differences, 8)));
