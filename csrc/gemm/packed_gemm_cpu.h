@@ -95,11 +95,18 @@ void prefetch_group_table(const T* data, int64_t stride_n, int64_t stride_g, int
   }
 }
 
+// A token's columns of a tile. Loads of a whole cache line that cross two would cost many tokens a
+// fifth of their time.
+template <class X>
+struct alignas(64) TokenTile {
+  X columns[kPackedCpuTileK];
+};
+
 constexpr int64_t kGatherTokens = 8;  // for fewer, threads cost more than they save
 
-// x as [num_tiles, M, 64] in the loop's type and order, padded with zeros to whole tiles.
+// x as [num_tiles, M] in the loop's type and order, padded with zeros to whole tiles.
 template <class T, class Loop, class Threads>
-void gather_x(const PackedGemmParams& params, int64_t num_tiles, typename Loop::X* x,
+void gather_x(const PackedGemmParams& params, int64_t num_tiles, TokenTile<typename Loop::X>* x,
               const Threads& threads) {
   threads.for_each(params.m, kGatherTokens, [&](int64_t m) {
     const T* row = static_cast<const T*>(params.x) + m * params.k;
@@ -108,7 +115,7 @@ void gather_x(const PackedGemmParams& params, int64_t num_tiles, typename Loop::
       T columns[kPackedCpuTileK] = {};
       std::memcpy(columns, row + first,
                   std::min<int64_t>(params.k - first, kPackedCpuTileK) * sizeof(T));
-      Loop::order(columns, x + (tile * params.m + m) * kPackedCpuTileK);
+      Loop::order(columns, x[tile * params.m + m].columns);
     }
   });
 }
@@ -153,7 +160,7 @@ class StripWorker {
 
   // `memory` is uninitialised: its thread is the first to touch it. What rows past N leave so gives
   // sums that nobody reads.
-  StripWorker(const PackedGemmParams& params, const Decoding& decoding, const X* x,
+  StripWorker(const PackedGemmParams& params, const Decoding& decoding, const TokenTile<X>* x,
               const uint32_t* padding, float* memory)
       : params_(params),
         decoding_(decoding),
@@ -201,7 +208,7 @@ class StripWorker {
         .words = params_.qweight + task.strip * params_.stride_qweight_strip,
         .num_tiles = num_tiles,
         .num_rows = static_cast<int>(task.num_rows),
-        .x = x_ + task.first_token * kPackedCpuTileK,
+        .x = x_[task.first_token].columns,
         .stride_x_tile = params_.m * kPackedCpuTileK,
         .num_tokens = static_cast<int>(task.num_tokens),
         .scales = scales_,
@@ -239,7 +246,7 @@ class StripWorker {
 
   const PackedGemmParams& params_;
   Decoding decoding_;
-  const X* x_;
+  const TokenTile<X>* x_;
   const uint32_t* padding_;
   float* scales_;           // [64 slots, scales_stride]
   float* sums_;             // [kMaxTokens, 64 slots]
@@ -255,7 +262,7 @@ void packed_gemm_cpu(const PackedGemmParams& params, const Decoding& decoding,
   using Worker = StripWorker<T, Decoding>;
   using Loop = typename Decoding::Loop;
   const int64_t num_tiles = ceil_div<int64_t>(params.k, kPackedCpuTileK);
-  std::vector<typename Loop::X> x(num_tiles * params.m * kPackedCpuTileK);
+  std::vector<TokenTile<typename Loop::X>> x(num_tiles * params.m);
   gather_x<T, Loop>(params, num_tiles, x.data(), threads);
   const std::vector<uint32_t> padding = padding_words(params.k);
 
