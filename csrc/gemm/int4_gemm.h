@@ -4,7 +4,9 @@
 //   zeros   uint8 [N, ceil(K/g)], any strides; none means 8
 //
 // Products are of exact integers (q - z) and the scale is applied in fp32 to each group's sum, so
-// the only roundings are those of an fp32 accumulation and of the final cast.
+// the only roundings are those of an fp32 accumulation and of the final cast. On sm_90 that holds
+// up to 32 tokens; for more, each weight (q - z) * s is rounded once to the type of x before it is
+// multiplied, which is what a dense layer over the dequantised weight does.
 //
 // The CPU multiplies bf16 x by dot products of bf16 pairs where the processor has them (AVX-512
 // BF16), else, and x of other types always, in fp32. q - z is exact in bf16, too: the products are

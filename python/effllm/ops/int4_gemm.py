@@ -22,8 +22,10 @@ def int4_gemm(
 ) -> Tensor:
     """``x @ W.T + bias`` with ``W[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]``.
 
-    The codes are exact in the multiplier, scales and sums are fp32; the result is rounded once.
-    For few tokens the time is that of reading the N * K / 2 bytes of codes. On a CPU a token's
+    The codes are exact in the multiplier, scales and sums are fp32; the result is rounded once. A
+    Hopper GPU rounds the weights to the dtype of x, too, for more than 32 tokens: within those
+    limits results there depend on the number of tokens. For few of them the time is that of reading
+    the N * K / 2 bytes of codes. On a CPU a token's
     result does not depend, to the bit, on the tokens beside it; it does depend on the processor:
     one with AVX-512 BF16 multiplies bf16 x in pairs, with numbers below 2^-126 taken as zero.
 
