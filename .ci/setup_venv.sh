@@ -45,4 +45,4 @@ install() {
 echo "effllm: installing torch and other dependencies into .venv (minutes, the first time)"
 # The build tools first: without isolation, pip builds effllm against what is in the environment.
 install torch setuptools wheel cmake ninja pybind11
-install --no-build-isolation -e '.[hf,plot,dev]'
+install --no-build-isolation -e '.[hf,formats,plot,dev]'

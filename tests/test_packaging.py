@@ -89,7 +89,7 @@ def test_every_dependency_is_explained_and_pinned() -> None:
     installed = requirement_names(
         PYPROJECT["build-system"]["requires"]
         + PYPROJECT["project"]["dependencies"]
-        + [name for extra in ("hf", "plot", "dev") for name in extras[extra]]
+        + [name for extra in ("hf", "formats", "plot", "dev") for name in extras[extra]]
     )
     pins = (ROOT / ".ci" / "constraints.txt").read_text()
     assert [name for name in installed if f"\n{name}==" not in pins] == []

@@ -1,0 +1,344 @@
+"""The blocks of GGUF tensors: to fp32 exactly, from float for those that are written, and to and
+from the 4-bit codes of effllm where nothing is lost.
+
+Every decoder takes ``[blocks, bytes]`` uint8 and gives ``[blocks, values]`` fp32. Codes and scales
+have so few bits that all products below are exact in fp32; a result is rounded once, in the last
+addition, or not at all. That makes any order of the operations right to the bit.
+
+Source: the block structs and reference quantisers of ggml (ggml-common.h, ggml-quants.c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from effllm.formats.gguf.spec import GgufError, TensorType
+
+_FLOATS = {
+    TensorType.F32: torch.float32,
+    TensorType.F16: torch.float16,
+    TensorType.BF16: torch.bfloat16,
+}
+
+
+def dequantize(raw: Tensor, tensor_type: TensorType, shape: tuple[int, ...]) -> Tensor:
+    """The values of a tensor.
+
+    Args:
+        raw: uint8, the stored bytes, as ``GgufFile.raw`` gives them.
+        tensor_type: one of ``DECODED``.
+        shape: in PyTorch's order.
+
+    Returns:
+        fp32 ``shape``, in memory of its own, on the device of ``raw``.
+
+    Raises:
+        GgufError: the type has no decoder, or ``raw`` is not uint8 of the size that type and shape
+            need.
+    """
+    blocks = as_blocks(raw, tensor_type, shape)
+    if tensor_type in _FLOATS:
+        stored = blocks.contiguous().view(_FLOATS[tensor_type])
+        return stored.to(torch.float32, copy=True).view(shape)
+    if tensor_type not in _DECODERS:
+        raise GgufError(f"type {tensor_type.name} has no decoder, only {names(DECODED)} have")
+    return _DECODERS[tensor_type](blocks).view(shape)
+
+
+def quantize(weight: Tensor, tensor_type: TensorType) -> Tensor:
+    """The bytes of a tensor, the inverse of ``dequantize`` as far as the type allows.
+
+    Q4_0 and Q8_0 round as ggml's reference does, to the bit; F16 and BF16 round to nearest.
+
+    Args:
+        weight: float, any shape; its last dimension a multiple of the type's block.
+        tensor_type: one of ``ENCODED``.
+
+    Returns:
+        uint8 ``[bytes]``.
+
+    Raises:
+        GgufError: the type has no encoder, the last dimension does not fit, values are too large
+            for the type (or for its scales), or a quantised type gets NaN or infinity.
+    """
+    if tensor_type not in ENCODED:
+        raise GgufError(f"type {tensor_type.name} has no encoder, only {names(ENCODED)} have")
+    if not weight.is_floating_point():
+        raise GgufError(f"only float tensors can be stored as {tensor_type.name}: {weight.dtype}")
+    values = weight.detach().contiguous()
+    if tensor_type in _FLOATS:
+        stored = values.to(_FLOATS[tensor_type]).flatten()
+        if (torch.isfinite(values).flatten() & ~torch.isfinite(stored)).any():
+            raise GgufError(f"values are too large for {tensor_type.name}")
+        return stored.view(torch.uint8)
+    size = values.shape[-1] if values.dim() else 1
+    if size % tensor_type.block_values:
+        raise GgufError(
+            f"rows of {size} values cannot be stored as {tensor_type.name}, which needs a "
+            f"multiple of {tensor_type.block_values}"
+        )
+    if not values.numel():
+        return values.new_empty(0, dtype=torch.uint8)
+    blocks = _ENCODERS[tensor_type](values.float().view(-1, tensor_type.block_values))
+    scales = _float(blocks, 0, torch.float16)
+    if not torch.isfinite(scales).all():
+        raise GgufError(f"values are not finite, or too large for a scale of {tensor_type.name}")
+    return blocks.flatten()
+
+
+def as_blocks(raw: Tensor, tensor_type: TensorType, shape: tuple[int, ...]) -> Tensor:
+    """``raw`` as ``[blocks, bytes per block]``, after checking its size; see ``dequantize``."""
+    num_blocks, rest = divmod(prod(shape), tensor_type.block_values)
+    needed = num_blocks * tensor_type.block_bytes
+    if rest or raw.dtype != torch.uint8 or raw.numel() != needed:
+        raise GgufError(
+            f"{tensor_type.name} {list(shape)} needs {needed} bytes and a multiple of "
+            f"{tensor_type.block_values} values, got {raw.numel()} of {raw.dtype}"
+        )
+    return raw.reshape(num_blocks, tensor_type.block_bytes)
+
+
+def to_int4(
+    raw: Tensor, tensor_type: TensorType, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The same weights as codes, scales and zeros: ``w = (code - zero) * scale``, groups of 32.
+
+    A block of Q4_0 is such a group as it stands, with zero point 8. A block of Q4_1 holds
+    ``code * d + m``; that has our form only if ``m = -zero * d`` for a whole ``zero`` in 0..255, or
+    if d = 0 and all its values are m, which is ``(8 - 7) * m``. As d and m are rounded apart, most
+    files have blocks without either, and then the tensor as a whole has no exact form: None.
+
+    Args:
+        raw: as for ``dequantize``.
+        tensor_type: Q4_0 or Q4_1; None is returned for others.
+        shape: ``(N, K)``.
+
+    Returns:
+        codes uint8 ``[N, K]`` in 0..15, to be packed by ``int4_pack``; scales fp16 ``[N, K/32]``;
+        zeros uint8 ``[N, K/32]``, or None for Q4_0: 8. All three have memory of their own.
+    """
+    if tensor_type not in (TensorType.Q4_0, TensorType.Q4_1):
+        return None
+    blocks = as_blocks(raw, tensor_type, shape)
+    groups = (shape[0], shape[1] // 32)
+    scales = blocks[:, 0:2].clone(memory_format=torch.contiguous_format).view(torch.float16)
+    if tensor_type == TensorType.Q4_0:
+        return _nibbles(blocks[:, 2:18]).view(shape), scales.view(groups), None
+    codes = _nibbles(blocks[:, 4:20])
+    d, m = scales.float(), _float(blocks, 2, torch.float16)
+    constant = d == 0
+    zeros = torch.where(constant, 7.0, torch.round(-m / d))
+    # A product of 11 and 8 bits is exact; NaN and infinity fail the comparison or the range.
+    exact = constant | ((zeros >= 0) & (zeros <= 255) & (zeros * d == -m))
+    if not (exact.all() and torch.isfinite(m).all() and torch.isfinite(d).all()):
+        return None
+    codes = torch.where(constant, 8, codes)
+    scales = torch.where(constant, m.half(), scales)
+    return codes.view(shape), scales.view(groups), zeros.to(torch.uint8).view(groups)
+
+
+def from_int4(codes: Tensor, scales: Tensor) -> Tensor:
+    """The bytes of Q4_0 for codes with zero point 8: the inverse of ``to_int4``.
+
+    Args:
+        codes: uint8 ``[N, K]`` in 0..15, K a multiple of 32.
+        scales: fp16 ``[N, K/32]``.
+
+    Raises:
+        GgufError: other shapes or dtypes; scales of another dtype would have to be rounded.
+    """
+    n, k = codes.shape
+    if k % 32 or codes.dtype != torch.uint8:
+        raise GgufError(f"Q4_0 needs uint8 codes [N, 32 * G], got {codes.dtype} [{n}, {k}]")
+    if scales.shape != (n, k // 32) or scales.dtype != torch.float16:
+        raise GgufError(
+            f"Q4_0 needs fp16 scales [{n}, {k // 32}], got {scales.dtype} {list(scales.shape)}"
+        )
+    return _q4_0_blocks(codes.reshape(-1, 32), scales.reshape(-1, 1)).flatten()
+
+
+def _float(blocks: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+    """The float stored from byte ``start`` on, as fp32 ``[blocks, 1]``."""
+    return blocks[:, start : start + dtype.itemsize].contiguous().view(dtype).float()
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """``[..., n]`` bytes -> ``[..., 2n]`` codes: all low nibbles, then all high ones."""
+    return torch.cat([packed & 15, packed >> 4], -1)
+
+
+def _bits(packed: Tensor) -> Tensor:
+    """``[..., n]`` bytes -> ``[..., 8n]`` bits, the lowest of each byte first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    """18 bytes, 32 values::
+
+    0    2                  18
+    | d  | code 0..15 low, code 16..31 high nibble |
+    """
+    return (_nibbles(blocks[:, 2:18]).float() - 8) * _float(blocks, 0, torch.float16)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    """20 bytes, 32 values ``code * d + m``::
+
+    0    2    4                  20
+    | d  | m  | codes as in Q4_0 |
+    """
+    d, m = _float(blocks, 0, torch.float16), _float(blocks, 2, torch.float16)
+    return _nibbles(blocks[:, 4:20]).float() * d + m
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    """22 bytes, 32 values ``(code - 16) * d``; bit i of ``high`` is the fifth bit of code i::
+
+    0    2      6                      22
+    | d  | high | low bits as in Q4_0  |
+    """
+    codes = _nibbles(blocks[:, 6:22]) | (_bits(blocks[:, 2:6]) << 4)
+    return (codes.float() - 16) * _float(blocks, 0, torch.float16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    """24 bytes, 32 values ``code * d + m``::
+
+    0    2    4      8                      24
+    | d  | m  | high | low bits as in Q4_0  |
+    """
+    codes = _nibbles(blocks[:, 8:24]) | (_bits(blocks[:, 4:8]) << 4)
+    d, m = _float(blocks, 0, torch.float16), _float(blocks, 2, torch.float16)
+    return codes.float() * d + m
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    """34 bytes, 32 values::
+
+    0    2                34
+    | d  | 32 signed codes |
+    """
+    codes = blocks[:, 2:34].contiguous().view(torch.int8)
+    return codes.float() * _float(blocks, 0, torch.float16)
+
+
+def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales and minima, fp32 ``[blocks, 8, 1]``, that Q4_K and Q5_K start with::
+
+        0    2    4                                 16
+        | d  |dmin| s0 s1 s2 s3 m0 m1 m2 m3 r0 r1 r2 r3 |
+
+    Scale j < 4 is the low 6 bits of s_j. Scale 4 + j has its low 4 bits in those of r_j, and its
+    high 2 in those of s_j. Minima are the same with m_j and the high nibble of r_j.
+    """
+    s, m, r = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = torch.cat([s & 63, (r & 15) | (s >> 6 << 4)], -1)
+    minima = torch.cat([m & 63, (r >> 4) | (m >> 6 << 4)], -1)
+    d, dmin = _float(blocks, 0, torch.float16), _float(blocks, 2, torch.float16)
+    return (scales.float() * d).unsqueeze(-1), (minima.float() * dmin).unsqueeze(-1)
+
+
+def _k_nibbles(packed: Tensor) -> Tensor:
+    """128 bytes -> ``[blocks, 8, 32]``: each run of 32 bytes has the low nibbles of one sub-block
+    and the high nibbles of the next."""
+    return _nibbles(packed.unflatten(-1, (4, 32))).view(-1, 8, 32)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    """144 bytes, 8 sub-blocks of 32 values ``code * scale_j - minimum_j``::
+
+    0                  16                            144
+    | see _k_scales    | codes, see _k_nibbles       |
+    """
+    scales, minima = _k_scales(blocks)
+    return (_k_nibbles(blocks[:, 16:144]).float() * scales - minima).flatten(1)
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    """176 bytes, as Q4_K; bit j of ``high[l]`` is the fifth bit of value l in sub-block j::
+
+    0                  16            48                            176
+    | see _k_scales    | high[0..31] | low bits, see _k_nibbles    |
+    """
+    scales, minima = _k_scales(blocks)
+    high = _bits(blocks[:, 16:48]).view(-1, 32, 8).transpose(1, 2)
+    codes = _k_nibbles(blocks[:, 48:176]) | (high << 4)
+    return (codes.float() * scales - minima).flatten(1)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    """210 bytes, 256 values ``(code - 32) * scale * d`` with a signed scale for each 16 of them::
+
+        0                  128            192         208  210
+        | low 4 bits       | high 2 bits  | 16 scales | d  |
+
+    Each half of 128 values has 64 bytes of low bits: values 0..63 in the low nibbles, 64..127 in
+    the high ones; and 32 bytes of high bits: bits 2i and 2i + 1 are those of values 32i..32i + 31.
+    """
+    low = _nibbles(blocks[:, 0:128].unflatten(-1, (2, 64)))
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device).unsqueeze(-1)
+    high = (blocks[:, 128:192].unflatten(-1, (2, 1, 32)) >> shifts) & 3
+    codes = low.view(-1, 16, 16) | (high.reshape(-1, 16, 16) << 4)
+    scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
+    scales = scales * _float(blocks, 208, torch.float16)
+    return ((codes.float() - 32) * scales.unsqueeze(-1)).flatten(1)
+
+
+def _to_q4_0(values: Tensor) -> Tensor:
+    """d is the value of largest magnitude over -8: that value gets code 0 and is kept, rounding of
+    d to fp16 apart. The first of equals is taken, and codes are rounded with d in fp32."""
+    largest = values.gather(1, values.abs().argmax(1, keepdim=True))
+    d = largest / -8
+    codes = (values * _reciprocal(d) + 8.5).clamp(0, 15).to(torch.uint8)
+    return _q4_0_blocks(codes, d.half())
+
+
+def _to_q8_0(values: Tensor) -> Tensor:
+    """d is the largest magnitude over 127; halves are rounded away from zero, as C does."""
+    d = values.abs().amax(1, keepdim=True) / 127
+    scaled = values * _reciprocal(d)
+    codes = scaled.trunc() + scaled.sign() * (scaled.frac().abs() >= 0.5)
+    return torch.cat([d.half().view(torch.uint8), codes.to(torch.int8).view(torch.uint8)], 1)
+
+
+def _q4_0_blocks(codes: Tensor, d: Tensor) -> Tensor:
+    low, high = codes.chunk(2, 1)
+    return torch.cat([d.contiguous().view(torch.uint8), low | (high << 4)], 1)
+
+
+def _reciprocal(d: Tensor) -> Tensor:
+    """1/d, and 0 where that is no number: such a d is 0 in fp16, and its codes do not matter."""
+    inverse = 1 / d
+    return torch.where(torch.isfinite(inverse), inverse, 0.0)
+
+
+_DECODERS: dict[TensorType, Callable[[Tensor], Tensor]] = {
+    TensorType.Q4_0: _q4_0,
+    TensorType.Q4_1: _q4_1,
+    TensorType.Q5_0: _q5_0,
+    TensorType.Q5_1: _q5_1,
+    TensorType.Q8_0: _q8_0,
+    TensorType.Q4_K: _q4_k,
+    TensorType.Q5_K: _q5_k,
+    TensorType.Q6_K: _q6_k,
+}
+_ENCODERS: dict[TensorType, Callable[[Tensor], Tensor]] = {
+    TensorType.Q4_0: _to_q4_0,
+    TensorType.Q8_0: _to_q8_0,
+}
+
+DECODED: tuple[TensorType, ...] = (*_FLOATS, *_DECODERS)
+"""Types whose values can be had."""
+
+ENCODED: tuple[TensorType, ...] = (*_FLOATS, *_ENCODERS)
+"""Types that can be written."""
+
+
+def names(types: tuple[TensorType, ...]) -> str:
+    """For messages: "F32, F16, ..."."""
+    return ", ".join(kind.name for kind in types)
