@@ -1,6 +1,8 @@
 """GGUF files: their container, their blocks, and Llama models in them."""
 
 from effllm.formats.gguf.blocks import dequantize, quantize
+from effllm.formats.gguf.llama import config_metadata, read_config
+from effllm.formats.gguf.llama_state import int4_layers, read_llama, write_llama
 from effllm.formats.gguf.reader import GgufFile, TensorInfo
 from effllm.formats.gguf.spec import GgufError, TensorType
 from effllm.formats.gguf.writer import TensorSource, write_gguf
@@ -11,7 +13,12 @@ __all__ = [
     "TensorInfo",
     "TensorSource",
     "TensorType",
+    "config_metadata",
     "dequantize",
+    "int4_layers",
     "quantize",
+    "read_config",
+    "read_llama",
     "write_gguf",
+    "write_llama",
 ]
