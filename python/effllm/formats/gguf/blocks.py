@@ -52,7 +52,8 @@ def dequantize(raw: Tensor, tensor_type: TensorType, shape: tuple[int, ...]) -> 
 def quantize(weight: Tensor, tensor_type: TensorType) -> Tensor:
     """The bytes of a tensor, the inverse of ``dequantize`` as far as the type allows.
 
-    Q4_0 and Q8_0 round as ggml's reference does, to the bit; F16 and BF16 round to nearest.
+    Q4_0 and Q8_0 round as ggml's reference does, to the bit (but for the codes of a scale so small
+    that it is stored as 0, which ggml leaves to chance); F16 and BF16 round to nearest.
 
     Args:
         weight: float, any shape; its last dimension a multiple of the type's block.

@@ -148,10 +148,11 @@ def check_alignment(value: object) -> int:
     """The alignment of tensor data, in bytes.
 
     The specification asks for a multiple of 8, ggml for a power of two: files that both read have
-    both. Raises GgufError for anything else.
+    both. Nothing gains from more than a megabyte, which a writer would have to pad with.
+    Raises GgufError for anything else.
     """
     if not isinstance(value, int) or isinstance(value, bool):
         raise GgufError(f"'{ALIGNMENT_KEY}' must be an integer, got {type(value).__name__}")
-    if value < 8 or value & (value - 1):
-        raise GgufError(f"'{ALIGNMENT_KEY}' must be a power of two and at least 8, got {value}")
+    if value & (value - 1) or not 8 <= value <= 1 << 20:
+        raise GgufError(f"'{ALIGNMENT_KEY}' must be a power of two from 8 to 2**20, got {value}")
     return value
