@@ -9,6 +9,7 @@ from gguf_bytes import BLOCKS, decode, random_blocks
 
 from effllm import ops
 from effllm.formats.gguf import GgufError, TensorType, dequantize, quantize
+from effllm.formats.gguf import blocks as blocks_module
 from effllm.formats.gguf.blocks import DECODED, ENCODED, from_int4, to_int4
 
 NEEDS_GGUF = "needs the extra effllm[formats] (gguf)"
@@ -27,16 +28,19 @@ def spread_weights(rows: int, k: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_decoders_agree_with_the_scalar_reference(kind: str) -> None:
+def test_decoders_agree_with_the_scalar_reference(kind: str, device: str) -> None:
     code, values, size, _ = BLOCKS[kind]
     assert TensorType[kind] == code
     assert (TensorType[kind].block_values, TensorType[kind].block_bytes) == (values, size)
     blocks = random_blocks(kind, 24)
     expected = np.array([decode(kind, block.tobytes()) for block in blocks], np.float32)
     shape = (6, 4 * values)
-    found = dequantize(torch.from_numpy(blocks), TensorType[kind], shape)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, torch.from_numpy(expected).view(shape))
+    raw = torch.from_numpy(blocks).to(device)
+    found = dequantize(raw, TensorType[kind], shape)
+    assert (found.dtype, found.device.type) == (torch.float32, device)
+    assert torch.equal(found.cpu(), torch.from_numpy(expected).view(shape))
+    half = dequantize(raw, TensorType[kind], shape, torch.bfloat16)
+    assert torch.equal(half, found.bfloat16())
 
 
 @pytest.mark.parametrize("kind", [kind.name for kind in DECODED])
@@ -74,6 +78,19 @@ def test_encoders_agree_with_the_gguf_package(kind: str) -> None:
     assert torch.equal(found, torch.from_numpy(expected.copy()).view(torch.uint8).flatten())
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q6_K"])
+def test_large_tensors_are_converted_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = torch.from_numpy(random_blocks(kind, 100)).flatten()
+    size = 100 * TensorType[kind].block_values
+    whole = dequantize(raw, TensorType[kind], (size,))
+    monkeypatch.setattr(blocks_module, "_PIECE", 7)
+    assert torch.equal(dequantize(raw, TensorType[kind], (size,)), whole)
+    if kind != "Q6_K":
+        in_pieces = quantize(whole, TensorType[kind])
+        monkeypatch.undo()
+        assert torch.equal(in_pieces, quantize(whole, TensorType[kind]))
+
+
 @pytest.mark.parametrize(("kind", "steps"), [("Q4_0", 1.0), ("Q8_0", 0.5)])
 def test_encoding_is_off_by_a_step_at_most(kind: str, steps: float) -> None:
     weight = spread_weights(40, 256)
@@ -102,6 +119,9 @@ def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     if shape:
         raw = quantize(weight, TensorType.Q8_0)
         assert dequantize(raw, TensorType.Q8_0, shape).shape == shape
+    if not weight.numel():
+        nothing = torch.empty(0, dtype=torch.uint8)
+        assert all(dequantize(nothing, kind, shape).shape == shape for kind in DECODED)
 
 
 def test_strided_weights_are_encoded_in_order() -> None:

@@ -10,13 +10,16 @@ Source: the block structs and reference quantisers of ggml (ggml-common.h, ggml-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 
 import torch
 from torch import Tensor
 
 from effllm.formats.gguf.spec import GgufError, TensorType
+
+# Blocks that are converted at once.
+_PIECE = 1 << 13
 
 _FLOATS = {
     TensorType.F32: torch.float32,
@@ -25,16 +28,22 @@ _FLOATS = {
 }
 
 
-def dequantize(raw: Tensor, tensor_type: TensorType, shape: tuple[int, ...]) -> Tensor:
+def dequantize(
+    raw: Tensor,
+    tensor_type: TensorType,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """The values of a tensor.
 
     Args:
         raw: uint8, the stored bytes, as ``GgufFile.raw`` gives them.
         tensor_type: one of ``DECODED``.
         shape: in PyTorch's order.
+        dtype: of the result; others than fp32 are rounded from it.
 
     Returns:
-        fp32 ``shape``, in memory of its own, on the device of ``raw``.
+        ``dtype`` ``shape``, in memory of its own, on the device of ``raw``.
 
     Raises:
         GgufError: the type has no decoder, or ``raw`` is not uint8 of the size that type and shape
@@ -42,11 +51,13 @@ def dequantize(raw: Tensor, tensor_type: TensorType, shape: tuple[int, ...]) -> 
     """
     blocks = as_blocks(raw, tensor_type, shape)
     if tensor_type in _FLOATS:
-        stored = blocks.contiguous().view(_FLOATS[tensor_type])
-        return stored.to(torch.float32, copy=True).view(shape)
+        return blocks.contiguous().view(_FLOATS[tensor_type]).to(dtype, copy=True).view(shape)
     if tensor_type not in _DECODERS:
         raise GgufError(f"type {tensor_type.name} has no decoder, only {names(DECODED)} have")
-    return _DECODERS[tensor_type](blocks).view(shape)
+    out = blocks.new_empty((blocks.shape[0], tensor_type.block_values), dtype=dtype)
+    for source, target in _pieces(blocks, out):
+        target.copy_(_DECODERS[tensor_type](source))
+    return out.view(shape)
 
 
 def quantize(weight: Tensor, tensor_type: TensorType) -> Tensor:
@@ -60,7 +71,7 @@ def quantize(weight: Tensor, tensor_type: TensorType) -> Tensor:
         tensor_type: one of ``ENCODED``.
 
     Returns:
-        uint8 ``[bytes]``.
+        uint8 ``[bytes]``, on the device of ``weight``.
 
     Raises:
         GgufError: the type has no encoder, the last dimension does not fit, values are too large
@@ -82,13 +93,21 @@ def quantize(weight: Tensor, tensor_type: TensorType) -> Tensor:
             f"rows of {size} values cannot be stored as {tensor_type.name}, which needs a "
             f"multiple of {tensor_type.block_values}"
         )
-    if not values.numel():
-        return values.new_empty(0, dtype=torch.uint8)
-    blocks = _ENCODERS[tensor_type](values.float().view(-1, tensor_type.block_values))
-    scales = _float(blocks, 0, torch.float16)
-    if not torch.isfinite(scales).all():
+    rows = values.view(-1, tensor_type.block_values)
+    out = rows.new_empty((rows.shape[0], tensor_type.block_bytes), dtype=torch.uint8)
+    for source, target in _pieces(rows, out):
+        target.copy_(_ENCODERS[tensor_type](source.float()))
+    if not torch.isfinite(_float(out, 0, torch.float16)).all():
         raise GgufError(f"values are not finite, or too large for a scale of {tensor_type.name}")
-    return blocks.flatten()
+    return out.flatten()
+
+
+def _pieces(source: Tensor, target: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Matching blocks of both, a few megabytes at a time: what is computed on the way from bytes to
+    values is several times their size, too much for a whole embedding."""
+    if not source.numel():
+        return ()
+    return zip(source.split(_PIECE), target.split(_PIECE), strict=True)
 
 
 def as_blocks(raw: Tensor, tensor_type: TensorType, shape: tuple[int, ...]) -> Tensor:

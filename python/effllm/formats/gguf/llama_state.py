@@ -38,6 +38,8 @@ _FILE_TYPES = {
 }
 _QUANTIZATION_VERSION = 2
 
+_STORED = {TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
+
 
 def read_llama(
     file: GgufFile, *, int4: bool = True, dtype: torch.dtype | None = None
@@ -70,12 +72,8 @@ def read_llama(
             if zeros is not None:
                 yield f"{slot.module}.zeros", zeros
             continue
-        dense = dequantize(raw, info.type, slot.shape)
-        stored = {TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
-        yield (
-            f"{slot.module}.{slot.parameter}",
-            dense.to(dtype or stored.get(info.type, torch.float32)),
-        )
+        to = dtype or _STORED.get(info.type, torch.float32)
+        yield f"{slot.module}.{slot.parameter}", dequantize(raw, info.type, slot.shape, to)
 
 
 def int4_layers(file: GgufFile) -> dict[str, bool]:
