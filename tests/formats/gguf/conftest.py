@@ -15,8 +15,7 @@ __all__ = ["make_llama", "one_thread"]
 @pytest.fixture
 def make_llama() -> Callable[..., Any]:
     """6 heads over 2 key-value heads: with the wrong count of heads in a permutation, or with the
-    ratio of the two in place of the second, other rows come out. N of no layer is a multiple of 64,
-    except by chance of the arguments."""
+    ratio of the two in place of the second, other rows come out."""
     transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
 
     def make(**changes: Any) -> Any:

@@ -21,9 +21,12 @@ from effllm.formats.gguf import (
     TensorSource,
     TensorType,
     dequantize,
+    read_llama,
     write_gguf,
+    write_llama,
 )
 from effllm.formats.gguf.blocks import DECODED
+from effllm.formats.gguf.llama import slots
 
 MAX_SECONDS = 5  # a broken file of this size takes well below 0.1; machines are shared
 MAX_BYTES = 1 << 21
@@ -170,6 +173,53 @@ def test_random_tensors_and_values(
     header += b"".join(key(*value) for value in values)
     header += b"".join(tensor(n, tuple(dims), kind, at) for n, dims, kind, at in tensors)
     open_and_read_all(tmp_path / "a.gguf", header + bytes(tail))
+
+
+CONFIG = {
+    "vocab_size": 5,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "attention_bias": True,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+
+
+def test_a_broken_llama_is_an_error_or_a_llama(tmp_path: Path) -> None:
+    """One random bit of the header and of the frequencies flipped, at every other byte."""
+    state = {f"{slot.module}.{slot.parameter}": torch.randn(slot.shape) for slot in slots(CONFIG)}
+    path, rng = tmp_path / "a.gguf", random.Random(0)
+    write_llama(path, state, CONFIG, TensorType.Q4_0)
+    names = {name for name, _ in read_llama(GgufFile(path))}
+    end = GgufFile(path).tensors["rope_freqs.weight"].end
+    whole = path.read_bytes()
+    outcomes = []
+    for position in range(8, end, 2):
+        data = bytearray(whole)
+        data[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            entries = dict(read_llama(GgufFile(path)))
+        except GgufError:
+            outcomes.append(False)
+        else:
+            assert all(torch.isfinite(value).all() for value in entries.values())
+            outcomes.append(entries.keys() == names)
+    assert 0 < sum(outcomes) < len(outcomes)
 
 
 def test_the_unchanged_file_is_accepted(whole: bytes, tmp_path: Path) -> None:
