@@ -198,16 +198,16 @@ def _bits(packed: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    """18 bytes, 32 values::
+    """18 bytes, 32 values ``(code - 8) * d``:
 
-    0    2                  18
-    | d  | code 0..15 low, code 16..31 high nibble |
+    0    2                                            18
+    | d  | codes 0..15 low, codes 16..31 high nibbles |
     """
     return (_nibbles(blocks[:, 2:18]).float() - 8) * _float(blocks, 0, torch.float16)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    """20 bytes, 32 values ``code * d + m``::
+    """20 bytes, 32 values ``code * d + m``:
 
     0    2    4                  20
     | d  | m  | codes as in Q4_0 |
@@ -217,7 +217,7 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    """22 bytes, 32 values ``(code - 16) * d``; bit i of ``high`` is the fifth bit of code i::
+    """22 bytes, 32 values ``(code - 16) * d``; bit i of ``high`` is the fifth bit of code i:
 
     0    2      6                      22
     | d  | high | low bits as in Q4_0  |
@@ -227,7 +227,7 @@ def _q5_0(blocks: Tensor) -> Tensor:
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
-    """24 bytes, 32 values ``code * d + m``::
+    """24 bytes, 32 values ``code * d + m``:
 
     0    2    4      8                      24
     | d  | m  | high | low bits as in Q4_0  |
@@ -238,9 +238,9 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    """34 bytes, 32 values::
+    """34 bytes, 32 values ``code * d``:
 
-    0    2                34
+    0    2                 34
     | d  | 32 signed codes |
     """
     codes = blocks[:, 2:34].contiguous().view(torch.int8)
@@ -248,9 +248,9 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and minima, fp32 ``[blocks, 8, 1]``, that Q4_K and Q5_K start with::
+    """The scales and minima, fp32 ``[blocks, 8, 1]``, that Q4_K and Q5_K start with:
 
-        0    2    4                                 16
+        0    2    4                                     16
         | d  |dmin| s0 s1 s2 s3 m0 m1 m2 m3 r0 r1 r2 r3 |
 
     Scale j < 4 is the low 6 bits of s_j. Scale 4 + j has its low 4 bits in those of r_j, and its
@@ -270,7 +270,7 @@ def _k_nibbles(packed: Tensor) -> Tensor:
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    """144 bytes, 8 sub-blocks of 32 values ``code * scale_j - minimum_j``::
+    """144 bytes, 8 sub-blocks of 32 values ``code * scale_j - minimum_j``:
 
     0                  16                            144
     | see _k_scales    | codes, see _k_nibbles       |
@@ -280,7 +280,7 @@ def _q4_k(blocks: Tensor) -> Tensor:
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    """176 bytes, as Q4_K; bit j of ``high[l]`` is the fifth bit of value l in sub-block j::
+    """176 bytes, as Q4_K; bit j of ``high[l]`` is the fifth bit of value l in sub-block j:
 
     0                  16            48                            176
     | see _k_scales    | high[0..31] | low bits, see _k_nibbles    |
@@ -292,7 +292,7 @@ def _q5_k(blocks: Tensor) -> Tensor:
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    """210 bytes, 256 values ``(code - 32) * scale * d`` with a signed scale for each 16 of them::
+    """210 bytes, 256 values ``(code - 32) * scale * d`` with a signed scale for each 16 of them:
 
         0                  128            192         208  210
         | low 4 bits       | high 2 bits  | 16 scales | d  |
