@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,22 @@ def quantised(
     return Int4Linear.from_linear(nn.Linear(k, n, bias, dtype=dtype), group_size, symmetric)
 
 
+def permuted(k: int = 100, n: int = 70) -> Int4Linear:
+    """The same codes for input channels in another order."""
+    source = quantised(k, n)
+    layer = Int4Linear(k, n, group_size=32, symmetric=False, permuted=True)
+    perm = torch.randperm(k, dtype=torch.int32)
+    layer.load_state_dict(source.state_dict() | {"perm": perm})
+    return layer
+
+
 def reference_weight(layer: Int4Linear) -> Tensor:
     """The documented formula in float64, from the unpacking that is written in plain PyTorch."""
     codes = int4_unpack_ref(layer.qweight, layer.out_features, layer.in_features).double()
     group = torch.arange(layer.in_features) // layer.group_size
     zeros = 8.0 if layer.zeros is None else layer.zeros.double()[:, group]
-    return (codes - zeros) * layer.scales.double()[:, group]
+    weight = (codes - zeros) * layer.scales.double()[:, group]
+    return weight if layer.perm is None else weight[:, layer.perm.long().argsort()]
 
 
 def assert_same_state(a: nn.Module, b: nn.Module) -> None:
@@ -54,6 +65,30 @@ def test_forward_matches_the_formula(k: int, n: int, group_size: int, symmetric:
     expected = x.double() @ reference_weight(layer).T + layer.bias.double()
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.weight.double(), reference_weight(layer), rtol=1e-6, atol=0)
+
+
+def test_permuted_inputs() -> None:
+    layer = permuted()
+    x = torch.randn(2, 3, 100, requires_grad=True)
+    expected = x.double() @ reference_weight(layer).T + layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.weight.double(), reference_weight(layer), rtol=1e-6, atol=0)
+    layer(x).sum().backward()
+    torch.testing.assert_close(
+        x.grad, reference_weight(layer).sum(0).float().expand_as(x), rtol=1e-5, atol=1e-5
+    )
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    assert repr(layer).endswith("symmetric=False, permuted=True)")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_permutations_of_inputs_are_part_of_the_weight(strict: bool) -> None:
+    plain, layer = quantised(), permuted()
+    with pytest.raises(RuntimeError, match="with zero points and permuted inputs loads"):
+        layer.load_state_dict(plain.state_dict(), strict=strict)
+    with pytest.raises(RuntimeError, match=r"loads \['qweight', 'scales', 'zeros'\] together"):
+        plain.load_state_dict(layer.state_dict(), strict=strict)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 0, 3), (2, 3, 4)])
@@ -95,37 +130,44 @@ def test_gradient_flows_to_the_input_only() -> None:
     ids=["half", "bfloat16", "double", "to", "type"],
 )
 def test_a_cast_touches_only_the_bias(cast) -> None:
-    layer = quantised()
+    layer = permuted()
     before = {name: p.clone() for name, p in layer.named_parameters()}
     target = copy.deepcopy(layer)
     cast(nn.Sequential(target))
     assert target.bias.dtype != torch.float32
-    for name in ("qweight", "scales", "zeros"):
+    for name in ("qweight", "scales", "zeros", "perm"):
         after = getattr(target, name)
         assert after.dtype == before[name].dtype, name
         assert torch.equal(after, before[name]), name
 
 
-def test_state_dict_deepcopy_and_pickle_are_exact(tmp_path: Path) -> None:
-    layer = quantised()
-    fresh = Int4Linear(100, 70, group_size=32, symmetric=False)
+@pytest.mark.parametrize("make", [quantised, permuted])
+def test_state_dict_deepcopy_and_pickle_are_exact(
+    make: Callable[[], Int4Linear], tmp_path: Path
+) -> None:
+    layer = make()
+    options = {"group_size": 32, "symmetric": False, "permuted": layer.perm is not None}
+    fresh = Int4Linear(100, 70, **options)
     fresh.load_state_dict(layer.state_dict())
     assert_same_state(layer, fresh)
     assert_same_state(layer, copy.deepcopy(layer))
     assert_same_state(layer, pickle.loads(pickle.dumps(layer)))
 
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    fresh = Int4Linear(100, 70, group_size=32, symmetric=False)
+    fresh = Int4Linear(100, 70, **options)
     fresh.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     assert_same_state(layer, fresh)
     x = torch.randn(3, 100)
     assert torch.equal(layer(x), fresh(x))
 
 
-def test_meta_round_trip() -> None:
-    layer = quantised()
+@pytest.mark.parametrize("make", [quantised, permuted])
+def test_meta_round_trip(make: Callable[[], Int4Linear]) -> None:
+    layer = make()
     with torch.device("meta"):
-        skeleton = Int4Linear(100, 70, group_size=32, symmetric=False)
+        skeleton = Int4Linear(
+            100, 70, group_size=32, symmetric=False, permuted=layer.perm is not None
+        )
     assert skeleton.weight.shape == (70, 100)
     assert skeleton(torch.empty(4, 100, device="meta")).shape == (4, 70)
     skeleton.to(torch.bfloat16)

@@ -20,13 +20,15 @@ class Int4Linear(PackedLinear):
         qweight: int32 ``[ceil(N/64), ceil(K/64) * 512]``, the codes packed by ``int4_pack``.
         scales: float ``[N, ceil(K/g)]``; the last group may be short.
         zeros: uint8 ``[N, ceil(K/g)]``, or None: every zero point is 8 (symmetric).
+        perm: int32 ``[K]`` or None: column k of the codes belongs to input channel ``perm[k]``.
+            Checkpoints whose groups are not consecutive channels (GPTQ's act-order) come so.
         bias: float ``[N]`` or None.
 
-    Moving or casting the module never changes ``qweight``, ``scales`` or ``zeros``: a dtype cast
-    (``.half()``, ``.to(torch.bfloat16)``) touches only the bias.
+    Moving or casting the module never changes ``qweight``, ``scales``, ``zeros`` or ``perm``: a
+    dtype cast (``.half()``, ``.to(torch.bfloat16)``) touches only the bias.
     """
 
-    quantised = ("qweight", "scales", "zeros")
+    quantised = ("qweight", "scales", "zeros", "perm")
 
     def __init__(
         self,
@@ -36,12 +38,14 @@ class Int4Linear(PackedLinear):
         *,
         group_size: int = 64,
         symmetric: bool = True,
+        permuted: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """An all-zero layer, to be filled by ``load_state_dict``; see ``from_linear`` as well.
 
-        ``dtype`` is that of scales and bias. Raises ValueError on sizes < 1 or a wrong group size.
+        ``dtype`` is that of scales and bias; with ``permuted`` there is a ``perm``.
+        Raises ValueError on sizes < 1 or a wrong group size.
         """
         super().__init__(in_features, out_features, bias, group_size, device, dtype)
         shape = (out_features, self.num_groups)
@@ -49,6 +53,9 @@ class Int4Linear(PackedLinear):
         self.zeros: nn.Parameter | None
         zeros = None if symmetric else torch.zeros(shape, device=device, dtype=torch.uint8)
         self.register_parameter("zeros", None if zeros is None else frozen(zeros))
+        self.perm: nn.Parameter | None
+        perm = torch.arange(in_features, device=device, dtype=torch.int32) if permuted else None
+        self.register_parameter("perm", None if perm is None else frozen(perm))
 
     @classmethod
     def from_linear(
@@ -87,10 +94,14 @@ class Int4Linear(PackedLinear):
         weight = dequantize(
             self.qweight, self.scales, self.zeros, self.in_features, self.group_size
         )
+        if self.perm is not None:
+            weight = torch.empty_like(weight).index_copy_(1, self.perm.long(), weight)
         return weight.to(self.scales.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., K]`` fp16 or bf16 (fp32 too on the CPU) -> ``[..., N]`` of x's dtype."""
+        if self.perm is not None:
+            x = x.index_select(-1, self.perm)
         return ops.int4_gemm(
             x, self.qweight, self.scales, self.zeros, self.bias, group_size=self.group_size
         )
@@ -99,8 +110,9 @@ class Int4Linear(PackedLinear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, group_size={self.group_size}, "
-            f"symmetric={self.zeros is None}"
+            f"symmetric={self.zeros is None}{'' if self.perm is None else ', permuted=True'}"
         )
 
     def _kind(self) -> str:
-        return f"an Int4Linear with {'no ' if self.zeros is None else ''}zero points"
+        permuted = "" if self.perm is None else " and permuted inputs"
+        return f"an Int4Linear with {'no ' if self.zeros is None else ''}zero points{permuted}"
