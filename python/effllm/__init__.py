@@ -1,16 +1,27 @@
 """effllm: quantised kernels, paged caches and drop-in layers that make language models cheaper.
 
 Ops are ``torch.ops.effllm.*``, documented in ``effllm.ops``; modules that call them in
-``effllm.nn``; the paged cache in ``effllm.cache``. With transformers, imported before or after,
-``attn_implementation="effllm"`` is available.
+``effllm.nn``; the paged cache in ``effllm.cache``; quantised checkpoints in ``effllm.formats``.
+With transformers, imported before or after, ``attn_implementation="effllm"`` is available.
 """
 
-from effllm import _load, cache, nn, ops
+from effllm import _load, cache, formats, nn, ops
+from effllm.formats import load
 from effllm.generation import Generation, generate
 from effllm.integrations import register_on_import
 from effllm.quantization import Int4Config, quantize_
 
-__all__ = ["Generation", "Int4Config", "cache", "generate", "nn", "ops", "quantize_"]
+__all__ = [
+    "Generation",
+    "Int4Config",
+    "cache",
+    "formats",
+    "generate",
+    "load",
+    "nn",
+    "ops",
+    "quantize_",
+]
 
 __version__ = _load.status().version
 

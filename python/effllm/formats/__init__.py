@@ -1,9 +1,21 @@
-"""The formats that quantised checkpoints come in, as functions from stored tensors to codes.
+"""Quantised checkpoints: reading what people have, and saying what is in it.
 
-One module per format: ``awq``, ``gptq``, ``compressed_tensors``. Each turns tensors as they are on
+``effllm.load`` makes a model of a folder, ``inspect`` tells what is in it. Below them is one module
+per format, ``awq``, ``gptq`` and ``compressed_tensors``: functions that turn tensors as they are on
 disk into a ``GroupedWeight`` and back.
 """
 
+from effllm.formats.checkpoint import Checkpoint, CheckpointError
 from effllm.formats.grouped import GroupedWeight
+from effllm.formats.loading import load
+from effllm.formats.report import LayerReport, LoadReport, inspect
 
-__all__ = ["GroupedWeight"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "GroupedWeight",
+    "LayerReport",
+    "LoadReport",
+    "inspect",
+    "load",
+]
