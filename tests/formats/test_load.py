@@ -277,6 +277,15 @@ def test_groups_of_compressed_tensors(tmp_path: Path) -> None:
     assert torch.equal(found.double(), written.weights[other].dense)
 
 
+def test_zero_points_that_are_there_count(tmp_path: Path) -> None:
+    """Also in a file that calls itself symmetric."""
+    written = write_checkpoint(tmp_path, Zoo("pack-quantized"))
+    groups = Zoo("pack-quantized", symmetric=True).quantization_config()["config_groups"]
+    edit_config(tmp_path, config_groups=groups)
+    model = effllm.load(tmp_path, dtype=torch.float32, progress=False)
+    torch.testing.assert_close(logits(model), logits(written.dense), rtol=1e-4, atol=1e-4)
+
+
 def test_older_config_files(tmp_path: Path) -> None:
     for kind, name, config in (
         (

@@ -132,7 +132,7 @@ def read_weight(
     try:
         if scheme.format == "awq":
             if k % group_size:
-                raise ValueError(f"AWQ needs K % group_size == 0, got K = {k}, {group_size}")
+                raise ValueError(f"AWQ needs K % group_size == 0, got {k}, {group_size}")
             zeros = None
             if has("qzeros") or not scheme.symmetric:
                 zeros = words("qzeros", num_groups, n // 8)
@@ -172,9 +172,10 @@ def _read_packed(
     name, scheme, n, k = layer.name, layer.scheme, layer.out_features, layer.in_features
     num_groups = -(-k // group_size)
     zero_point = g_idx = None
-    if not scheme.symmetric:
-        zero_name = f"{name}.weight_zero_point"
-        info = checkpoint.tensors.get(zero_name)
+    zero_name = f"{name}.weight_zero_point"
+    info = checkpoint.tensors.get(zero_name)
+    # A file that has them means them, whatever the config says.
+    if info is not None or not scheme.symmetric:
         packed = (num_words(n, scheme.bits), num_groups)
         unpacked = info is not None and info.dtype == "I8"
         shape = (n, num_groups) if unpacked else packed

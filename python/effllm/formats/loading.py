@@ -77,11 +77,7 @@ def load(
     # The loaded model is no longer what the file's config describes.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # Parameters without memory; buffers are computed by the model, and real.
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = auto.from_config(config, dtype=dtype, trust_remote_code=False, **options)
-    # Outside of that context, which makes a new parameter at every assignment.
-    model.tie_weights()
+    model = _empty_model(auto, accelerate, config, checkpoint, dtype, options)
     filler = _Filler(model, checkpoint, torch.device(device), dtype)
     rows = [filler.fill_layer(layer) for layer in filler.watch(stored.values(), progress)]
     filler.fill_rest()
@@ -90,6 +86,35 @@ def load(
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(path))
     model.effllm_report = model_report(model, rows)
     return model.eval()
+
+
+def _empty_model(
+    auto: Any,
+    accelerate: Any,
+    config: Any,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> Any:
+    """The model with parameters on the meta device; its buffers are computed, and real."""
+    source = checkpoint.folder / "config.json"
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(checkpoint.tensors):
+        # Building them would take for ever, only to find out that they are missing.
+        raise CheckpointError(
+            f"{source}: num_hidden_layers must be at most the number of tensors, "
+            f"{len(checkpoint.tensors)}, got {layers}"
+        )
+    try:
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+    except Exception as error:  # whatever a model's constructor does with wrong numbers
+        raise CheckpointError(
+            f"{source}: transformers cannot make a model of it: {type(error).__name__}: {error}"
+        ) from error
+    # Outside of that context, which makes a new parameter at every assignment.
+    model.tie_weights()
+    return model
 
 
 class _Filler:
@@ -226,8 +251,10 @@ def _model_config(transformers: Any, folder: Path) -> Any:
     read_json(source)
     try:
         return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{source}: not a config that transformers takes: {error}") from error
+    except Exception as error:  # a class per model, each with its own checks
+        raise CheckpointError(
+            f"{source}: not a config that transformers takes: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _default_dtype(config: Any) -> torch.dtype:
