@@ -6,7 +6,7 @@ With transformers, imported before or after, ``attn_implementation="effllm"`` is
 """
 
 from effllm import _load, cache, formats, nn, ops
-from effllm.formats import load
+from effllm.formats import load, save
 from effllm.generation import Generation, generate
 from effllm.integrations import register_on_import
 from effllm.quantization import Int4Config, quantize_
@@ -21,6 +21,7 @@ __all__ = [
     "nn",
     "ops",
     "quantize_",
+    "save",
 ]
 
 __version__ = _load.status().version

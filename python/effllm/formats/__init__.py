@@ -1,6 +1,7 @@
-"""Quantised checkpoints: reading what people have, and saying what is in it.
+"""Quantised checkpoints: reading what people have, writing it, and saying what is in it.
 
-``effllm.load`` makes a model of a folder, ``inspect`` tells what is in it. Below them is one module
+``effllm.load`` makes a model of a folder, ``effllm.save`` a folder of a model, and ``inspect``
+tells what is in one. Below them is one module
 per format, ``awq``, ``gptq`` and ``compressed_tensors``: functions that turn tensors as they are on
 disk into a ``GroupedWeight`` and back.
 """
@@ -9,6 +10,7 @@ from effllm.formats.checkpoint import Checkpoint, CheckpointError
 from effllm.formats.grouped import GroupedWeight
 from effllm.formats.loading import load
 from effllm.formats.report import LayerReport, LoadReport, inspect
+from effllm.formats.saving import save
 
 __all__ = [
     "Checkpoint",
@@ -18,4 +20,5 @@ __all__ = [
     "LoadReport",
     "inspect",
     "load",
+    "save",
 ]

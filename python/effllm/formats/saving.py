@@ -1,0 +1,280 @@
+"""effllm.save: a model with Int4Linear layers into a checkpoint that other software reads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from effllm import _load, ops
+from effllm.formats import awq, compressed_tensors, gptq
+from effllm.formats.grouped import GroupedWeight
+from effllm.nn import Int4Linear
+from effllm.nn.packed_linear import PackedLinear
+
+SaveFormat = Literal["compressed-tensors", "gptq_v2", "awq"]
+
+_ENCODERS: dict[str, Callable[[GroupedWeight], dict[str, Tensor]]] = {
+    "compressed-tensors": compressed_tensors.encode,
+    "gptq_v2": gptq.encode,
+    "awq": awq.encode,
+}
+
+
+def save(
+    model: Any,
+    path: str | Path,
+    format: SaveFormat = "compressed-tensors",
+    *,
+    max_shard_bytes: int = 4 * 2**30,
+    progress: bool = True,
+) -> None:
+    """Writes config and weights of a transformers model; its ``Int4Linear`` layers stay 4 bits.
+
+    Codes, scales and zero points are written as they are, so that loading the result gives equal
+    weights. All is written into a temporary folder beside ``path``, which is renamed at the end:
+    after an error or an interrupt there is no half a checkpoint. A tokenizer is not part of the
+    model: ``tokenizer.save_pretrained(path)`` afterwards.
+
+    Args:
+        model: from ``effllm.load``, or a transformers model after ``effllm.quantize_``.
+        path: the folder to make; it may exist if it is empty.
+        format: "compressed-tensors" is pack-quantized, which transformers, vLLM and SGLang read.
+            "gptq_v2" also holds permuted inputs (act-order) and short last groups; "awq" is the
+            GEMM layout, with one group size for all layers.
+        max_shard_bytes: start another file rather than exceed it, except by a single layer.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: another format, a model that is not of transformers, no ``Int4Linear`` in it, a
+            layer that the format cannot hold (the message names it), or weights on the meta device.
+        FileExistsError: ``path`` exists and is no empty folder.
+    """
+    if format not in _ENCODERS:
+        raise ValueError(f"effllm.save: format must be one of {', '.join(_ENCODERS)}, got {format}")
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ValueError(f"effllm.save: a transformers model is needed, got {type(model).__name__}")
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"effllm.save: {path} exists and is no empty folder")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Int4Linear)}
+    _refuse(model, layers)
+    quantization = _CONFIGS[format](model, layers)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        # mkdtemp makes a private folder; a checkpoint gets the rights that mkdir gives.
+        umask = os.umask(0)
+        os.umask(umask)
+        folder.chmod(0o777 & ~umask)
+        _write_configs(model, folder, quantization)
+        _write_shards(_tensors(model, layers, format, progress), folder, max_shard_bytes)
+        folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _refuse(model: nn.Module, layers: dict[str, Int4Linear]) -> None:
+    if not layers:
+        raise ValueError("effllm.save: the model has no Int4Linear; use model.save_pretrained")
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and name not in layers:
+            raise ValueError(
+                f"effllm.save: layer '{name}': no format holds a {type(module).__name__}"
+            )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"effllm.save: '{name}' is on the meta device, it has no values")
+
+
+def grouped(layer: Int4Linear) -> GroupedWeight:
+    """The layer's codes in the order of its input channels, as formats hold them."""
+    codes = ops.int4_unpack(layer.qweight, layer.out_features, layer.in_features)
+    g_idx = None
+    if layer.perm is not None:
+        perm = layer.perm.long()
+        column = torch.arange(layer.in_features, device=perm.device)
+        g_idx = torch.empty_like(perm).index_copy_(0, perm, column // layer.group_size)
+        codes = torch.empty_like(codes).index_copy_(1, perm, codes)
+    return GroupedWeight(codes, layer.scales, layer.zeros, 4, layer.group_size, g_idx)
+
+
+# -- tensors ---------------------------------------------------------------------------------------
+
+
+def _tensors(
+    model: nn.Module, layers: dict[str, Int4Linear], format: str, progress: bool
+) -> Iterator[dict[str, Tensor]]:
+    """What must be in one file together, on the CPU: a layer, or one other tensor."""
+    encode = _ENCODERS[format]
+    for name, layer in tqdm(
+        layers.items(), desc="save", unit="layer", leave=False, disable=not progress
+    ):
+        try:
+            parts = encode(grouped(layer))
+        except ValueError as error:
+            raise ValueError(f"effllm.save: layer '{name}': {error}") from error
+        if layer.bias is not None:
+            parts["bias"] = layer.bias.detach()
+        yield {f"{name}.{part}": tensor.detach().cpu() for part, tensor in parts.items()}
+    inside = tuple(f"{name}." for name in layers)
+    # Of parameters that share memory, the first name stands for all.
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in model.state_dict():
+        if name in named and not name.startswith(inside):
+            yield {name: named[name].detach().cpu().contiguous()}
+
+
+def _write_shards(parts: Iterable[dict[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
+    shard: dict[str, Tensor] = {}
+    size, total = 0, 0
+    files: list[tuple[Path, list[str]]] = []
+
+    def flush() -> None:
+        file = folder / f"{len(files)}.part"
+        save_file(shard, file, {"format": "pt"})
+        files.append((file, list(shard)))
+        shard.clear()
+
+    for part in parts:
+        part_size = sum(tensor.nbytes for tensor in part.values())
+        if shard and size + part_size > max_shard_bytes:
+            flush()
+            size = 0
+        shard.update(part)
+        size += part_size
+        total += part_size
+    flush()
+    if len(files) == 1:
+        files[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (file, names) in enumerate(files):
+        name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+        file.rename(folder / name)
+        weight_map.update(dict.fromkeys(names, name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+# -- configs ---------------------------------------------------------------------------------------
+
+
+def _write_configs(model: Any, folder: Path, quantization: dict[str, Any]) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    config.quantization_config = quantization
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _unquantised(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+
+
+def _kinds(layers: dict[str, Int4Linear]) -> dict[str, tuple[int, bool]]:
+    """(group size, symmetric) of each layer; -1 is one group for all input channels.
+
+    A layer of as many input channels as the groups of others have counts as one of those.
+    """
+    sizes = {m.group_size for m in layers.values() if m.group_size != m.in_features}
+    return {
+        name: (m.group_size if m.group_size in sizes else -1, m.zeros is None)
+        for name, m in layers.items()
+    }
+
+
+def _packed_config(model: nn.Module, layers: dict[str, Int4Linear]) -> dict[str, Any]:
+    kinds: dict[tuple[int, bool], list[str]] = {}
+    for name, kind in _kinds(layers).items():
+        kinds.setdefault(kind, []).append(name)
+    groups = {}
+    for i, ((group_size, symmetric), names) in enumerate(kinds.items()):
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(kinds) == 1 else names,
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": symmetric,
+                "strategy": "channel" if group_size == -1 else "group",
+                "group_size": None if group_size == -1 else group_size,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": _unquantised(model),
+        "kv_cache_scheme": None,
+    }
+
+
+def _gptq_config(model: nn.Module, layers: dict[str, Int4Linear]) -> dict[str, Any]:
+    kinds = _kinds(layers)
+    common = Counter(kinds.values()).most_common(1)[0][0]
+    # GPTQModel quantises all layers of the blocks unless a pattern says otherwise.
+    dynamic: dict[str, Any] = {
+        f"-:^{re.escape(name)}$": {} for name in _unquantised(model) if name != "lm_head"
+    }
+    for name, (group_size, symmetric) in kinds.items():
+        if (group_size, symmetric) != common:
+            permuted = layers[name].perm is not None
+            overrides = {"group_size": group_size, "sym": symmetric, "desc_act": permuted}
+            dynamic[f"+:^{re.escape(name)}$"] = overrides
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": common[0],
+        "sym": common[1],
+        "desc_act": any(layer.perm is not None for layer in layers.values()),
+        "checkpoint_format": "gptq_v2",
+        "pack_dtype": "int32",
+        "lm_head": "lm_head" in layers,
+        "dynamic": dynamic,
+        "meta": {"quantizer": [f"effllm:{_load.status().version}"]},
+    }
+
+
+def _awq_config(model: nn.Module, layers: dict[str, Int4Linear]) -> dict[str, Any]:
+    sizes: dict[int, str] = {}
+    for name, (group_size, _) in _kinds(layers).items():
+        sizes.setdefault(group_size, name)
+    if len(sizes) > 1:
+        found = ", ".join(f"{size} ('{name}')" for size, name in sizes.items())
+        raise ValueError(f"effllm.save: AWQ needs one group size, the model has {found}")
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": next(iter(sizes)),
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": _unquantised(model),
+    }
+
+
+_CONFIGS = {
+    "compressed-tensors": _packed_config,
+    "gptq_v2": _gptq_config,
+    "awq": _awq_config,
+}
