@@ -8,6 +8,7 @@ from collections.abc import Sequence
 # Each is a module here with `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = {
     "env": "show versions, what is built, the GPUs, and why something is unavailable",
+    "inspect": "show the layers of a checkpoint: format, bits, group size, kernel, bytes",
     "demo": "quantise the model that comes with effllm, and generate text with it",
 }
 
