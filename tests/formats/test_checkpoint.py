@@ -161,6 +161,17 @@ def test_which_files_are_read(tmp_path: Path) -> None:
     assert set(Checkpoint(tmp_path).tensors) == {"b"}
 
 
+def test_tensors_do_not_follow_the_file(tmp_path: Path) -> None:
+    """They are read, not mapped: a checkpoint may be overwritten while its model is in use."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(10_000)}, path)
+    tensor = Checkpoint(tmp_path).read("a")
+    with path.open("r+b") as file:
+        file.seek(-40_000, os.SEEK_END)
+        file.write(b"\1" * 40_000)
+    assert not tensor.any()
+
+
 # -- tensors against the config and the model ------------------------------------------------------
 
 

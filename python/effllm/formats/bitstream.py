@@ -35,6 +35,12 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
             f"{count} codes of {bits} bits must be int32 [..., {num_words(count, bits)}], "
             f"got {words.dtype} {list(words.shape)}"
         )
+    if 8 % bits == 0:
+        # No code straddles two bytes, and bytes need no 32-bit arithmetic. Little-endian hosts
+        # only, as safetensors files of torch are.
+        bytes_ = words.contiguous().view(torch.uint8)
+        parts = [(bytes_ >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        return torch.stack(parts, -1).flatten(-2)[..., :count].contiguous()
     codes_per_period, words_per_period = _period(bits)
     periods = -(-words.shape[-1] // words_per_period)
     padding = periods * words_per_period - words.shape[-1]

@@ -89,7 +89,9 @@ class Checkpoint:
             tensor: Tensor = self._open[info.file].get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{info.file}: tensor '{name}': {error}") from error
-        return tensor.to(device)
+        # A copy: what safetensors returns is the mapped file itself, which may change or be
+        # truncated while the model lives.
+        return tensor.to(device, copy=True)
 
     def read_finite(
         self, name: str, shape: Sequence[int], device: torch.device | str = "cpu"
