@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "env": "show versions, what is built, the GPUs, and why something is unavailable",
     "inspect": "show the layers of a checkpoint: format, bits, group size, kernel, bytes",
+    "convert": "write a checkpoint in another format, quantised to 4 bits if it is not yet",
     "demo": "quantise the model that comes with effllm, and generate text with it",
 }
 
