@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from formats_zoo import Written, Zoo, edit_config, write_checkpoint, write_config, write_tensors
+from safetensors.torch import load_file
 from torch import nn
 
 import effllm
@@ -175,6 +176,11 @@ def test_unquantised_checkpoints_load_as_they_are(llama: Any, tmp_path: Path) ->
     row = next(row for row in model.effllm_report.layers if row.name == "lm_head")
     assert (row.format, row.kernel, row.bytes) == ("float32", "dense", 97 * 64 * 4)
     assert effllm.load(tmp_path, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    write_tensors(tmp_path, tensors)
+    with pytest.raises(ValueError, match=r"tensor 'model\.layers\.1\.mlp\.up_proj\.weight' is mis"):
+        effllm.load(tmp_path)
 
 
 # -- what configs say ------------------------------------------------------------------------------

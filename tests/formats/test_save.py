@@ -201,6 +201,8 @@ def test_errors(quantised: Any, llama: Any, tmp_path: Path) -> None:
 # -- the package of the format ---------------------------------------------------------------------
 
 
+# The config that asks for dense weights is merged with that of the file, which it warns of.
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_compressed_tensors_reads_what_we_write(

@@ -8,7 +8,15 @@ import torch
 
 from effllm import _load
 
-OPTIONAL = ("transformers", "tokenizers", "accelerate", "gguf", "matplotlib", "peft")
+OPTIONAL = (
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "gguf",
+    "compressed-tensors",
+    "matplotlib",
+    "peft",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

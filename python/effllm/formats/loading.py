@@ -67,10 +67,21 @@ def load(
     config = _model_config(transformers, checkpoint.folder)
     dtype = dtype or _default_dtype(config)
     auto = transformers.AutoModelForCausalLM
+    _refuse_endless(config, checkpoint)
     if not stored:
-        model = auto.from_pretrained(
-            str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
-        ).to(device)
+        model, info = auto.from_pretrained(
+            str(path),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+        if info["missing_keys"]:
+            # transformers would go on with random numbers.
+            name = min(info["missing_keys"])
+            raise CheckpointError(f"{checkpoint.folder}: tensor '{name}' is missing")
+        model.to(device)
         model.effllm_report = model_report(model, [])
         return model.eval()
 
@@ -82,10 +93,22 @@ def load(
     rows = [filler.fill_layer(layer) for layer in filler.watch(stored.values(), progress)]
     filler.fill_rest()
     filler.refuse_leftovers()
-    if (checkpoint.folder / "generation_config.json").is_file():
+    generation_config = checkpoint.folder / "generation_config.json"
+    if generation_config.is_file():
+        read_json(generation_config)
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(path))
     model.effllm_report = model_report(model, rows)
     return model.eval()
+
+
+def _refuse_endless(config: Any, checkpoint: Checkpoint) -> None:
+    """Building a billion layers would take for ever, only to find out that they are missing."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: num_hidden_layers must be at most the number of "
+            f"tensors, {len(checkpoint.tensors)}, got {layers}"
+        )
 
 
 def _empty_model(
@@ -97,20 +120,13 @@ def _empty_model(
     options: dict[str, Any],
 ) -> Any:
     """The model with parameters on the meta device; its buffers are computed, and real."""
-    source = checkpoint.folder / "config.json"
-    layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(checkpoint.tensors):
-        # Building them would take for ever, only to find out that they are missing.
-        raise CheckpointError(
-            f"{source}: num_hidden_layers must be at most the number of tensors, "
-            f"{len(checkpoint.tensors)}, got {layers}"
-        )
     try:
         with accelerate.init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     except Exception as error:  # whatever a model's constructor does with wrong numbers
         raise CheckpointError(
-            f"{source}: transformers cannot make a model of it: {type(error).__name__}: {error}"
+            f"{checkpoint.folder / 'config.json'}: transformers cannot make a model of it: "
+            f"{type(error).__name__}: {error}"
         ) from error
     # Outside of that context, which makes a new parameter at every assignment.
     model.tie_weights()
