@@ -162,6 +162,24 @@ def test_a_loaded_model_is_a_plain_model(tmp_path: Path) -> None:
     assert not hasattr(model.config, "quantization_config")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind",
+    [Zoo("awq"), Zoo("gptq", bits=3, shuffled=True), Zoo("pack-quantized", bits=8, tied=True)],
+    ids=lambda kind: kind.id,
+)
+def test_the_gpu_decodes_as_the_cpu(kind: Zoo, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, kind)
+    host = effllm.load(tmp_path, progress=False)
+    device = effllm.load(tmp_path, device="cuda", progress=False)
+    found = device.state_dict()
+    for name, tensor in host.state_dict().items():
+        assert found[name].is_cuda, name
+        assert torch.equal(found[name].cpu(), tensor), name
+    assert all(buffer.is_cuda for buffer in device.buffers())
+    torch.testing.assert_close(device(IDS.cuda()).logits.cpu(), logits(host), rtol=0.05, atol=0.05)
+
+
 def test_generates_over_pages(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Zoo("awq"))
     model = effllm.load(tmp_path, dtype=torch.float32, progress=False, attn_implementation="effllm")
