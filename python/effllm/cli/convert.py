@@ -14,7 +14,9 @@ _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("source", help="folder with config.json and safetensors files")
+    parser.add_argument(
+        "source", help="folder with config.json and safetensors files, or a .gguf file"
+    )
     parser.add_argument("target", help="folder to make")
     parser.add_argument(
         "--format",
@@ -38,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert and print the report of the target; 1 and one line on stderr if that fails.
 
-    Codes are carried over as they are. An unquantised model is rounded to nearest, its output
-    head left as it is.
+    Codes are carried over as they are; the tokenizer of a GGUF file is not. An unquantised model is
+    rounded to nearest, its output head left as it is.
     """
     try:
         config = effllm.Int4Config(args.group_size, symmetric=not args.asymmetric)

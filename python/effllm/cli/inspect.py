@@ -8,7 +8,9 @@ from effllm import formats
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("path", help="folder with config.json and safetensors files")
+    parser.add_argument(
+        "path", help="folder with config.json and safetensors files, or a .gguf file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

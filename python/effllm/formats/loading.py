@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ from tqdm import tqdm
 
 from effllm.formats.checkpoint import FLOATS, Checkpoint, CheckpointError, read_json
 from effllm.formats.config import read_config
+from effllm.formats.empty import empty_model, import_extra
+from effllm.formats.gguf_model import is_gguf, load_gguf
 from effllm.formats.layers import StoredLayer, find_layers, make_linear, read_weight
 from effllm.formats.report import LayerReport, model_report, stored_report
-
-_logger = logging.getLogger(__name__)
 
 # Llama checkpoints of old have these; they follow from the config.
 _NEVER_NEEDED = re.compile(r"rotary_emb\.inv_freq$")
@@ -33,14 +31,15 @@ def load(
 ) -> Any:
     """Loads a causal language model whose quantised layers run on our kernels.
 
-    Reads AWQ (gemm), GPTQ v1 and v2 and compressed-tensors pack-quantized; checkpoints that are not
-    quantised load as transformers loads them. Weights go from the file to the kernels' layout one
-    layer at a time. ``model.effllm_report`` says what each layer is and what runs it: 2- and 3-bit
-    codes become 4-bit codes exactly; 8-bit codes, and groups that the kernels do not take, are
-    expanded to dense layers.
+    Reads AWQ (gemm), GPTQ v1 and v2, compressed-tensors pack-quantized, and GGUF files of Llamas;
+    checkpoints that are not quantised load as transformers loads them. Weights go from the file to
+    the kernels' layout one layer at a time. ``model.effllm_report`` says what each layer is and
+    what runs it: 2- and 3-bit codes become 4-bit codes exactly, and so do GGUF's Q4_0 and the Q4_1
+    that allow it; all other codes, and groups that the kernels do not take, are expanded to dense
+    layers.
 
     Args:
-        path: a folder with ``config.json`` and safetensors files.
+        path: a folder with ``config.json`` and safetensors files, or a file ``*.gguf``.
         device: where the weights go; they are decoded there.
         dtype: of all that is not quantised; by default that of the config, or bfloat16. Scales
             keep the dtype that they are stored in.
@@ -56,6 +55,8 @@ def load(
         CheckpointError: an unsupported format, or a file that is damaged, incomplete or
             contradicts the config or the model. The message names file, tensor, found and needed.
     """
+    if is_gguf(path):
+        return load_gguf(path, torch.device(device), dtype, progress, options)
     checkpoint = Checkpoint(path)
     quant_config = read_config(checkpoint.folder)
     stored = find_layers(checkpoint, quant_config)
@@ -63,13 +64,12 @@ def load(
         raise CheckpointError(
             f"{quant_config.source}: quantised layers are needed, the tensors are of none"
         )
-    transformers, accelerate = _import_extra("transformers"), _import_extra("accelerate")
+    transformers = import_extra("transformers")
     config = _model_config(transformers, checkpoint.folder)
     dtype = dtype or _default_dtype(config)
-    auto = transformers.AutoModelForCausalLM
     _refuse_endless(config, checkpoint)
     if not stored:
-        model, info = auto.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=dtype,
             use_safetensors=True,
@@ -88,7 +88,7 @@ def load(
     # The loaded model is no longer what the file's config describes.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = _empty_model(auto, accelerate, config, checkpoint, dtype, options)
+    model = empty_model(config, str(checkpoint.folder / "config.json"), dtype, options)
     filler = _Filler(model, checkpoint, torch.device(device), dtype)
     rows = [filler.fill_layer(layer) for layer in filler.watch(stored.values(), progress)]
     filler.fill_rest()
@@ -109,28 +109,6 @@ def _refuse_endless(config: Any, checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder / 'config.json'}: num_hidden_layers must be at most the number of "
             f"tensors, {len(checkpoint.tensors)}, got {layers}"
         )
-
-
-def _empty_model(
-    auto: Any,
-    accelerate: Any,
-    config: Any,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    options: dict[str, Any],
-) -> Any:
-    """The model with parameters on the meta device; its buffers are computed, and real."""
-    try:
-        with accelerate.init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=False, **options)
-    except Exception as error:  # whatever a model's constructor does with wrong numbers
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: transformers cannot make a model of it: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    # Outside of that context, which makes a new parameter at every assignment.
-    model.tie_weights()
-    return model
 
 
 class _Filler:
@@ -251,13 +229,6 @@ class _Filler:
                 f"{file}: tensor '{left[0]}' and {len(left) - 1} others belong to no layer of "
                 f"{type(self.model).__name__}"
             )
-
-
-def _import_extra(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"effllm.load needs {name}: pip install 'effllm[hf]'") from error
 
 
 def _model_config(transformers: Any, folder: Path) -> Any:

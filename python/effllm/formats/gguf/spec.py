@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from effllm.formats.checkpoint import CheckpointError
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -15,7 +17,7 @@ MAX_KEY_BYTES = 65535
 MAX_DIMS = 4
 
 
-class GgufError(ValueError):
+class GgufError(CheckpointError):
     """A GGUF file, or what shall become one, breaks the specification or is not supported."""
 
 

@@ -1,0 +1,110 @@
+"""A Llama out of a GGUF file: what effllm.load and inspect do with a path that is one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from effllm.formats.empty import empty_model, import_extra
+from effllm.formats.gguf import GgufFile, TensorType, int4_layers, read_config, read_llama
+from effllm.formats.gguf.llama import Slot, slots
+from effllm.formats.report import LayerReport, LoadReport, model_report
+from effllm.nn import Int4Linear
+
+_GROUP_SIZE = 32
+_DTYPES = {TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is meant as a GGUF file: by its name, as folders are the rule."""
+    return Path(path).suffix.lower() == ".gguf"
+
+
+def load_gguf(
+    path: str | Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    progress: bool,
+    options: dict[str, Any],
+) -> Any:
+    """See ``effllm.load``. ``dtype`` None is that of the embedding, or bfloat16."""
+    file = GgufFile(path)
+    int4 = int4_layers(file)
+    config = import_extra("transformers").LlamaConfig(**read_config(file))
+    dtype = dtype or _DTYPES.get(file.tensors["token_embd.weight"].type, torch.bfloat16)
+    model = empty_model(config, str(path), dtype, options)
+    for name, symmetric in int4.items():
+        model.set_submodule(name, _empty_int4(model.get_submodule(name), symmetric))
+    entries = tqdm(
+        read_llama(file, dtype=dtype),
+        total=len(file.tensors),
+        desc="load",
+        unit="tensor",
+        leave=False,
+        disable=not progress,
+    )
+    for key, tensor in entries:
+        owner, _, attribute = key.rpartition(".")
+        module = model.get_submodule(owner)
+        trains = getattr(module, attribute).requires_grad
+        setattr(module, attribute, nn.Parameter(tensor.to(device), requires_grad=trains))
+    model.tie_weights()
+    model.to(device)  # the buffers
+    rows = [
+        _row(file, slot, int4, sum(p.nbytes for p in model.get_submodule(slot.module).parameters()))
+        for slot in _quantised(file)
+    ]
+    model.effllm_report = model_report(model, rows)
+    return model.eval()
+
+
+def inspect_gguf(path: str | Path) -> LoadReport:
+    """See ``effllm.formats.inspect``."""
+    file = GgufFile(path)
+    int4 = int4_layers(file)
+    rows, other_bytes = [], 0
+    for slot in slots(read_config(file)):
+        info = file.tensors[slot.gguf]
+        size = info.end - info.start
+        if len(slot.shape) == 2:
+            rows.append(_row(file, slot, int4, size))
+        else:
+            other_bytes += size
+    return LoadReport(tuple(rows), other_bytes)
+
+
+def _empty_int4(linear: nn.Linear, symmetric: bool) -> Int4Linear:
+    return Int4Linear(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        group_size=_GROUP_SIZE,
+        symmetric=symmetric,
+        device="meta",
+    )
+
+
+def _quantised(file: GgufFile) -> Iterator[Slot]:
+    """The matrices that are stored in blocks."""
+    for slot in slots(read_config(file)):
+        if len(slot.shape) == 2 and file.tensors[slot.gguf].type.block_values > 1:
+            yield slot
+
+
+def _row(file: GgufFile, slot: Slot, int4: dict[str, bool], size: int) -> LayerReport:
+    kind = file.tensors[slot.gguf].type
+    digits = re.search(r"\d+", kind.name)
+    assert digits is not None  # of every type that can be decoded
+    block = kind.block_values
+    if slot.module in int4:
+        kernel = "int4_gemm"
+    else:
+        kernel = "dense" if block == 1 else f"dense ({kind.name})"
+    group_size = None if block == 1 else _GROUP_SIZE if slot.module in int4 else block
+    return LayerReport(slot.module, kind.name.lower(), int(digits[0]), group_size, kernel, size)

@@ -1,0 +1,109 @@
+"""effllm.load and inspect of GGUF files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import effllm
+from effllm.cli import main
+from effllm.formats import CheckpointError, inspect
+from effllm.formats.gguf import TensorType, dequantize, quantize, write_llama
+from effllm.nn import Int4Linear
+
+MakeLlama = Callable[..., Any]
+IDS = torch.arange(24).view(2, 12) * 7 % 101
+
+
+def save(model: Any, path: Path, kind: TensorType) -> None:
+    write_llama(path, model.state_dict(), model.config.to_dict(), kind)
+
+
+def rounded(model: Any, kind: TensorType) -> Any:
+    """The same model with every matrix rounded as the file stores it."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                raw = quantize(parameter, kind)
+                parameter.copy_(dequantize(raw, kind, tuple(parameter.shape)))
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_0", "Q8_0"])
+def test_gives_the_logits_of_the_stored_weights(
+    kind: str, tied: bool, make_llama: MakeLlama, tmp_path: Path
+) -> None:
+    make = {"tie_word_embeddings": tied, "attention_bias": True}
+    save(make_llama(**make), tmp_path / "a.gguf", TensorType[kind])
+    loaded = effllm.load(tmp_path / "a.gguf", dtype=torch.float32, progress=False)
+    assert not loaded.training
+    assert loaded.config.tie_word_embeddings == tied
+    packed = [name for name, module in loaded.named_modules() if isinstance(module, Int4Linear)]
+    assert len(packed) == (2 * 7 + (not tied) if kind == "Q4_0" else 0)
+    expected = rounded(make_llama(**make), TensorType[kind])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_reports_what_runs_each_layer(make_llama: MakeLlama, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    save(make_llama(), path, TensorType.Q4_0)
+    on_disk = {row.name: row for row in inspect(path).layers}
+    loaded = {row.name: row for row in effllm.load(path, progress=False).effllm_report.layers}
+    assert on_disk.keys() == loaded.keys()
+    for name, row in on_disk.items():
+        found = (row.format, row.bits, row.group_size, row.kernel)
+        in_memory = loaded[name]
+        assert found == (
+            in_memory.format,
+            in_memory.bits,
+            in_memory.group_size,
+            in_memory.kernel,
+        )
+    down = on_disk["model.layers.1.mlp.down_proj"]
+    assert (down.format, down.bits, down.group_size) == ("q4_0", 4, 32)
+    assert (down.kernel, down.bytes) == ("int4_gemm", 96 * 160 // 32 * 18)
+    assert on_disk["model.embed_tokens"].kernel == "dense (Q4_0)"
+    plain = tmp_path / "b.gguf"
+    save(make_llama(), plain, TensorType.F16)
+    (head,) = (row for row in inspect(plain).layers if row.name == "lm_head")
+    assert (head.format, head.bits, head.group_size, head.kernel) == ("f16", 16, None, "dense")
+    assert inspect(plain).bytes == sum(p.numel() for p in make_llama().parameters()) * 2 + (
+        2 * 96 * 5  # norms are kept in fp32
+    )
+
+
+def test_dtype_is_that_of_the_embedding(make_llama: MakeLlama, tmp_path: Path) -> None:
+    for kind, dtype in (("F16", torch.float16), ("Q4_0", torch.bfloat16)):
+        save(make_llama(), tmp_path / f"{kind}.gguf", TensorType[kind])
+        model = effllm.load(tmp_path / f"{kind}.gguf", progress=False)
+        assert model.model.embed_tokens.weight.dtype == dtype
+        assert model.model.norm.weight.dtype == dtype
+
+
+def test_a_damaged_file_is_one_error(
+    make_llama: MakeLlama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.gguf"
+    save(make_llama(), path, TensorType.Q4_0)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"a\.gguf: "):
+        effllm.load(path)
+    assert main(["inspect", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("effllm inspect: ")
+
+
+def test_converts_to_a_checkpoint_folder(make_llama: MakeLlama, tmp_path: Path) -> None:
+    save(make_llama(), tmp_path / "a.gguf", TensorType.Q4_0)
+    target = tmp_path / "out"
+    assert main(["convert", str(tmp_path / "a.gguf"), str(target)]) == 0
+    direct = effllm.load(tmp_path / "a.gguf", dtype=torch.float32, progress=False)
+    again = effllm.load(target, dtype=torch.float32, progress=False)
+    name = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(again.get_submodule(name).weight, direct.get_submodule(name).weight)
