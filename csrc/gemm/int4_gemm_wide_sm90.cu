@@ -94,6 +94,7 @@ struct SharedMemory {
   }
 };
 
+// full: a producer warp each, one of which also expects the stage's bytes; empty: a math warp each.
 struct Barriers {
   uint64_t *full, *empty;
 };
@@ -180,6 +181,7 @@ __device__ __forceinline__ void produce(const Args& args, const SharedMemory<C>&
       params.qweight + (first_strip + warp) * params.stride_qweight_strip +
       work.first_k_tile * kInt4TileWords);
   const int64_t codes_stride = kProducerWarps * params.stride_qweight_strip * 4;
+  // With two strips a warp without codes fetches x; with four, each has codes and the first does.
   constexpr int kXWarp = C::kStrips < kProducerWarps ? kProducerWarps - 1 : 0;
 
   RowGroupLoader<C> loader(params, work.row_tile * int64_t{C::kRows},
@@ -194,6 +196,7 @@ __device__ __forceinline__ void produce(const Args& args, const SharedMemory<C>&
       loader.load_next();
     }
     starts_group = counter.next_tile_starts_group();
+    // The elected lane's arrival releases what all lanes of its warp have stored.
     __syncwarp();
     if (!ptx::elect_one()) continue;
     uint64_t* full = &barriers.full[ring.stage];
@@ -233,6 +236,7 @@ __device__ __forceinline__ void mainloop(const Args& args, const SharedMemory<C>
   int tile = 0;
   do {  // a loop that could run zero times would make ptxas serialise wgmma
     ptx::mbarrier_wait(&barriers.full[ring.stage], ring.phase);
+    // Scales lie in the stage with which their group starts, and stay in registers from then on.
     if (starts_group) {
       const uint2* row_groups = smem.row_groups(ring.stage) + lane_row;
 #pragma unroll
@@ -278,6 +282,7 @@ __device__ __forceinline__ void mainloop(const Args& args, const SharedMemory<C>
     }
     ring.advance();
   } while (++tile < work.num_k_tiles);
+  // The last unit, and with it the last stage.
   ptx::wgmma_wait<0>();
 #pragma unroll
   for (int block = 0; block < C::kRowBlocks; ++block) ptx::pin_accumulators(sums[block]);
@@ -301,6 +306,8 @@ __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
   }
   __syncthreads();
 
+  // Both sides walk through the same work and the same ring, which goes on from tile to tile: the
+  // first stages of the next tile are loaded while this one is stored.
   Ring<C::kStages> ring;
   TileSchedule::Work work;
   if (threadIdx.x >= kMathThreads) {
