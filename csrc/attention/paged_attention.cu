@@ -28,9 +28,7 @@ constexpr int64_t kMaxDecodeRows = 32;
 
 template <class Config>
 void decode(PagedAttentionArgs args, const Tensor& q, cudaStream_t stream) {
-  int num_sms = 0;
-  check_cuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, q.get_device_index()),
-             kOp, "reading the number of multiprocessors");
+  const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index(), kOp);
   args.num_row_tiles =
       static_cast<int32_t>(ceil_div<int64_t>(args.group * args.max_seqlen_q, Config::kRows));
   const int64_t tiles = args.num_seqs * args.num_kv_heads * args.num_row_tiles;

@@ -19,6 +19,14 @@ inline void check_cuda(cudaError_t status, const char* op, const char* what) {
   fail(op, message);
 }
 
+inline int device_attribute(cudaDeviceAttr attribute, int device, const char* op) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), op, "device query");
+  return value;
+}
+
+inline constexpr int kMaxClusterCtas = 8;  // the largest cluster that every sm_90 schedules
+
 // Clusters of `cluster` CTAs that the current device runs at the same time.
 template <class Params>
 int max_resident_clusters(const char* op, void (*kernel)(Params), int threads, int smem_bytes,

@@ -1,4 +1,5 @@
 #include "common/torch.h"
+#include "cuda/launch.h"
 #include "cuda/vec.cuh"
 #include "gemm/int4_gemm.h"
 #include "gemm/int4_gemm_sm90.h"
@@ -42,15 +43,9 @@ struct Int4Weights {
 
 namespace {
 
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "int4_gemm", "device query");
-  return value;
-}
-
 // A wgmma kernel where the GPU has it and it takes the shapes, else the one that takes all.
 void launch(const Int4GemmParams& params, int device, cudaStream_t stream) {
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device, "int4_gemm") == 9 &&
       launch_int4_gemm_sm90(params, device, stream)) {
     return;
   }

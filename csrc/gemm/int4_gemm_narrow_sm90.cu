@@ -43,7 +43,6 @@ constexpr int kTileK = 64;
 constexpr int kTileBytes = kInt4TileWords * 4;
 constexpr int kMathThreads = 128;
 constexpr int kThreads = kMathThreads + 32;
-constexpr int kMaxSlices = 8;  // the largest cluster that every sm_90 schedules
 
 // Tile shapes by tokens: as many bytes of codes in flight as the CTAs of an SM leave room for.
 struct Shape {
@@ -57,6 +56,7 @@ constexpr std::array<Shape, 3> kShapes{{
     {16, 4, 3, 3},
     {32, 4, 3, 2},
 }};
+static_assert(kShapes.back().tokens == kInt4GemmNarrowTokens);
 
 // `kGroupTiles`: 64-column tiles per scale; 0 for a single group. `kSymmetric`: known to have no
 // zero points.
@@ -323,13 +323,13 @@ __device__ __forceinline__ void store_output(const Args& args, const SharedMemor
     if (args.k_slices == 1) {
       sum = *own;
     } else {
-      float slices[kMaxSlices];
+      float slices[kMaxClusterCtas];
 #pragma unroll
-      for (int rank = 0; rank < kMaxSlices; ++rank) {
+      for (int rank = 0; rank < kMaxClusterCtas; ++rank) {
         slices[rank] = rank < args.k_slices ? ptx::load_cluster_smem(own, rank) : 0.0f;
       }
 #pragma unroll
-      for (int rank = 0; rank < kMaxSlices; ++rank) sum += slices[rank];
+      for (int rank = 0; rank < kMaxClusterCtas; ++rank) sum += slices[rank];
     }
     if (params.bias != nullptr) {
       sum += device_load_float(params.bias, params.bias_dtype, n * params.stride_bias);
@@ -463,7 +463,7 @@ std::optional<Int4GemmNarrowPlan> plan_int4_gemm_narrow(const Int4GemmParams& pa
   constexpr int64_t kSmemPerSm = 227 * 1024;
   std::optional<Int4GemmNarrowPlan> best;
   double best_time = 1e30;
-  for (int slices = 1; slices <= kMaxSlices && slices <= tiles; slices *= 2) {
+  for (int slices = 1; slices <= kMaxClusterCtas && slices <= tiles; slices *= 2) {
     const Split split(params, shape, slices);
     const int64_t ctas_per_sm =
         std::min<int64_t>(shape.ctas_per_sm, kSmemPerSm / (split.smem_bytes + 1024));

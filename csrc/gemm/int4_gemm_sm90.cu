@@ -12,13 +12,6 @@ namespace effllm {
 namespace {
 
 constexpr int kTileK = 64;
-constexpr int kNarrowTokens = 32;
-
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "int4_gemm", "device query");
-  return value;
-}
 
 // Asked of the driver once per device.
 Int4GemmResidency residency_of(int device) {
@@ -48,7 +41,7 @@ Int4GemmWidePlan plan_int4_gemm_wide(int64_t m, int64_t n, int64_t k, int num_sm
   for (size_t index = 0; index < kInt4GemmWideShapes.size(); ++index) {
     const Int4GemmWideShape& shape = kInt4GemmWideShapes[index];
     const int64_t tiles = ceil_div<int64_t>(n, shape.rows()) * ceil_div<int64_t>(m, shape.tokens);
-    for (int64_t slices = 1; slices <= std::min<int64_t>(kInt4GemmMaxSlices, k_tiles); ++slices) {
+    for (int64_t slices = 1; slices <= std::min<int64_t>(kMaxClusterCtas, k_tiles); ++slices) {
       const int64_t clusters = residency[index][static_cast<size_t>(slices - 1)];
       if (clusters == 0) continue;
       const int64_t ctas = clusters * slices;
@@ -78,8 +71,8 @@ bool launch_int4_gemm_sm90(const Int4GemmParams& params, int device, cudaStream_
   if (params.k == 0 || params.k % 8 != 0 || !is_aligned(params.x) || !whole_tile_groups) {
     return false;
   }
-  const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  if (params.m > kNarrowTokens && params.n % 8 == 0 && is_aligned(params.out)) {
+  const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device, "int4_gemm");
+  if (params.m > kInt4GemmNarrowTokens && params.n % 8 == 0 && is_aligned(params.out)) {
     launch_int4_gemm_wide_sm90(
         params, plan_int4_gemm_wide(params.m, params.n, params.k, num_sms, residency_of(device)),
         stream);

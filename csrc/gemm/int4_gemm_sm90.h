@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "cuda/launch.h"
 #include "gemm/int4_gemm.h"
 
 namespace effllm {
@@ -18,6 +19,8 @@ namespace effllm {
 // Launches one of them if it takes these arguments. Not taken: groups of 32, and rows of x that TMA
 // cannot read.
 bool launch_int4_gemm_sm90(const Int4GemmParams& params, int device, cudaStream_t stream);
+
+inline constexpr int kInt4GemmNarrowTokens = 32;  // the most that the narrow kernel is meant for
 
 // Tokens of a CTA, and how many CTAs of a cluster share the work along K.
 struct Int4GemmNarrowPlan {
@@ -48,9 +51,7 @@ inline constexpr std::array<Int4GemmWideShape, 4> kInt4GemmWideShapes{{
 }};
 
 // [shape][slices - 1]: clusters of so many CTAs that run on the current device at the same time.
-inline constexpr int kInt4GemmMaxSlices = 8;  // the largest cluster that every sm_90 schedules
-using Int4GemmResidency =
-    std::array<std::array<int, kInt4GemmMaxSlices>, kInt4GemmWideShapes.size()>;
+using Int4GemmResidency = std::array<std::array<int, kMaxClusterCtas>, kInt4GemmWideShapes.size()>;
 Int4GemmResidency int4_gemm_wide_residency();
 
 struct Int4GemmWidePlan {

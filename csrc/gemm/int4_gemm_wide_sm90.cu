@@ -19,6 +19,7 @@
 // A whole tile goes out through shared memory by TMA while the next is computed. A tile whose K is
 // shared by a cluster is summed through distributed shared memory, slice after slice.
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <utility>
 
@@ -379,28 +380,27 @@ void launch(const Int4GemmParams& params, const Int4GemmWidePlan& plan, cudaStre
   }
 }
 
-template <size_t... kShapes>
-int resident_clusters(size_t shape, int k_slices, std::index_sequence<kShapes...>) {
-  int clusters = 0;
-  ((kShapes == shape ? void(clusters = max_resident_clusters(
-                                kOp, int4_gemm_wide_sm90_kernel<Config<bfloat16, kShapes, true>>,
-                                kThreads, Config<bfloat16, kShapes, true>::kSmemBytes, k_slices))
-                     : void()),
-   ...);
+// [slices - 1]
+template <class C>
+std::array<int, kMaxClusterCtas> resident_clusters() {
+  std::array<int, kMaxClusterCtas> clusters;
+  for (int slices = 1; slices <= kMaxClusterCtas; ++slices) {
+    clusters[static_cast<size_t>(slices - 1)] =
+        max_resident_clusters(kOp, int4_gemm_wide_sm90_kernel<C>, kThreads, C::kSmemBytes, slices);
+  }
   return clusters;
+}
+
+// Types and scales change neither registers nor shared memory.
+template <size_t... kShapes>
+Int4GemmResidency residency(std::index_sequence<kShapes...>) {
+  return {resident_clusters<Config<bfloat16, kShapes, true>>()...};
 }
 
 }  // namespace
 
 Int4GemmResidency int4_gemm_wide_residency() {
-  constexpr std::make_index_sequence<kInt4GemmWideShapes.size()> kShapes;
-  Int4GemmResidency residency;
-  for (size_t shape = 0; shape < residency.size(); ++shape) {
-    for (int slices = 1; slices <= kInt4GemmMaxSlices; ++slices) {
-      residency[shape][static_cast<size_t>(slices - 1)] = resident_clusters(shape, slices, kShapes);
-    }
-  }
-  return residency;
+  return residency(std::make_index_sequence<kInt4GemmWideShapes.size()>());
 }
 
 void launch_int4_gemm_wide_sm90(const Int4GemmParams& params, const Int4GemmWidePlan& plan,

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "cuda/launch.h"
 #include "cuda/vec.cuh"
 #include "gemm/packed_gemm.h"
 #include "gemm/tile_schedule.cuh"
@@ -22,7 +23,6 @@ namespace effllm {
 inline constexpr int kMathGroups = 2;
 inline constexpr int kMathThreads = 128 * kMathGroups;
 inline constexpr int kMathBarrier = 1;  // named barriers: of all math warps, then of each group
-inline constexpr int kMaxSlices = 8;    // the largest cluster that every sm_90 schedules
 
 // Tokens' rows of sums are 4 floats off a multiple of 32: a warp's stores fall into 32 banks.
 inline constexpr int kSumPadding = 4;
@@ -112,14 +112,14 @@ __device__ __forceinline__ void store_split_tile(const PackedGemmParams& params,
     const int token = i / kQuads, n = first_row + i % kQuads * 4;
     if (n >= params.n) continue;
     const auto* own = reinterpret_cast<const float4*>(sums_smem + token * kStride) + i % kQuads;
-    float4 parts[kMaxSlices];
+    float4 parts[kMaxClusterCtas];
 #pragma unroll
-    for (int rank = 0; rank < kMaxSlices; ++rank) {
+    for (int rank = 0; rank < kMaxClusterCtas; ++rank) {
       if (rank < slices) parts[rank] = ptx::load_cluster_smem(own, rank);
     }
     float sum[4] = {};
 #pragma unroll
-    for (int rank = 0; rank < kMaxSlices; ++rank) {
+    for (int rank = 0; rank < kMaxClusterCtas; ++rank) {
       if (rank < slices) {
         sum[0] += parts[rank].x, sum[1] += parts[rank].y;
         sum[2] += parts[rank].z, sum[3] += parts[rank].w;
