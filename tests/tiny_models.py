@@ -18,23 +18,30 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def llama() -> Any:
+def llama_config(**changes: Any) -> Any:
     """GQA with groups of 2, head dim 16, 3 layers; weights large enough to have opinions."""
     transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
+    options = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return transformers.LlamaConfig(**(options | changes))
+
+
+@pytest.fixture
+def llama() -> Any:
+    config = llama_config()
+    import transformers  # there, or llama_config would have skipped
+
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()

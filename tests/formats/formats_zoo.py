@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import formats_reference as reference
-import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import llama_config
 from torch import Tensor, nn
 
 
@@ -92,23 +92,13 @@ class Written:
 
 
 def tiny_config(zoo: Zoo) -> Any:
-    transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
-    return transformers.LlamaConfig(
+    return llama_config(
         vocab_size=72,
-        hidden_size=64,
         intermediate_size=zoo.intermediate,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        initializer_range=0.2,
         attention_bias=zoo.bias,
         mlp_bias=zoo.bias,
         tie_word_embeddings=zoo.tied,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,28 @@ def load_gguf(
 ) -> Any:
     """See ``effllm.load``. ``dtype`` None is that of the embedding, or bfloat16."""
     file = GgufFile(path)
-    int4 = int4_layers(file)
     config = import_extra("transformers").LlamaConfig(**read_config(file))
     dtype = dtype or _DTYPES.get(file.tensors["token_embd.weight"].type, torch.bfloat16)
+    entries = read_llama(file, dtype=dtype)
+    first = next(entries)  # all checks of the file come before it, and so before the model
     model = empty_model(config, str(path), dtype, options)
-    for name, symmetric in int4.items():
-        model.set_submodule(name, _empty_int4(model.get_submodule(name), symmetric))
-    entries = tqdm(
-        read_llama(file, dtype=dtype),
+    int4 = set()
+    bar = tqdm(
+        chain([first], entries),
         total=len(file.tensors),
         desc="load",
         unit="tensor",
         leave=False,
         disable=not progress,
     )
-    for key, tensor in entries:
+    for key, tensor in bar:
         owner, _, attribute = key.rpartition(".")
+        if attribute == "qweight":  # the first entry of an int4 layer
+            model.set_submodule(owner, _empty_int4(model.get_submodule(owner)))
+            int4.add(owner)
         module = model.get_submodule(owner)
-        trains = getattr(module, attribute).requires_grad
+        old = getattr(module, attribute)  # None: zero points, where there are any
+        trains = old is not None and old.requires_grad
         setattr(module, attribute, nn.Parameter(tensor.to(device), requires_grad=trains))
     model.tie_weights()
     model.to(device)  # the buffers
@@ -79,13 +84,12 @@ def inspect_gguf(path: str | Path) -> LoadReport:
     return LoadReport(tuple(rows), other_bytes)
 
 
-def _empty_int4(linear: nn.Linear, symmetric: bool) -> Int4Linear:
+def _empty_int4(linear: nn.Linear) -> Int4Linear:
     return Int4Linear(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
         group_size=_GROUP_SIZE,
-        symmetric=symmetric,
         device="meta",
     )
 
@@ -97,7 +101,7 @@ def _quantised(file: GgufFile) -> Iterator[Slot]:
             yield slot
 
 
-def _row(file: GgufFile, slot: Slot, int4: dict[str, bool], size: int) -> LayerReport:
+def _row(file: GgufFile, slot: Slot, int4: Container[str], size: int) -> LayerReport:
     kind = file.tensors[slot.gguf].type
     digits = re.search(r"\d+", kind.name)
     assert digits is not None  # of every type that can be decoded

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effllm.quantization.round_to_nearest import check_weight
+
 NF4: tuple[float, ...] = (
     -1.0,
     -0.6961928009986877,
@@ -49,12 +51,7 @@ def round_to_codebook(
         ValueError: the weight is not a float matrix with data, or the codebook has another shape
             than those; or either holds NaN or infinity.
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight must be a float matrix, got {weight.dtype} {list(weight.shape)}")
-    if weight.is_meta:
-        raise ValueError("weight is on the meta device; load it before quantising")
-    if not torch.isfinite(weight).all():
-        raise ValueError("weight holds NaN or infinity")
+    check_weight(weight)
     n, k = weight.shape
     num_groups = -(-k // group_size)
     check_codebook(codebook, n, num_groups)

@@ -28,12 +28,7 @@ def round_to_nearest(
     Raises:
         ValueError: the weight is not a float matrix with data, or holds NaN or infinity.
     """
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight must be a float matrix, got {weight.dtype} {list(weight.shape)}")
-    if weight.is_meta:
-        raise ValueError("weight is on the meta device; load it before quantising")
-    if not torch.isfinite(weight).all():
-        raise ValueError("weight holds NaN or infinity")
+    check_weight(weight)
 
     n, k = weight.shape
     num_groups = -(-k // group_size)
@@ -58,3 +53,13 @@ def round_to_nearest(
         zeros = offset.squeeze(-1).to(torch.uint8)
     codes = (torch.round(groups / step.unsqueeze(-1)) + offset).clamp(0, _MAX_CODE)
     return codes.view(n, -1)[:, :k].to(torch.uint8).contiguous(), scales, zeros
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raises ValueError unless it is a float matrix with data, all of it finite."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a float matrix, got {weight.dtype} {list(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("weight is on the meta device; load it before quantising")
+    if not torch.isfinite(weight).all():
+        raise ValueError("weight holds NaN or infinity")

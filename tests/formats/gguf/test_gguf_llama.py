@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import effllm
 from effllm.formats.gguf import (
     GgufError,
     GgufFile,
@@ -171,6 +172,9 @@ def test_exact_q4_1_layers_become_int4_with_zeros(make_llama: MakeLlama, tmp_pat
         values = to_hf_rows(dequantize(q4_1, TensorType.Q4_1, shape), 2)
         rtol = 2**-10 if expected else 0  # Int4Linear gives its weight in the dtype of its scales
         torch.testing.assert_close(loaded.weight.float(), values, rtol=rtol, atol=0)
+        ours = effllm.load(tmp_path / "b.gguf", dtype=torch.float32, progress=False)
+        assert isinstance(ours.get_submodule(module), Int4Linear) == expected
+        assert torch.equal(ours.get_submodule(module).weight, loaded.weight)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(32, 4), (4, 32), (6, 16), (1, 8), (5, 2)])
