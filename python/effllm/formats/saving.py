@@ -51,7 +51,7 @@ def save(
     Args:
         model: from ``effllm.load``, or a transformers model after ``effllm.quantize_``.
         path: the folder to make; it may exist if it is empty.
-        format: "compressed-tensors" is pack-quantized, which transformers, vLLM and SGLang read.
+        format: "compressed-tensors" is pack-quantized, read by its package and so by transformers.
             "gptq_v2" also holds permuted inputs (act-order) and short last groups; "awq" is the
             GEMM layout, with one group size for all layers.
         max_shard_bytes: start another file rather than exceed it, except by a single layer.
