@@ -2,7 +2,8 @@
 
 Ops are ``torch.ops.effllm.*``, documented in ``effllm.ops``; modules that call them in
 ``effllm.nn``; the paged cache in ``effllm.cache``; quantised checkpoints in ``effllm.formats``.
-With transformers, imported before or after, ``attn_implementation="effllm"`` is available.
+With transformers, imported before or after, ``attn_implementation="effllm"`` is available, and
+``from_pretrained`` reads quantised checkpoints; see ``effllm.integrations.use_quantizer``.
 """
 
 from effllm import _load, cache, formats, nn, ops

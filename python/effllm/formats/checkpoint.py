@@ -6,8 +6,9 @@ names file, tensor, what was found and what is needed, and nothing is ever unpic
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ class TensorInfo:
 class Checkpoint:
     """The tensors of ``model.safetensors``, of the shards of an index, or of the only such file.
 
+    Args:
+        folder: the checkpoint's folder.
+        files: take these files, whatever their names, and no index.
+
     Attributes:
         folder: the checkpoint's folder.
         tensors: what the headers say, by tensor name. Only headers are read for it.
@@ -49,17 +54,20 @@ class Checkpoint:
             is twice in the headers, or in the index and not in its file.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, files: Iterable[str | Path] | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"effllm: no checkpoint folder {self.folder}")
-        index = self._index_path()
+        index = self._index_path() if files is None else None
         weight_map = {} if index is None else _weight_map(index)
-        names = sorted(set(weight_map.values())) if index else [self._single_name()]
+        if files is None:
+            names = sorted(set(weight_map.values())) if index else [self._single_name()]
+            files = [self.folder / name for name in names]
         self.tensors: dict[str, TensorInfo] = {}
         self._open: dict[Path, Any] = {}
-        for name in names:
-            self._add_file(self.folder / name)
+        self._in_memory: Mapping[str, Tensor] = {}
+        for file in files:
+            self._add_file(Path(file))
         for tensor, name in weight_map.items():
             info = self.tensors.get(tensor)
             if info is None or info.file.name != name:
@@ -85,13 +93,9 @@ class Checkpoint:
                 f"{info.file}: tensor '{name}' must be {kinds} {needed}, "
                 f"got {info.dtype} {list(info.shape)}"
             )
-        try:
-            tensor: Tensor = self._open[info.file].get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{info.file}: tensor '{name}': {error}") from error
         # A copy: what safetensors returns is the mapped file itself, which may change or be
         # truncated while the model lives.
-        return tensor.to(device, copy=True)
+        return self._tensor(info.file, name).to(device, copy=True)
 
     def read_finite(
         self, name: str, shape: Sequence[int], device: torch.device | str = "cpu"
@@ -101,6 +105,21 @@ class Checkpoint:
         if not bool(torch.isfinite(tensor).all()):
             file = self.tensors[name].file
             raise CheckpointError(f"{file}: tensor '{name}' must be finite, got NaN or infinity")
+        return tensor
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """The same checkpoint, of which somebody else has read these tensors already."""
+        view = copy.copy(self)
+        view._in_memory = tensors
+        return view
+
+    def _tensor(self, file: Path, name: str) -> Tensor:
+        if name in self._in_memory:
+            return self._in_memory[name]
+        try:
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{file}: tensor '{name}': {error}") from error
         return tensor
 
     def _index_path(self) -> Path | None:

@@ -65,8 +65,14 @@ def read_config(folder: Path) -> QuantConfig | None:
             source = folder / name
             config = read_json(source)
             config.setdefault("quant_method", "awq" if "w_bit" in config else "gptq")
-    if config is None:
-        return None
+    return None if config is None else parse_config(source, config)
+
+
+def parse_config(source: Path, config: Any) -> QuantConfig:
+    """From the value of ``quantization_config``, found in the file ``source``.
+
+    Raises CheckpointError; see ``read_config``.
+    """
     if not isinstance(config, dict):
         raise CheckpointError(f"{source}: quantization_config must be an object, got {config!r}")
     reader = _Reader(source, config)

@@ -82,6 +82,54 @@ def find_layers(checkpoint: Checkpoint, config: QuantConfig | None) -> dict[str,
     return layers
 
 
+def checked_linear(
+    model: nn.Module, layer: StoredLayer, checkpoint: Checkpoint, name: str | None = None
+) -> nn.Linear:
+    """The model's linear layer that a stored one is for, under ``name`` if not under its own.
+
+    Raises:
+        CheckpointError: the model has no such layer, no linear one, or one of other sizes.
+    """
+    try:
+        module = model.get_submodule(layer.name if name is None else name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        found = "no such layer" if module is None else type(module).__name__
+        raise CheckpointError(
+            f"{checkpoint.folder}: '{layer.name}' is stored as a quantised linear layer, "
+            f"and the model has {found}"
+        )
+    needed = [module.out_features, module.in_features]
+    found_sizes = [layer.out_features, layer.in_features]
+    if needed != found_sizes:
+        main = layer.tensors(checkpoint)[0]
+        info = checkpoint.tensors[main]
+        raise CheckpointError(
+            f"{info.file}: tensor '{main}' must be a weight [N, K] = {needed}, "
+            f"got one of {found_sizes} ({list(info.shape)})"
+        )
+    return module
+
+
+def read_bias(
+    checkpoint: Checkpoint, name: str, module: nn.Linear, device: torch.device | str
+) -> Tensor | None:
+    """The bias of layer ``name``, float ``[N]`` as stored; None if it has none.
+
+    AutoGPTQ gave every layer a bias, of zeros where the model has none: that is no bias.
+
+    Raises:
+        CheckpointError: the model has a bias and the checkpoint none, or one of another shape or
+            dtype.
+    """
+    bias_name = f"{name}.bias"
+    if module.bias is None and bias_name not in checkpoint.tensors:
+        return None
+    bias = checkpoint.read_finite(bias_name, (module.out_features,), device)
+    return None if module.bias is None and not bool(bias.any()) else bias
+
+
 def _sizes(checkpoint: Checkpoint, name: str, scheme: Scheme) -> tuple[int, int]:
     """(N, K); tensors are compared with them when they are read."""
     main = f"{name}.{_PARTS[scheme.format][0]}"

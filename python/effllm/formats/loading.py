@@ -14,7 +14,14 @@ from effllm.formats.checkpoint import FLOATS, Checkpoint, CheckpointError, read_
 from effllm.formats.config import read_config
 from effllm.formats.empty import empty_model, import_extra
 from effllm.formats.gguf_model import is_gguf, load_gguf
-from effllm.formats.layers import StoredLayer, find_layers, make_linear, read_weight
+from effllm.formats.layers import (
+    StoredLayer,
+    checked_linear,
+    find_layers,
+    make_linear,
+    read_bias,
+    read_weight,
+)
 from effllm.formats.report import LayerReport, model_report, stored_report
 
 # Llama checkpoints of old have these; they follow from the config.
@@ -130,43 +137,18 @@ class _Filler:
     def fill_layer(self, stored: StoredLayer) -> LayerReport:
         """Replaces one linear layer by a filled one."""
         name, checkpoint = stored.name, self.checkpoint
-        try:
-            module = self.model.get_submodule(name)
-        except AttributeError:
-            module = None
-        if not isinstance(module, nn.Linear):
-            found = "no such layer" if module is None else type(module).__name__
-            raise CheckpointError(
-                f"{checkpoint.folder}: '{name}' is stored as a quantised linear layer, "
-                f"and the model has {found}"
-            )
-        needed = [module.out_features, module.in_features]
-        found_sizes = [stored.out_features, stored.in_features]
-        main = stored.tensors(checkpoint)[0]
-        if needed != found_sizes:
-            raise CheckpointError(
-                f"{checkpoint.tensors[main].file}: tensor '{main}' must be a weight [N, K] = "
-                f"{needed}, got one of {found_sizes} ({list(checkpoint.tensors[main].shape)})"
-            )
+        module = checked_linear(self.model, stored, checkpoint)
         weight = read_weight(checkpoint, stored, self.device)
         self.used.update(stored.tensors(checkpoint))
-        linear = make_linear(weight, self._bias(name, module), self.dtype)
+        bias = read_bias(checkpoint, name, module, self.device)
+        self.used.add(f"{name}.bias")
+        linear = make_linear(weight, None if bias is None else bias.to(self.dtype), self.dtype)
         if self.model.get_output_embeddings() is module:
             # A packed head is nobody's embedding, whatever the config said.
             self.model.config.tie_word_embeddings = False
         self.model.set_submodule(name, linear)
         size = sum(p.nbytes for p in linear.parameters())
         return stored_report(stored, weight.groups, size)
-
-    def _bias(self, name: str, module: nn.Linear) -> Tensor | None:
-        bias_name = f"{name}.bias"
-        if module.bias is None and bias_name not in self.checkpoint.tensors:
-            return None
-        shape = (module.out_features,)
-        bias = self.checkpoint.read_finite(bias_name, shape, self.device).to(self.dtype)
-        self.used.add(bias_name)
-        # AutoGPTQ gave every layer a bias, of zeros where the model has none.
-        return None if module.bias is None and not bool(bias.any()) else bias
 
     def fill_rest(self) -> None:
         """Fills what is not quantised; parameters that share memory are filled once."""
