@@ -73,12 +73,23 @@ class Zoo:
             "checkpoint_format": self.format,
         }
 
-    def layer_tensors(self, weight: reference.Weight) -> dict[str, Tensor]:
+    def layer(self, n: int, k: int, seed: int) -> tuple[reference.Weight, dict[str, Tensor]]:
+        """A random weight, and its tensors on disk."""
+        weight = reference.random_weight(
+            n,
+            k,
+            self.bits,
+            k if self.group_size == -1 else self.group_size,
+            symmetric=self.symmetric,
+            shuffled=self.shuffled,
+            dtype=self.dtype,
+            seed=seed,
+        )
         if self.format == "awq":
-            return reference.awq_tensors(weight)
+            return weight, reference.awq_tensors(weight)
         if self.format == "pack-quantized":
-            return reference.packed_tensors(weight, self.symmetric)
-        return reference.gptq_tensors(weight, 2 if self.format == "gptq_v2" else 1)
+            return weight, reference.packed_tensors(weight, self.symmetric)
+        return weight, reference.gptq_tensors(weight, 2 if self.format == "gptq_v2" else 1)
 
 
 @dataclass
@@ -87,11 +98,11 @@ class Written:
 
     folder: Path
     dense: Any  # LlamaForCausalLM in fp32 with the decoded weights
-    weights: dict[str, reference.Weight]  # of the quantised layers
+    weights: dict[str, Any]  # of the quantised layers, with an attribute `dense`
     tensors: dict[str, Tensor]  # all that is on disk
 
 
-def tiny_config(zoo: Zoo) -> Any:
+def tiny_config(zoo: Any) -> Any:
     return llama_config(
         vocab_size=72,
         intermediate_size=zoo.intermediate,
@@ -102,8 +113,11 @@ def tiny_config(zoo: Zoo) -> Any:
     )
 
 
-def write_checkpoint(folder: Path, zoo: Zoo) -> Written:
-    """Makes the dense model, quantises nothing (codes are random), writes all files."""
+def write_checkpoint(folder: Path, zoo: Any) -> Written:
+    """Makes the dense model, quantises nothing (codes are random), writes all files.
+
+    ``zoo`` is a ``Zoo`` or another kind with the attributes used here and ``layer``.
+    """
     import transformers
 
     config = tiny_config(zoo)
@@ -115,27 +129,17 @@ def write_checkpoint(folder: Path, zoo: Zoo) -> Written:
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.copy_(parameter.to(zoo.dtype))
-    weights: dict[str, reference.Weight] = {}
+    weights: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for index, (name, module) in enumerate(dense.named_modules()):
         if type(module) is not nn.Linear or (name == "lm_head" and not zoo.head):
             continue
         n, k = module.weight.shape
-        weight = reference.random_weight(
-            n,
-            k,
-            zoo.bits,
-            k if zoo.group_size == -1 else zoo.group_size,
-            symmetric=zoo.symmetric,
-            shuffled=zoo.shuffled,
-            dtype=zoo.dtype,
-            seed=index,
-        )
+        weight, layer = zoo.layer(n, k, index)
         weights[name] = weight
         if zoo.head and zoo.tied and name == "lm_head":
             module.weight = nn.Parameter(torch.empty(n, k))  # no longer the embedding's
         module.weight.data.copy_(weight.dense)
-        layer = zoo.layer_tensors(weight)
         tensors.update({f"{name}.{part}": tensor for part, tensor in layer.items()})
     for name, parameter in dense.named_parameters():
         if name.removesuffix(".weight") not in weights:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bytes_zoo import Blockwise, Bytes
 from formats_zoo import Written, Zoo, edit_config, write_checkpoint, write_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -264,7 +265,7 @@ def test_tensors_that_do_not_fit(
         ("awq", {"group_size": 40}, r"AWQ needs K % group_size == 0, got 96, 40"),
         ("awq", {"zero_point": "yes"}, "zero_point must be true or false, got 'yes'"),
         ("awq", {"modules_to_not_convert": "x"}, "must be a list of strings, got 'x'"),
-        ("awq", {"quant_method": "fp8"}, "quant_method 'fp8' is not supported"),
+        ("awq", {"quant_method": "hqq"}, "quant_method 'hqq' is not supported"),
         ("gptq", {"bits": None}, "bits = 0 is not supported"),
         ("gptq", {"bits": True}, "bits = True is not supported"),
         ("gptq", {"bits": 3}, r"must be I32 \[3, 6\], got I32 \[3, 8\]"),
@@ -277,8 +278,12 @@ def test_tensors_that_do_not_fit(
         ("gptq", {"dynamic": {"+:(": {}}}, "is not valid"),
         ("gptq", {"dynamic": {"+:a": 3}}, "must be an object, got 3"),
         ("gptq", {"dynamic": {"+:a": {"bits": 5}}}, "bits = 5 is not supported"),
-        ("pack-quantized", {"format": "naive-quantized"}, "format 'naive-quantized' is not supp"),
-        ("pack-quantized", {"format": "float-quantized"}, "format 'float-quantized' is not supp"),
+        ("pack-quantized", {"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized' is"),
+        (
+            "pack-quantized",
+            {"format": "float-quantized"},
+            r"which disagrees with .*\(format float-q",
+        ),
         ("pack-quantized", {"transform_config": {"a": 1}}, "transform_config .* is not supported"),
         ("pack-quantized", {"sparsity_config": {"format": "x"}}, "sparsity_config is not supporte"),
         ("pack-quantized", {"kv_cache_scheme": {"a": 1}}, "kv_cache_scheme is not supported"),
@@ -349,10 +354,18 @@ def config_of(kind: str) -> dict[str, Any]:
 # -- fuzzing ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(
+    scope="module",
+    params=[
+        Zoo("pack-quantized", shards=2),
+        Bytes("int-quantized", floats=False, symmetric=False, shards=2),
+        Blockwise("nf4", nested=True, shards=2),
+    ],
+    ids=lambda kind: kind.id,
+)
+def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    write_checkpoint(folder, Zoo("pack-quantized", shards=2))
+    write_checkpoint(folder, request.param)
     return folder
 
 

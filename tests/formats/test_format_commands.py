@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bytes_zoo import Blockwise, Bytes, Kind
 from formats_zoo import Zoo, edit_config, write_checkpoint
 
 import effllm
@@ -23,6 +24,25 @@ def test_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert out == f"{inspect(tmp_path)}\n"
     line = next(line for line in out.splitlines() if "layers.0.mlp.down_proj" in line)
     assert line.split() == ["model.layers.0.mlp.down_proj", "gptq", "3", "32", "int4_gemm", "3,144"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Blockwise("nf4"), "nf4 4 64 lut4_gemm"),
+        (Bytes("fp8", strategy="block"), "fp8 8 48 dense (e4m3 codes)"),
+        (Bytes("int-quantized", floats=False), "int-quantized 8 64 dense (8-bit codes)"),
+    ],
+    ids=lambda value: value.id if isinstance(value, Kind) else "",
+)
+def test_shows_every_kind_of_layer(
+    kind: Kind, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(tmp_path, kind)
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if "layers.0.self_attn.q_proj" in line)
+    assert " ".join(line.split()[1:-1]) == expected
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

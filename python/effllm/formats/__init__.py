@@ -1,9 +1,10 @@
 """Quantised checkpoints: reading what people have, writing it, and saying what is in it.
 
 ``effllm.load`` makes a model of a folder, ``effllm.save`` a folder of a model, and ``inspect``
-tells what is in one. Below them is one module per format, ``awq``, ``gptq`` and
-``compressed_tensors``: functions that turn tensors as they are on disk into a ``GroupedWeight`` and
-back. ``gguf`` has files of its own kind.
+tells what is in one. Below them is one module per format, ``awq``, ``gptq``,
+``compressed_tensors``, ``scaled`` (FP8 and other codes of a byte) and ``bitsandbytes``: functions
+on tensors as they are on disk, of which ``reading`` makes the weights that ``weights`` names.
+``gguf`` has files of its own kind.
 """
 
 from effllm.formats.checkpoint import Checkpoint, CheckpointError

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from effllm.formats.checkpoint import CheckpointError, read_json
 
 SUPPORTED = (
-    "AWQ (gemm, 4 bits), GPTQ v1 and v2 (2, 3, 4 or 8 bits) and compressed-tensors "
-    "pack-quantized (integers of 2, 3, 4 or 8 bits)"
+    "AWQ (gemm, 4 bits), GPTQ v1 and v2 (2, 3, 4 or 8 bits), compressed-tensors pack-quantized "
+    "(integers of 2, 3, 4 or 8 bits), int-, float- and naive-quantized (integers of up to 8 bits, "
+    "e4m3), fine-grained FP8 (e4m3) and bitsandbytes (nf4, fp4, int8)"
 )
 
-Format = Literal["awq", "gptq", "gptq_v2", "pack-quantized"]
+Format = Literal[
+    "awq",
+    "gptq",
+    "gptq_v2",
+    "pack-quantized",
+    "float-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "fp8",
+    "nf4",
+    "fp4",
+    "llm_int8",
+]
 
 
 @dataclass(frozen=True)
@@ -23,19 +36,23 @@ class Scheme:
     """How one layer is stored.
 
     Attributes:
-        format: "gptq" is version 1.
+        format: "gptq" is version 1; "fp8" is the fine-grained one of Hugging Face; "nf4", "fp4" and
+            "llm_int8" are those of bitsandbytes.
         bits: of a code.
-        group_size: input channels per scale, -1 for all.
+        group_size: input channels per scale, -1 for all; of "nf4" and "fp4" only the stored tensors
+            tell, and it is values of the flattened weight.
         symmetric: whether zero points are in the middle; AWQ and compressed-tensors then may, or
             do, leave them out.
-        per_tensor: one scale for the whole weight.
+        rows: output channels per scale, -1 for all.
+        floats: codes are e4m3 numbers, not integers.
     """
 
     format: Format
     bits: int
     group_size: int
     symmetric: bool
-    per_tensor: bool = False
+    rows: int = 1
+    floats: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,13 @@ def parse_config(source: Path, config: Any) -> QuantConfig:
         raise CheckpointError(f"{source}: quantization_config must be an object, got {config!r}")
     reader = _Reader(source, config)
     method = config.get("quant_method")
-    parsers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}
+    parsers = {
+        "awq": _awq,
+        "gptq": _gptq,
+        "compressed-tensors": _compressed_tensors,
+        "fp8": _fp8,
+        "bitsandbytes": _bitsandbytes,
+    }
     if method not in parsers:
         raise reader.unsupported(f"quant_method {method!r}")
     return QuantConfig(source, parsers[method](reader))
@@ -112,6 +135,16 @@ class _Reader:
         if type(value) is not int or (value != -1 and value < 1):
             raise self.error(f"{keys[0]} must be -1 or positive, got {value!r}")
         return value
+
+    def pair(self, key: str) -> tuple[int, int]:
+        """Rows and columns of a block, as [128, 128] or, in older files, "128x128"."""
+        value = self.config.get(key)
+        parts = value.split("x") if isinstance(value, str) else value
+        if not isinstance(parts, list) or len(parts) != 2:
+            parts = [""]
+        if not all(re.fullmatch("[1-9][0-9]{0,8}", str(part)) for part in parts):
+            raise self.error(f"{key} must be two positive integers, got {value!r}")
+        return int(parts[0]), int(parts[1])
 
     def flag(self, *keys: str, default: bool) -> bool:
         value = self.first(keys, default)
@@ -208,7 +241,7 @@ def _compressed_tensors(reader: _Reader) -> Callable[[str], Scheme | None]:
     targets: list[tuple[Callable[[str], bool], Scheme]] = []
     for name, value in groups.items():
         group = reader.inner(value, f"config_groups.{name}")
-        scheme = _packed_scheme(group, reader.config.get("format"))
+        scheme = _group_scheme(group, reader.config.get("format"))
         targets += [(_target(reader, target), scheme) for target in group.names("targets")]
     ignore = [_target(reader, name) for name in reader.names("ignore")]
 
@@ -220,24 +253,70 @@ def _compressed_tensors(reader: _Reader) -> Callable[[str], Scheme | None]:
     return scheme_of
 
 
-def _packed_scheme(group: _Reader, default_format: Any) -> Scheme:
+# What compressed-tensors stores a byte per code of; activations are then quantised too, at run
+# time or with scales of their own, which a weight that is expanded does without.
+_PLAIN = ("float-quantized", "int-quantized", "naive-quantized")
+
+
+def _group_scheme(group: _Reader, default_format: Any) -> Scheme:
     name = group.config.get("format") or default_format
-    if name != "pack-quantized":
+    if name != "pack-quantized" and name not in _PLAIN:
         raise group.unsupported(f"compressed-tensors format {name!r}")
-    for key in ("input_activations", "output_activations"):
+    refused = ["output_activations"] + ["input_activations"] * (name not in _PLAIN)
+    for key in refused:
         if group.config.get(key):
             raise group.unsupported(f"quantised activations ({key})")
     weights = group.inner(group.config.get("weights"), "weights")
-    if weights.config.get("type", "int") != "int":
-        raise group.unsupported(f"weights of type {weights.config['type']!r}")
-    bits = weights.bits("num_bits", allowed=(2, 3, 4, 8))
+    kind = weights.config.get("type", "int")
+    floats = name in _PLAIN and kind == "float"
+    if kind != "int" and not floats:
+        raise group.unsupported(f"weights of type {kind!r}")
+    allowed: tuple[int, ...] = (2, 3, 4, 8)
+    if name in _PLAIN:
+        allowed = (8,) if floats else tuple(range(1, 9))
+    bits = weights.bits("num_bits", allowed=allowed)
+    symmetric = weights.flag("symmetric", default=True)
+    if floats and not symmetric:
+        raise group.unsupported("a zero point of e4m3 weights")
+    rows, columns = _blocks(weights, name)
+    return Scheme(name, bits, columns, symmetric, rows, floats)
+
+
+def _blocks(weights: _Reader, format: str) -> tuple[int, int]:
+    """Output and input channels per scale."""
     strategy = weights.config.get("strategy")
-    if strategy not in ("group", "channel", "tensor"):
-        raise group.unsupported(f"strategy {strategy!r}")
-    scheme = Scheme("pack-quantized", bits, -1, weights.flag("symmetric", default=True))
     if strategy == "group":
-        return replace(scheme, group_size=weights.group_size("group_size"))
-    return replace(scheme, per_tensor=strategy == "tensor")
+        return 1, weights.group_size("group_size")
+    if strategy == "block" and format in _PLAIN:
+        return weights.pair("block_structure")
+    if strategy not in ("channel", "tensor"):
+        raise weights.unsupported(f"strategy {strategy!r}")
+    return (1 if strategy == "channel" else -1), -1
+
+
+def _fp8(reader: _Reader) -> Callable[[str], Scheme | None]:
+    if reader.first(("fmt",), "e4m3") != "e4m3":
+        raise reader.unsupported(f"FP8 of fmt {reader.config['fmt']!r}")
+    if reader.first(("expert_dtype",), "fp8") != "fp8":
+        raise reader.unsupported(f"expert_dtype {reader.config['expert_dtype']!r}")
+    rows = columns = -1
+    if reader.config.get("weight_block_size") is not None:
+        rows, columns = reader.pair("weight_block_size")
+    scheme = Scheme("fp8", 8, columns, True, rows, floats=True)
+    return lambda layer: scheme  # the dtype of a weight tells whether it is quantised
+
+
+def _bitsandbytes(reader: _Reader) -> Callable[[str], Scheme | None]:
+    if reader.flag("load_in_4bit", "_load_in_4bit", default=False):
+        name = reader.first(("bnb_4bit_quant_type",), "fp4")
+        if name not in ("nf4", "fp4"):
+            raise reader.unsupported(f"bnb_4bit_quant_type {name!r}")
+        scheme = Scheme(name, 4, -1, True)
+    elif reader.flag("load_in_8bit", "_load_in_8bit", default=False):
+        scheme = Scheme("llm_int8", 8, -1, True)
+    else:
+        raise reader.unsupported("bitsandbytes without load_in_4bit or load_in_8bit")
+    return lambda layer: scheme  # as with FP8
 
 
 def _target(reader: _Reader, target: str) -> Callable[[str], bool]:

@@ -12,7 +12,7 @@ from effllm.formats.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from effllm.formats.config import read_config
 from effllm.formats.gguf_model import inspect_gguf, is_gguf
 from effllm.formats.grouped import checked_groups
-from effllm.formats.layers import StoredLayer, find_layers
+from effllm.formats.layers import GROUPED, StoredLayer, find_layers
 from effllm.formats.report import LayerReport, LoadReport, stored_report
 
 
@@ -51,9 +51,11 @@ def inspect(path: str | Path) -> LoadReport:
     return LoadReport(tuple(layers), other_bytes)
 
 
-def _stored_groups(checkpoint: Checkpoint, layer: StoredLayer) -> torch.Tensor:
-    k = layer.in_features
-    group_size = k if layer.scheme.group_size == -1 else layer.scheme.group_size
+def _stored_groups(checkpoint: Checkpoint, layer: StoredLayer) -> torch.Tensor | None:
+    """The groups of the input channels; None for formats whose codes are not integers in words."""
+    if layer.scheme.format not in GROUPED:
+        return None
+    k, group_size = layer.in_features, layer.group_size
     for part in ("g_idx", "weight_g_idx"):
         name = f"{layer.name}.{part}"
         if name in layer.tensors(checkpoint):

@@ -14,15 +14,10 @@ from effllm.formats.checkpoint import FLOATS, Checkpoint, CheckpointError, read_
 from effllm.formats.config import read_config
 from effllm.formats.empty import empty_model, import_extra
 from effllm.formats.gguf_model import is_gguf, load_gguf
-from effllm.formats.layers import (
-    StoredLayer,
-    checked_linear,
-    find_layers,
-    make_linear,
-    read_bias,
-    read_weight,
-)
+from effllm.formats.layers import StoredLayer, checked_linear, find_layers
+from effllm.formats.reading import read_bias, read_weight
 from effllm.formats.report import LayerReport, model_report, stored_report
+from effllm.formats.weights import GroupedWeight, make_linear
 
 # Llama checkpoints of old have these; they follow from the config.
 _NEVER_NEEDED = re.compile(r"rotary_emb\.inv_freq$")
@@ -38,12 +33,13 @@ def load(
 ) -> Any:
     """Loads a causal language model whose quantised layers run on our kernels.
 
-    Reads AWQ (gemm), GPTQ v1 and v2, compressed-tensors pack-quantized, and GGUF files of Llamas;
-    checkpoints that are not quantised load as transformers loads them. Weights go from the file to
-    the kernels' layout one layer at a time. ``model.effllm_report`` says what each layer is and
-    what runs it: 2- and 3-bit codes become 4-bit codes exactly, and so do GGUF's Q4_0 and the Q4_1
-    that allow it; all other codes, and groups that the kernels do not take, are expanded to dense
-    layers.
+    Reads AWQ (gemm), GPTQ v1 and v2, compressed-tensors (pack-, float-, int- and naive-quantized),
+    fine-grained FP8, bitsandbytes (NF4, FP4, int8), and GGUF files of Llamas; checkpoints that are
+    not quantised load as transformers loads them. Weights go from the file to the kernels' layout
+    one layer at a time. ``model.effllm_report`` says what each layer is and what runs it: 2- and
+    3-bit codes become 4-bit codes exactly, and so do GGUF's Q4_0 and the Q4_1 that allow it; NF4
+    and FP4 keep their codes and codebook; all other codes, and groups that the kernels do not take,
+    are expanded to dense layers. Activations are never quantised, whatever the config says of them.
 
     Args:
         path: a folder with ``config.json`` and safetensors files, or a file ``*.gguf``.
@@ -148,7 +144,8 @@ class _Filler:
             self.model.config.tie_word_embeddings = False
         self.model.set_submodule(name, linear)
         size = sum(p.nbytes for p in linear.parameters())
-        return stored_report(stored, weight.groups, size)
+        groups = weight.groups if isinstance(weight, GroupedWeight) else None
+        return stored_report(stored, groups, size)
 
     def fill_rest(self) -> None:
         """Fills what is not quantised; parameters that share memory are filled once."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from effllm.formats.layers import StoredLayer, kernel_name
+from effllm.formats.layers import StoredLayer
+from effllm.formats.weights import kernel_name
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,11 @@ class LoadReport:
         return _table(rows)
 
 
-def stored_report(layer: StoredLayer, groups: torch.Tensor, size: int) -> LayerReport:
-    """The row of a quantised layer whose input channels have these groups."""
+def stored_report(layer: StoredLayer, groups: torch.Tensor | None, size: int) -> LayerReport:
+    """The row of a quantised layer; ``groups`` as ``kernel_name`` takes them."""
     scheme = layer.scheme
-    group_size = layer.in_features if scheme.group_size == -1 else scheme.group_size
-    kernel = kernel_name(scheme.bits, groups, group_size)
-    return LayerReport(layer.name, scheme.format, scheme.bits, group_size, kernel, size)
+    kernel = kernel_name(layer, groups)
+    return LayerReport(layer.name, scheme.format, scheme.bits, layer.group_size, kernel, size)
 
 
 def model_report(model: nn.Module, quantised: Sequence[LayerReport]) -> LoadReport:

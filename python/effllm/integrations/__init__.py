@@ -34,9 +34,10 @@ def use_quantizer(when: When) -> None:
 
     Args:
         when: "missing", the default: those for which transformers lacks a package that it needs
-            (gptqmodel for AWQ, gptqmodel and optimum for GPTQ, compressed_tensors), so that no
-            call that works without effllm changes. "always": these formats, whatever is installed.
-            "never": none. It applies to calls from now on, in all threads.
+            (gptqmodel for AWQ, gptqmodel and optimum for GPTQ, compressed_tensors, bitsandbytes),
+            so that no call that works without effllm changes. "always": these formats, whatever is
+            installed. "never": none. FP8 needs no package and so stays with transformers. It
+            applies to calls from now on, in all threads.
 
     Raises:
         ValueError: another ``when``.

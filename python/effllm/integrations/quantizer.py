@@ -30,6 +30,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.import_utils import (
+    is_bitsandbytes_available,
     is_compressed_tensors_available,
     is_gptqmodel_available,
     is_optimum_available,
@@ -38,15 +39,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from effllm.formats.checkpoint import Checkpoint, CheckpointError
 from effllm.formats.config import parse_config
-from effllm.formats.layers import (
-    StoredLayer,
-    checked_linear,
-    find_layers,
-    make_linear,
-    read_bias,
-    read_weight,
-)
+from effllm.formats.layers import StoredLayer, checked_linear, find_layers
+from effllm.formats.reading import read_bias, read_weight
 from effllm.formats.report import LayerReport, model_report, stored_report
+from effllm.formats.weights import GroupedWeight, make_linear
 from effllm.integrations import quantizer_use
 from effllm.nn.packed_linear import PackedLinear
 
@@ -57,6 +53,8 @@ _NEEDED: dict[str, tuple[Callable[[], bool], ...]] = {
     "awq": (is_gptqmodel_available,),
     "gptq": (is_gptqmodel_available, is_optimum_available),
     "compressed-tensors": (is_compressed_tensors_available,),
+    "bitsandbytes_4bit": (is_bitsandbytes_available,),
+    "bitsandbytes_8bit": (is_bitsandbytes_available,),
 }
 
 
@@ -187,9 +185,9 @@ class _LayerReader:
 
     def _refuse_strays(self) -> None:
         """Half a layer: transformers would only warn, and make up a weight of random numbers."""
-        kinds = {part for _, part in self.parts.values()} - {"weight"}
+        kinds = tuple({f".{part}" for _, part in self.parts.values() if part != "weight"})
         for name, info in self.checkpoint.tensors.items():
-            if name not in self.parts and name.rpartition(".")[2] in kinds:
+            if name not in self.parts and name.endswith(kinds):
                 raise CheckpointError(
                     f"{info.file}: tensor '{name}' is part of a quantised layer, and the tensors "
                     "of no layer go with it"
@@ -221,7 +219,8 @@ class _LayerReader:
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         model.set_submodule(name, linear)
         size = sum(parameter.nbytes for parameter in linear.parameters())
-        self._rows[weight] = stored_report(layer, decoded.groups, size)
+        groups = decoded.groups if isinstance(decoded, GroupedWeight) else None
+        self._rows[weight] = stored_report(layer, groups, size)
 
     def finish(self, model: Any) -> list[LayerReport]:
         """The report's rows, in the checkpoint's order. Raises the first error of ``load``."""

@@ -1,0 +1,105 @@
+"""The weights that formats decode to, and the module that runs each kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from effllm import ops
+from effllm.formats import bitsandbytes
+from effllm.formats.grouped import GroupedWeight, int4_tensors, kernel_groups
+from effllm.formats.layers import StoredLayer
+from effllm.nn import Int4Linear, Lut4Linear
+from effllm.nn.packed_linear import frozen
+
+
+@dataclass(frozen=True)
+class LutWeight:
+    """``W[n, k] = codebook[codes[n, k]] * scales[n, k // group_size]``.
+
+    Attributes:
+        codes: uint8 ``[N, K]`` in 0..15.
+        codebook: float ``[16]``.
+        scales: float ``[N, ceil(K / group_size)]``.
+        group_size: one that the kernels take.
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    scales: Tensor
+    group_size: int
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """Decoded already, because no kernel takes the codes: float ``values`` ``[N, K]``."""
+
+    values: Tensor
+
+
+Weight = GroupedWeight | LutWeight | DenseWeight
+
+
+def make_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """An ``Int4Linear`` or ``Lut4Linear`` where its kernels take the weight, else ``nn.Linear``.
+
+    ``dtype`` is that of the dense weight; packed scales keep theirs, and so does the bias.
+    """
+    if isinstance(weight, LutWeight):
+        return _lut4_linear(weight, bias)
+    if isinstance(weight, DenseWeight):
+        return _dense_linear(weight.values, bias, dtype)
+    groups = None if weight.bits > 4 else kernel_groups(weight.groups)
+    if groups is None:
+        return _dense_linear(weight.dequantize(), bias, dtype)
+    n, k = weight.codes.shape
+    codes, scales, zeros = int4_tensors(weight, groups)
+    module = Int4Linear(k, n, bias=False, group_size=groups.group_size, device="meta")
+    module.qweight = frozen(ops.int4_pack(codes))
+    module.scales = frozen(scales)
+    module.zeros = None if zeros is None else frozen(zeros)
+    module.perm = None if groups.perm is None else frozen(groups.perm)
+    module.bias = None if bias is None else frozen(bias)
+    return module
+
+
+def _lut4_linear(weight: LutWeight, bias: Tensor | None) -> Lut4Linear:
+    n, k = weight.codes.shape
+    module = Lut4Linear(k, n, bias=False, group_size=weight.group_size, device="meta")
+    module.qweight = frozen(ops.int4_pack(weight.codes))
+    module.codebook = frozen(weight.codebook)
+    module.scales = frozen(weight.scales)
+    module.bias = None if bias is None else frozen(bias)
+    return module
+
+
+def _dense_linear(values: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    n, k = values.shape
+    linear = nn.Linear(k, n, bias=bias is not None, device="meta")
+    linear.weight = frozen(values.to(dtype))
+    if bias is not None:
+        linear.bias = frozen(bias)
+    return linear
+
+
+def kernel_name(layer: StoredLayer, groups: Tensor | None) -> str:
+    """What ``make_linear`` will run a stored layer with, and if it is dense, why.
+
+    Args:
+        layer: as the headers describe it.
+        groups: int64 ``[K]``, the group of each input channel, of a ``GroupedWeight``; else None.
+    """
+    bits, k = layer.scheme.bits, layer.in_features
+    if layer.scheme.format in ("nf4", "fp4"):
+        fits = bitsandbytes.kernel_group_size(k, layer.group_size) is not None
+        return "lut4_gemm" if fits else f"dense (blocks of {layer.group_size} across rows)"
+    if groups is None:
+        return f"dense ({'e4m3' if layer.scheme.floats else f'{bits}-bit'} codes)"
+    if bits > 4:
+        return f"dense ({bits}-bit codes)"
+    found = kernel_groups(groups)
+    if found is None:
+        return f"dense (groups of {layer.group_size})"
+    return "int4_gemm" if found.perm is None else "int4_gemm, inputs permuted"
