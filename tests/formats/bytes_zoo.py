@@ -49,6 +49,62 @@ class Kind:
         return "-".join([self.format, *(f"{f.name}={getattr(self, f.name)}" for f in changed)])
 
 
+def kept(weight: Tensor, mask: np.ndarray, sparsity: str) -> dict[str, Tensor]:
+    """The tensors of a sparse weight [N, K] of any dtype, bit by bit."""
+    n, k = mask.shape
+    bitmask = np.zeros((n, -(-k // 8)), np.uint8)
+    for i, j in zip(*np.nonzero(mask), strict=True):
+        bitmask[i, j // 8] |= 1 << j % 8
+    stored = weight.view(torch.int8) if weight.element_size() == 1 else weight
+    values = stored[torch.from_numpy(mask)].view(weight.dtype)
+    tensors = {"compressed": values, "bitmask": torch.from_numpy(bitmask)}
+    if sparsity == "sparse-24-bitmask":
+        shape = {"compressed": values.view(n, k // 2), "shape": torch.tensor([[n], [k]])}
+        return tensors | shape
+    offsets = torch.from_numpy(mask.sum(1).cumsum() - mask.sum(1))
+    return tensors | {"shape": torch.tensor([n, k]), "row_offsets": offsets}
+
+
+def random_mask(n: int, k: int, sparsity: str, rng: np.random.Generator) -> np.ndarray:
+    """Two of each four, or about a third of all."""
+    if sparsity == "sparse-bitmask":
+        return rng.uniform(size=(n, k)) < 0.3
+    order = rng.permuted(np.tile([True, True, False, False], (n * k // 4, 1)), axis=1)
+    return order.reshape(n, k)
+
+
+@dataclass(frozen=True)
+class Sparse(Kind):
+    """compressed-tensors, sparse and not quantised."""
+
+    bits: ClassVar[int] = 16
+    format: str = "sparse-24-bitmask"
+
+    def layer(self, n: int, k: int, seed: int) -> tuple[Dense, dict[str, Tensor]]:
+        rng = np.random.default_rng(seed)
+        mask = random_mask(n, k, self.format, rng)
+        weight = torch.from_numpy(rng.normal(size=(n, k)) * 0.2).to(self.dtype)
+        dense = weight.float() * torch.from_numpy(mask)
+        return Dense(dense), kept(weight, mask, self.format)
+
+    def quantization_config(self) -> dict[str, Any]:
+        return {
+            "quant_method": "compressed-tensors",
+            "sparsity_config": sparsity_config(self.format),
+        }
+
+
+def sparsity_config(sparsity: str) -> dict[str, Any]:
+    structure = "2:4" if sparsity == "sparse-24-bitmask" else "unstructured"
+    return {
+        "format": sparsity,
+        "global_sparsity": 0.5,
+        "sparsity_structure": structure,
+        "targets": ["Linear"],
+        "ignore": ["lm_head"],
+    }
+
+
 @dataclass(frozen=True)
 class Bytes(Kind):
     """compressed-tensors' plain formats, and FP8 as Hugging Face has it.
@@ -59,6 +115,7 @@ class Bytes(Kind):
         exponents: of FP8: scales as this dtype of ue8m0.
         static: with scales of activations, which nobody needs.
         name: of FP8: what the scale is called.
+        sparsity: of compressed-tensors: how zeros are left out.
     """
 
     format: str = "float-quantized"
@@ -70,6 +127,7 @@ class Bytes(Kind):
     exponents: torch.dtype | None = None
     static: bool = False
     name: str = "weight_scale_inv"
+    sparsity: str | None = None
 
     def rows_and_columns(self, n: int, k: int) -> tuple[int, int]:
         return {"tensor": (n, k), "channel": (1, k), "group": (1, 32), "block": self.block}[
@@ -88,6 +146,9 @@ class Bytes(Kind):
             low = -(1 << self.bits - 1)
             values = rng.integers(low, -low, (n, k))
             codes = values.astype(np.int8).view(np.uint8)
+        if self.sparsity is not None:
+            mask = random_mask(n, k, self.sparsity, rng)
+            values, codes = values * mask, codes * mask
         zeros = np.zeros(shape, np.int64)
         if not self.symmetric:
             zeros = rng.integers(-(1 << self.bits - 1), 1 << self.bits - 1, shape)
@@ -102,7 +163,10 @@ class Bytes(Kind):
                 at = (i // rows, j // columns)
                 dense[i, j] = np.float32(values[i, j] - zeros[at]) * factor[at]
         weight = torch.from_numpy(codes)
-        tensors = {"weight": weight.view(torch.float8_e4m3fn if self.floats else torch.int8)}
+        weight = weight.view(torch.float8_e4m3fn if self.floats else torch.int8)
+        tensors = {"weight": weight}
+        if self.sparsity is not None:
+            tensors = kept(weight, mask, self.sparsity)
         scale = scale if self.exponents is None else stored.view(self.exponents)
         if self.strategy == "tensor":
             scale = scale.view(1) if self.format in PLAIN else scale.view(())
@@ -137,7 +201,10 @@ class Bytes(Kind):
             "weights": weights,
             "input_activations": {"num_bits": 8, "dynamic": not self.static},
         }
-        return {
+        sparse = (
+            {} if self.sparsity is None else {"sparsity_config": sparsity_config(self.sparsity)}
+        )
+        return sparse | {
             "quant_method": "compressed-tensors",
             "format": self.format,
             "quantization_status": "compressed",

@@ -285,7 +285,11 @@ def test_tensors_that_do_not_fit(
             r"which disagrees with .*\(format float-q",
         ),
         ("pack-quantized", {"transform_config": {"a": 1}}, "transform_config .* is not supported"),
-        ("pack-quantized", {"sparsity_config": {"format": "x"}}, "sparsity_config is not supporte"),
+        (
+            "pack-quantized",
+            {"sparsity_config": {"format": "x"}},
+            "sparsity_config of format 'x' is not",
+        ),
         ("pack-quantized", {"kv_cache_scheme": {"a": 1}}, "kv_cache_scheme is not supported"),
         ("pack-quantized", {"config_groups": []}, "config_groups must be an object"),
         ("pack-quantized", {"config_groups": {}}, "is quantised, which disagrees with"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bytes_zoo import Blockwise, Bytes, Int8, Kind
+from bytes_zoo import Blockwise, Bytes, Int8, Kind, Sparse, sparsity_config
 from formats_zoo import edit_config, write_checkpoint, write_tensors
 from torch import nn
 
@@ -42,6 +42,12 @@ KINDS: list[Kind] = [
     Bytes("fp8", strategy="block", exponents=torch.float8_e8m0fnu, intermediate=91),
     Bytes("fp8", strategy="tensor", static=True),
     Bytes("fp8", strategy="tensor", name="weight_scale", tied=True),
+    Sparse(),
+    Sparse(dtype=BF16, bias=True, tied=True, intermediate=92),
+    Sparse("sparse-bitmask", intermediate=91),
+    Bytes(sparsity="sparse-24-bitmask", dtype=BF16, bias=True),
+    Bytes(strategy="block", sparsity="sparse-bitmask", intermediate=91, shards=2),
+    Bytes("int-quantized", floats=False, sparsity="sparse-24-bitmask", tied=True, head=True),
     Blockwise("nf4"),
     Blockwise("nf4", nested=True, bias=True, dtype=BF16),
     Blockwise("nf4", nested=True, intermediate=91, tied=True),
@@ -94,6 +100,8 @@ def test_loads_what_was_stored(kind: Any, tmp_path: Path) -> None:
         Blockwise("nf4", nested=True, bias=True),
         Blockwise("fp4", storage=BF16, head=True, tied=True),
         Int8(intermediate=91),
+        Sparse(dtype=BF16, tied=True),
+        Bytes(sparsity="sparse-24-bitmask", bias=True),
     ],
     ids=lambda kind: kind.id,
 )
@@ -118,6 +126,8 @@ def test_from_pretrained(kind: Any, tmp_path: Path) -> None:
         (Bytes("fp8", strategy="block"), (8, 48, "dense (e4m3 codes)")),
         (Blockwise("nf4"), (4, 64, "lut4_gemm")),
         (Int8(), (8, 64, "dense (8-bit codes)")),
+        (Sparse(), (16, 64, "dense (sparse-24-bitmask)")),
+        (Bytes(sparsity="sparse-24-bitmask"), (8, 64, "dense (e4m3 codes)")),
     ],
     ids=lambda value: value.id if isinstance(value, Kind) else "",
 )
@@ -267,6 +277,17 @@ def state(**changes: Any) -> torch.Tensor:
             lambda t: torch.full_like(t, 255),
             "weights must be finite, got NaN",
         ),
+        (Sparse(), "bitmask", None, "bitmask' is missing"),
+        (Sparse(), "bitmask", lambda t: t[1:], r"must be U8 \[64, 8\], got U8 \[63, 8\]"),
+        (Sparse(), "bitmask", lambda t: t | 1, r"one bit for each of 2048 values, got 2\d\d\d"),
+        (Sparse(), "compressed", lambda t: t.int(), "must be F16 or BF16 or F32"),
+        (Sparse(), "compressed", lambda t: t * torch.nan, "weights must be finite"),
+        (Sparse(), "compressed", None, r"tensor '.*q_proj\.weight' is missing"),
+        (Sparse(), "shape", None, "shape' is missing"),
+        (Sparse(), "shape", lambda t: t.float(), "must be I64 or I32"),
+        (Sparse(), "shape", lambda t: -t, r"shape' must be positive, got \[-64, -64\]"),
+        (Sparse(), "shape", lambda t: t + 8, r"\[N, K\] = \[64, 64\], got one of \[72, 72\]"),
+        (Bytes(sparsity="sparse-24-bitmask"), "compressed", lambda t: t.half(), "must be F8_E4M3"),
         (Blockwise(), "weight.absmax", None, r"weight\.absmax' is missing"),
         (Blockwise(), "weight.absmax", lambda t: t[1:], r"\[64\], got F32 \[63\]"),
         (Blockwise(), "weight.quant_map", lambda t: t[1:], r"\[16\], got F32 \[15\]"),
@@ -344,13 +365,21 @@ def test_quant_states(text: torch.Tensor, message: str, tmp_path: Path) -> None:
         ),
         (Blockwise(), {"load_in_4bit": False}, "bitsandbytes without load_in_4bit or load_in_8bit"),
         (Blockwise(), {"load_in_4bit": 1}, "load_in_4bit must be true or false, got 1"),
+        (Sparse(), {"sparsity_config": {"format": "dense"}}, "disagrees with .*config"),
+        (Sparse(), {"sparsity_config": {}}, "config_groups must be an object, got None"),
+        (Sparse(), {"sparsity_config": {"format": "marlin-24"}}, "format 'marlin-24' is not supp"),
+        (Bytes(), {"quantization_status": "frozen"}, None),
+        (Bytes(), {"sparsity_config": sparsity_config("sparse-24-bitmask")}, None),
         (Int8(), {"load_in_8bit": False, "load_in_4bit": True}, r"disagrees with .*\(format fp4\)"),
     ],
     ids=lambda value: value.id if isinstance(value, Kind) else None,
 )
-def test_configs(kind: Any, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_configs(kind: Any, changes: dict[str, Any], message: str | None, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, kind)
     edit_config(tmp_path, **changes)
+    if message is None:
+        assert inspect(tmp_path)
+        return
     with pytest.raises(CheckpointError, match=message):
         inspect(tmp_path)
 

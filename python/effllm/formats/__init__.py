@@ -2,8 +2,8 @@
 
 ``effllm.load`` makes a model of a folder, ``effllm.save`` a folder of a model, and ``inspect``
 tells what is in one. Below them is one module per format, ``awq``, ``gptq``,
-``compressed_tensors``, ``scaled`` (FP8 and other codes of a byte) and ``bitsandbytes``: functions
-on tensors as they are on disk, of which ``reading`` makes the weights that ``weights`` names.
+``compressed_tensors``, ``scaled`` (FP8 and other codes of a byte), ``sparse`` and ``bitsandbytes``:
+functions on tensors as they are on disk, of which ``reading`` makes what ``weights`` names.
 ``gguf`` has files of its own kind.
 """
 

@@ -13,7 +13,8 @@ from effllm.formats.checkpoint import CheckpointError, read_json
 SUPPORTED = (
     "AWQ (gemm, 4 bits), GPTQ v1 and v2 (2, 3, 4 or 8 bits), compressed-tensors pack-quantized "
     "(integers of 2, 3, 4 or 8 bits), int-, float- and naive-quantized (integers of up to 8 bits, "
-    "e4m3), fine-grained FP8 (e4m3) and bitsandbytes (nf4, fp4, int8)"
+    "e4m3), sparse-24-bitmask and sparse-bitmask, fine-grained FP8 (e4m3) and bitsandbytes (nf4, "
+    "fp4, int8)"
 )
 
 Format = Literal[
@@ -24,6 +25,8 @@ Format = Literal[
     "float-quantized",
     "int-quantized",
     "naive-quantized",
+    "sparse-24-bitmask",
+    "sparse-bitmask",
     "fp8",
     "nf4",
     "fp4",
@@ -63,10 +66,12 @@ class QuantConfig:
         source: the file it is from, for messages.
         scheme: ``scheme(layer)`` is None where the config leaves the layer unquantised. It raises
             CheckpointError for overrides that are not supported.
+        sparsity: how those weights are stored that are sparse, quantised or not; None if none is.
     """
 
     source: Path
     scheme: Callable[[str], Scheme | None]
+    sparsity: Literal["sparse-24-bitmask", "sparse-bitmask"] | None = None
 
 
 def read_config(folder: Path) -> QuantConfig | None:
@@ -103,7 +108,8 @@ def parse_config(source: Path, config: Any) -> QuantConfig:
     }
     if method not in parsers:
         raise reader.unsupported(f"quant_method {method!r}")
-    return QuantConfig(source, parsers[method](reader))
+    sparsity = _sparsity(reader) if method == "compressed-tensors" else None
+    return QuantConfig(source, parsers[method](reader), sparsity)
 
 
 class _Reader:
@@ -232,12 +238,13 @@ def _gptq(reader: _Reader) -> Callable[[str], Scheme | None]:
 def _compressed_tensors(reader: _Reader) -> Callable[[str], Scheme | None]:
     if reader.config.get("transform_config"):
         raise reader.unsupported("transform_config (rotated weights)")
-    sparsity = reader.config.get("sparsity_config")
-    if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format") != "dense"):
-        raise reader.unsupported("sparsity_config")
     if reader.config.get("kv_cache_scheme"):
         raise reader.unsupported("kv_cache_scheme")
-    groups = reader.inner(reader.config.get("config_groups"), "config_groups").config
+    # A model that is only sparse has none.
+    groups = reader.config.get("config_groups")
+    if groups is None and reader.config.get("sparsity_config"):
+        groups = {}
+    groups = reader.inner(groups, "config_groups").config
     targets: list[tuple[Callable[[str], bool], Scheme]] = []
     for name, value in groups.items():
         group = reader.inner(value, f"config_groups.{name}")
@@ -251,6 +258,15 @@ def _compressed_tensors(reader: _Reader) -> Callable[[str], Scheme | None]:
         return next((scheme for matches, scheme in targets if matches(layer)), None)
 
     return scheme_of
+
+
+def _sparsity(reader: _Reader) -> Any:
+    if not reader.config.get("sparsity_config"):
+        return None
+    name = reader.inner(reader.config["sparsity_config"], "sparsity_config").config.get("format")
+    if name not in ("dense", "sparse-24-bitmask", "sparse-bitmask"):
+        raise reader.unsupported(f"sparsity_config of format {name!r}")
+    return None if name == "dense" else name
 
 
 # What compressed-tensors stores a byte per code of; activations are then quantised too, at run

@@ -13,7 +13,8 @@ from effllm.formats.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from effllm.formats.config import QuantConfig, Scheme
 
 _GPTQ = ("qweight", "qzeros", "scales", "g_idx")
-_PLAIN = ("weight", "weight_scale", "weight_zero_point", "input_scale")
+_SPARSE = ("compressed", "bitmask", "shape", "row_offsets")
+_PLAIN = ("weight", *_SPARSE, "weight_scale", "weight_zero_point", "input_scale")
 _BNB = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATE = "weight.quant_state.bitsandbytes__"
 
@@ -37,6 +38,8 @@ _PARTS = {
     "float-quantized": _PLAIN,
     "int-quantized": _PLAIN,
     "naive-quantized": _PLAIN,
+    "sparse-24-bitmask": _SPARSE,
+    "sparse-bitmask": _SPARSE,
     # AutoFP8 writes the names that compressed-tensors has, with values of one scale per tensor.
     "fp8": ("weight", "weight_scale_inv", "weight_scale", "activation_scale", "input_scale"),
     "nf4": _blockwise("nf4"),
@@ -48,7 +51,7 @@ GROUPED = ("awq", "gptq", "gptq_v2", "pack-quantized")
 """The formats that decode to a ``GroupedWeight``."""
 
 # What tells that a tensor is of a quantised layer.
-_MARK = re.compile(rf"(.*)\.(qweight|weight_packed|{re.escape(_STATE)}\w+)", re.DOTALL)
+_MARK = re.compile(rf"(.*)\.(qweight|weight_packed|compressed|{re.escape(_STATE)}\w+)", re.DOTALL)
 _CODE_DTYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8")
 
 _MAX_STATE_BYTES = 10_000
@@ -94,12 +97,11 @@ def find_layers(checkpoint: Checkpoint, config: QuantConfig | None) -> dict[str,
         name, mark = _layer_of(tensor, info)
         if mark is None or (mark == "weight" and name in states):
             continue
-        scheme = None if config is None else config.scheme(name)
-        if scheme is None or mark != _PARTS[scheme.format][0]:
-            said = "no quantisation config" if config is None else config.source
+        scheme = None if config is None else _scheme(config, name, mark)
+        if scheme is None or name in layers:
             raise CheckpointError(
-                f"{info.file}: tensor '{tensor}' is quantised, which disagrees with {said}"
-                + ("" if scheme is None else f" (format {scheme.format})")
+                f"{info.file}: tensor '{tensor}' is quantised, which disagrees with "
+                + _said(config, name)
             )
         layers[name] = _stored_layer(checkpoint, name, scheme)
     return layers
@@ -113,10 +115,29 @@ def _layer_of(tensor: str, info: TensorInfo) -> tuple[str, str | None]:
     return (tensor, None) if match is None else (match[1], match[2])
 
 
+def _scheme(config: QuantConfig, name: str, mark: str) -> Scheme | None:
+    """What the config says of a layer that is stored so; None if it says something else."""
+    scheme = config.scheme(name)
+    if mark == _SPARSE[0] and config.sparsity is not None:
+        if scheme is None:
+            return Scheme(config.sparsity, 16, -1, symmetric=True)
+        return scheme if _PARTS[scheme.format] is _PLAIN else None
+    return scheme if scheme is not None and mark == _PARTS[scheme.format][0] else None
+
+
+def _said(config: QuantConfig | None, name: str) -> str:
+    if config is None:
+        return "no quantisation config"
+    scheme = config.scheme(name)
+    return f"{config.source}" + ("" if scheme is None else f" (format {scheme.format})")
+
+
 def _stored_layer(checkpoint: Checkpoint, name: str, scheme: Scheme) -> StoredLayer:
     if scheme.format in ("nf4", "fp4"):
         state = read_quant_state(checkpoint, name, scheme.format)
         return StoredLayer(name, replace(scheme, group_size=state.blocksize), *state.shape)
+    if f"{name}.{_SPARSE[0]}" in checkpoint.tensors:
+        return StoredLayer(name, scheme, *_sparse_sizes(checkpoint, name))
     return StoredLayer(name, scheme, *_sizes(checkpoint, name, scheme))
 
 
@@ -164,6 +185,18 @@ def checked_linear(
             f"got one of {found_sizes} ({list(info.shape)})"
         )
     return module
+
+
+def _sparse_sizes(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    """(N, K) of a weight of which only the values that are kept are stored."""
+    info = checkpoint.tensors.get(f"{name}.shape")
+    column = info is not None and info.shape == (2, 1)
+    shape = checkpoint.read(f"{name}.shape", (2, 1) if column else (2,), ("I64", "I32"))
+    n, k = shape.flatten().tolist()
+    if n < 1 or k < 1:
+        file = checkpoint.tensors[f"{name}.shape"].file
+        raise CheckpointError(f"{file}: tensor '{name}.shape' must be positive, got [{n}, {k}]")
+    return n, k
 
 
 def _sizes(checkpoint: Checkpoint, name: str, scheme: Scheme) -> tuple[int, int]:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from effllm.formats import awq, bitsandbytes, compressed_tensors, gptq, scaled
+from effllm.formats import awq, bitsandbytes, compressed_tensors, gptq, scaled, sparse
 from effllm.formats.bitstream import num_words
-from effllm.formats.checkpoint import Checkpoint, CheckpointError
+from effllm.formats.checkpoint import FLOATS, Checkpoint, CheckpointError
 from effllm.formats.grouped import GroupedWeight
 from effllm.formats.layers import StoredLayer, read_quant_state
 from effllm.formats.weights import DenseWeight, LutWeight, Weight
@@ -162,13 +162,28 @@ def _read_packed(parts: _Parts) -> GroupedWeight:
 def _read_plain(parts: _Parts) -> DenseWeight:
     """compressed-tensors float-, int- and naive-quantized."""
     dtype = "F8_E4M3" if parts.scheme.floats else "I8"
-    codes = parts.read("weight", parts.n, parts.k, dtypes=(dtype,))
+    if parts.has("compressed"):
+        codes = _read_kept(parts, (dtype,))
+    else:
+        codes = parts.read("weight", parts.n, parts.k, dtypes=(dtype,))
     zero_point = None
     if parts.has("weight_zero_point") or not parts.scheme.symmetric:
         shape = parts.shape("weight_scale") or (1,)
         zero_point = parts.read("weight_zero_point", *shape, dtypes=("I8",))
         zero_point = zero_point.view(_scale_shape(parts))
     return _scaled(parts, codes, _read_scale(parts, "weight_scale"), zero_point)
+
+
+def _read_sparse(parts: _Parts) -> DenseWeight:
+    """Not quantised, only sparse."""
+    return _finite(_read_kept(parts, FLOATS))
+
+
+def _read_kept(parts: _Parts, dtypes: tuple[str, ...]) -> Tensor:
+    """``[N, K]`` of one of these dtypes, zeros put back between the values that are stored."""
+    bitmask = parts.read("bitmask", parts.n, -(-parts.k // 8), dtypes=("U8",))
+    shape = parts.shape("compressed") or ()
+    return sparse.decode(parts.read("compressed", *shape, dtypes=dtypes), bitmask, parts.k)
 
 
 def _read_fp8(parts: _Parts) -> DenseWeight:
@@ -194,7 +209,10 @@ def _read_scale(parts: _Parts, name: str) -> Tensor:
 
 def _scaled(parts: _Parts, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> DenseWeight:
     rows = parts.n if parts.scheme.rows == -1 else parts.scheme.rows
-    values = scaled.decode(codes, scale, zero_point, rows, parts.layer.group_size)
+    return _finite(scaled.decode(codes, scale, zero_point, rows, parts.layer.group_size))
+
+
+def _finite(values: Tensor) -> DenseWeight:
     if not bool(torch.isfinite(values).all()):
         raise ValueError("weights must be finite, got NaN or infinity")
     return DenseWeight(values)
@@ -255,6 +273,8 @@ _READERS: dict[str, Callable[[_Parts], Weight]] = {
     "float-quantized": _read_plain,
     "int-quantized": _read_plain,
     "naive-quantized": _read_plain,
+    "sparse-24-bitmask": _read_sparse,
+    "sparse-bitmask": _read_sparse,
     "fp8": _read_fp8,
     "nf4": _read_blockwise,
     "fp4": _read_blockwise,

@@ -95,6 +95,8 @@ def kernel_name(layer: StoredLayer, groups: Tensor | None) -> str:
     if layer.scheme.format in ("nf4", "fp4"):
         fits = bitsandbytes.kernel_group_size(k, layer.group_size) is not None
         return "lut4_gemm" if fits else f"dense (blocks of {layer.group_size} across rows)"
+    if groups is None and bits > 8:
+        return f"dense ({layer.scheme.format})"
     if groups is None:
         return f"dense ({'e4m3' if layer.scheme.floats else f'{bits}-bit'} codes)"
     if bits > 4:
