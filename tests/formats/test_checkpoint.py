@@ -173,6 +173,15 @@ def test_tensors_do_not_follow_the_file(tmp_path: Path) -> None:
     assert not tensor.any()
 
 
+def test_tensors_that_somebody_else_has_read(tmp_path: Path) -> None:
+    save_file({"a": torch.tensor([0.1]), "b": torch.tensor([2])}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    view = checkpoint.with_tensors({"a": torch.tensor([7.0]), "b": torch.tensor([7.0])})
+    assert view.read("a").tolist() == [7]
+    assert view.read("b").tolist() == [2]  # a cast of what is stored, or something else
+    assert checkpoint.read("a").tolist() != [7]
+
+
 # -- tensors against the config and the model ------------------------------------------------------
 
 

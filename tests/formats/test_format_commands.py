@@ -84,6 +84,13 @@ def test_converts_between_formats(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert line.endswith("b exists and is no empty folder")
 
 
+def test_what_no_format_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "a", Blockwise("nf4"))
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    assert "q_proj': no format holds a Lut4Linear" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
 def test_converts_what_is_not_quantised(llama: Any, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path / "a")
     options = ["--group-size", "32", "--asymmetric"]

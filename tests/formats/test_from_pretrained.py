@@ -178,6 +178,12 @@ def test_the_errors_of_load(
     assert str(tmp_path) in str(error.value)
 
 
+def test_tensors_that_are_renamed(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, Zoo("gptq_v2"))
+    with pytest.raises(CheckpointError, match=r"q_proj' has not been loaded, because its tensors"):
+        from_pretrained(tmp_path, key_mapping={r"q_proj": "query"})
+
+
 def test_configs_and_files_that_are_not_read(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, Zoo("awq"))
     edit_config(tmp_path, version="gemv")

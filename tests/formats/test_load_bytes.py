@@ -316,6 +316,14 @@ def test_tensors_that_do_not_fit(
     assert Q in str(error.value)
 
 
+def test_zero_points_of_wrong_scales(tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, Bytes("int-quantized", floats=False, symmetric=False))
+    parts = (f"{Q}.weight_scale", f"{Q}.weight_zero_point")
+    write_tensors(tmp_path, written.tensors | {part: written.tensors[part][1:] for part in parts})
+    with pytest.raises(CheckpointError, match=r"weight_scale' must be .* \[64, 1\], got F16 \[63,"):
+        effllm.load(tmp_path, progress=False)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

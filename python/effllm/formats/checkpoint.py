@@ -20,6 +20,20 @@ from torch import Tensor
 FLOATS = ("F16", "BF16", "F32")
 """The dtypes that scales, biases and unquantised weights may have, as safetensors spells them."""
 
+# Of the tensors that quantised layers consist of.
+_TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
 # A config takes kilobytes, and the index of the largest models some megabytes.
 _MAX_JSON_BYTES = 100 * 2**20
 
@@ -108,9 +122,16 @@ class Checkpoint:
         return tensor
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
-        """The same checkpoint, of which somebody else has read these tensors already."""
+        """The same checkpoint, of which somebody else has read these tensors already.
+
+        One that has been cast since it was read from its file is read again.
+        """
         view = copy.copy(self)
-        view._in_memory = tensors
+        view._in_memory = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if tensor.dtype == _TORCH_DTYPES.get(self.tensors[name].dtype)
+        }
         return view
 
     def _tensor(self, file: Path, name: str) -> Tensor:

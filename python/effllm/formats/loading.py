@@ -14,10 +14,11 @@ from effllm.formats.checkpoint import FLOATS, Checkpoint, CheckpointError, read_
 from effllm.formats.config import read_config
 from effllm.formats.empty import empty_model, import_extra
 from effllm.formats.gguf_model import is_gguf, load_gguf
+from effllm.formats.grouped import GroupedWeight
 from effllm.formats.layers import StoredLayer, checked_linear, find_layers
 from effllm.formats.reading import read_bias, read_weight
 from effllm.formats.report import LayerReport, model_report, stored_report
-from effllm.formats.weights import GroupedWeight, make_linear
+from effllm.formats.weights import make_linear
 
 # Llama checkpoints of old have these; they follow from the config.
 _NEVER_NEEDED = re.compile(r"rotary_emb\.inv_freq$")

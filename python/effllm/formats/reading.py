@@ -166,12 +166,12 @@ def _read_plain(parts: _Parts) -> DenseWeight:
         codes = _read_kept(parts, (dtype,))
     else:
         codes = parts.read("weight", parts.n, parts.k, dtypes=(dtype,))
+    scale = _read_scale(parts, "weight_scale")
     zero_point = None
     if parts.has("weight_zero_point") or not parts.scheme.symmetric:
-        shape = parts.shape("weight_scale") or (1,)
-        zero_point = parts.read("weight_zero_point", *shape, dtypes=("I8",))
-        zero_point = zero_point.view(_scale_shape(parts))
-    return _scaled(parts, codes, _read_scale(parts, "weight_scale"), zero_point)
+        shape = parts.shape("weight_scale") or ()
+        zero_point = parts.read("weight_zero_point", *shape, dtypes=("I8",)).view(scale.shape)
+    return _scaled(parts, codes, scale, zero_point)
 
 
 def _read_sparse(parts: _Parts) -> DenseWeight:

@@ -89,13 +89,13 @@ def save(
 
 
 def _refuse(model: nn.Module, layers: dict[str, Int4Linear]) -> None:
-    if not layers:
-        raise ValueError("effllm.save: the model has no Int4Linear; use model.save_pretrained")
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) and name not in layers:
             raise ValueError(
                 f"effllm.save: layer '{name}': no format holds a {type(module).__name__}"
             )
+    if not layers:
+        raise ValueError("effllm.save: the model has no Int4Linear; use model.save_pretrained")
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"effllm.save: '{name}' is on the meta device, it has no values")

@@ -39,10 +39,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from effllm.formats.checkpoint import Checkpoint, CheckpointError
 from effllm.formats.config import parse_config
+from effllm.formats.grouped import GroupedWeight
 from effllm.formats.layers import StoredLayer, checked_linear, find_layers
 from effllm.formats.reading import read_bias, read_weight
 from effllm.formats.report import LayerReport, model_report, stored_report
-from effllm.formats.weights import GroupedWeight, make_linear
+from effllm.formats.weights import make_linear
 from effllm.integrations import quantizer_use
 from effllm.nn.packed_linear import PackedLinear
 
@@ -226,7 +227,12 @@ class _LayerReader:
         """The report's rows, in the checkpoint's order. Raises the first error of ``load``."""
         if self._error is not None:
             raise self._error
-        for weight in self._layers:
+        for weight, layer in self._layers.items():
+            if weight not in self._rows:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: layer '{layer.name}' has not been loaded, because "
+                    "its tensors were given other names (key_mapping, or those of the model)"
+                )
             # All of a layer's tensors are constants; transformers makes what it loads trainable.
             model.get_submodule(weight.removesuffix(".weight")).requires_grad_(False)
         return [self._rows[weight] for weight in self._layers]
