@@ -1,4 +1,4 @@
-"""A Llama out of a GGUF file: what effllm.load and inspect do with a path that is one."""
+"""A model out of a GGUF file: what effllm.load and inspect do with a path that is one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from torch import nn
 from tqdm import tqdm
 
 from effllm.formats.empty import empty_model, import_extra
-from effllm.formats.gguf import GgufFile, TensorType, int4_layers, read_config, read_llama
-from effllm.formats.gguf.llama import Slot, slots
+from effllm.formats.gguf import (
+    GgufError,
+    GgufFile,
+    TensorType,
+    int4_layers,
+    read_config,
+    read_state_dict,
+)
+from effllm.formats.gguf.architecture import Slot, slots
 from effllm.formats.report import LayerReport, LoadReport, model_report
 from effllm.nn import Int4Linear
 
@@ -36,9 +43,9 @@ def load_gguf(
 ) -> Any:
     """See ``effllm.load``. ``dtype`` None is that of the embedding, or bfloat16."""
     file = GgufFile(path)
-    config = import_extra("transformers").LlamaConfig(**read_config(file))
+    config = _config(file)
     dtype = dtype or _DTYPES.get(file.tensors["token_embd.weight"].type, torch.bfloat16)
-    entries = read_llama(file, dtype=dtype)
+    entries = read_state_dict(file, dtype=dtype)
     first = next(entries)  # all checks of the file come before it, and so before the model
     model = empty_model(config, str(path), dtype, options)
     int4 = set()
@@ -82,6 +89,18 @@ def inspect_gguf(path: str | Path) -> LoadReport:
         else:
             other_bytes += size
     return LoadReport(tuple(rows), other_bytes)
+
+
+def _config(file: GgufFile) -> Any:
+    fields = read_config(file)
+    try:
+        return import_extra("transformers").AutoConfig.for_model(**fields)
+    except ImportError:
+        raise
+    except Exception as error:  # a class per model, each with its own checks
+        raise GgufError(
+            f"{file.path}: not a config that transformers takes: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _empty_int4(linear: nn.Linear) -> Int4Linear:

@@ -1,4 +1,4 @@
-"""Llamas with as many ways to be wrong as a tiny model can have."""
+"""Models with as many ways to be wrong as tiny ones can have."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ import pytest
 import torch
 from tiny_models import one_thread
 
-__all__ = ["make_llama", "one_thread"]
+__all__ = ["make_llama", "make_model", "one_thread"]
 
 
 @pytest.fixture
-def make_llama() -> Callable[..., Any]:
-    """6 heads over 2 key-value heads: with the wrong count of heads in a permutation, or with the
-    ratio of the two in place of the second, other rows come out."""
+def make_llama(make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model that most tests take."""
+    return lambda **changes: make_model("llama", **changes)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Any]:
+    """Of a model type. 6 heads over 2 key-value heads: with the wrong count of heads in a
+    permutation, or with the ratio of the two in place of the second, other rows come out."""
     transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
 
-    def make(**changes: Any) -> Any:
+    def make(model_type: str, **changes: Any) -> Any:
         options = {
             "vocab_size": 101,
             "hidden_size": 96,
@@ -36,7 +42,8 @@ def make_llama() -> Callable[..., Any]:
             "pad_token_id": None,
         }
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(options | changes)))
+        config = transformers.AutoConfig.for_model(model_type, **(options | changes))
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # zeros and ones hide errors
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)

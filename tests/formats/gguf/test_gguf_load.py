@@ -12,7 +12,7 @@ import torch
 import effllm
 from effllm.cli import main
 from effllm.formats import CheckpointError, inspect
-from effllm.formats.gguf import TensorType, dequantize, quantize, write_llama
+from effllm.formats.gguf import TensorType, dequantize, quantize, write_model
 from effllm.nn import Int4Linear
 
 MakeLlama = Callable[..., Any]
@@ -20,7 +20,7 @@ IDS = torch.arange(24).view(2, 12) * 7 % 101
 
 
 def save(model: Any, path: Path, kind: TensorType) -> None:
-    write_llama(path, model.state_dict(), model.config.to_dict(), kind)
+    write_model(path, model, kind)
 
 
 def rounded(model: Any, kind: TensorType) -> Any:

@@ -1,10 +1,10 @@
-"""GGUF files: their container, their blocks, and Llama models in them."""
+"""GGUF files: their container, their blocks, and the models and tokenizers in them."""
 
 from effllm.formats.gguf.blocks import dequantize, quantize
-from effllm.formats.gguf.llama import config_metadata, read_config
-from effllm.formats.gguf.llama_state import int4_layers, read_llama, write_llama
+from effllm.formats.gguf.config import config_metadata, read_config
 from effllm.formats.gguf.reader import GgufFile, TensorInfo
 from effllm.formats.gguf.spec import GgufError, TensorType
+from effllm.formats.gguf.state import int4_layers, read_state_dict, write_model
 from effllm.formats.gguf.writer import TensorSource, write_gguf
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "int4_layers",
     "quantize",
     "read_config",
-    "read_llama",
+    "read_state_dict",
     "write_gguf",
-    "write_llama",
+    "write_model",
 ]
