@@ -92,9 +92,9 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         **row.read_bias_fields(file.tensors),
         **{field.config: _read_field(keys, field) for field in row.fields},
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": _token(file, "bos", vocab),
-        "eos_token_id": _token(file, "eos", vocab),
-        "pad_token_id": _token(file, "padding", vocab),
+        "bos_token_id": token_id(file, "bos", vocab),
+        "eos_token_id": token_id(file, "eos", vocab),
+        "pad_token_id": token_id(file, "padding", vocab),
     }
     if row.name == "gemma2":
         config["query_pre_attn_scalar"] = _gemma2_scalar(config)
@@ -202,7 +202,8 @@ def _read_field(keys: Keys, field: Field) -> int | float:
     return keys.number(field.key, field.default)
 
 
-def _token(file: GgufFile, name: str, vocab: int) -> int | None:
+def token_id(file: GgufFile, name: str, vocab: int) -> int | None:
+    """The id of a role ("bos", "eos", ...), None if there is none. Raises GgufError."""
     key = f"tokenizer.ggml.{name}_token_id"
     value = file.metadata.get(key)
     if value is None or (isinstance(value, int) and value in _NO_TOKEN):
