@@ -180,7 +180,7 @@ def test_errors(quantised: Any, llama: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     save(quantised, tmp_path / "empty", progress=False)
     assert (tmp_path / "empty").stat().st_mode == (tmp_path / "full").stat().st_mode
-    with pytest.raises(ValueError, match="format must be one of compressed-tensors, gptq_v2, awq"):
+    with pytest.raises(ValueError, match=r"format must be one of .*, awq, gguf-q4_0, .*"):
         save(quantised, tmp_path / "x", "gguf")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="a transformers model is needed, got Linear"):
         save(nn.Linear(2, 2), tmp_path / "x")

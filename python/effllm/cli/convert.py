@@ -4,9 +4,16 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, get_args
+
+import torch
 
 import effllm
 from effllm import formats, nn
+from effllm.formats import gguf
+from effllm.formats.empty import import_extra
+from effllm.formats.gguf_model import GGUF_FORMATS, is_gguf
+from effllm.formats.saving import SaveFormat
 
 # What a checkpoint has beside config and weights.
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
@@ -17,18 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", help="folder with config.json and safetensors files, or a .gguf file"
     )
-    parser.add_argument("target", help="folder to make")
+    parser.add_argument("target", help="folder to make, or .gguf file")
     parser.add_argument(
         "--format",
-        choices=("compressed-tensors", "gptq_v2", "awq"),
+        choices=get_args(SaveFormat),
         default="compressed-tensors",
         help="of the target (compressed-tensors)",
+    )
+    parser.add_argument(
+        "--no-tokenizer",
+        action="store_true",
+        help="from or to a .gguf file: leave its tokenizer out, one that cannot be converted say",
     )
     parser.add_argument(
         "--group-size",
         type=int,
         default=64,
-        help="where the source is not quantised: 32, 64, 128, or -1 for one group per row (64)",
+        help="where the source is not quantised, and the target is a folder: 32, 64, 128, or -1 "
+        "for one group per row (64)",
     )
     parser.add_argument(
         "--asymmetric",
@@ -40,21 +53,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert and print the report of the target; 1 and one line on stderr if that fails.
 
-    Codes are carried over as they are; the tokenizer of a GGUF file is not. An unquantised model is
-    rounded to nearest, its output head left as it is.
+    Codes are carried over as they are. An unquantised model is rounded to nearest, its output head
+    left as it is; for GGUF all is rounded by the format itself.
     """
+    source, target = Path(args.source), Path(args.target)
+    to_gguf = args.format in GGUF_FORMATS
     try:
         config = effllm.Int4Config(args.group_size, symmetric=not args.asymmetric)
-        model = effllm.load(args.source)
-        if not any(isinstance(module, nn.Int4Linear) for module in model.modules()):
+        # From one GGUF file to another, values pass through the model: no dtype of less bits.
+        model = effllm.load(source, dtype=torch.float32 if to_gguf and is_gguf(source) else None)
+        packed = any(isinstance(module, nn.Int4Linear) for module in model.modules())
+        if not packed and not to_gguf:
             head = model.get_output_embeddings()
             effllm.quantize_(model, config, lambda module, name: module is not head)
-        effllm.save(model, args.target, args.format)
-        for pattern in _TOKENIZER_FILES:
-            for path in Path(args.source).glob(pattern):
-                shutil.copy(path, args.target)
-        print(formats.inspect(args.target))
+        tokenizer = None
+        if (to_gguf or is_gguf(source)) and not args.no_tokenizer:
+            tokenizer = _tokenizer(source)
+        effllm.save(model, target, args.format, tokenizer=tokenizer)
+        if not to_gguf:
+            for pattern in _TOKENIZER_FILES:
+                for path in source.glob(pattern):
+                    shutil.copy(path, target)
+        print(formats.inspect(target))
     except (ImportError, OSError, ValueError) as error:
         print(f"effllm convert: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _tokenizer(source: Path) -> Any:
+    """That of the source, None if there is none."""
+    if is_gguf(source):
+        file = gguf.GgufFile(source)
+        return gguf.read_tokenizer(file) if "tokenizer.ggml.model" in file.metadata else None
+    if not any(path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)):
+        return None
+    return import_extra("transformers").AutoTokenizer.from_pretrained(source)

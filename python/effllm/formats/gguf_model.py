@@ -1,4 +1,4 @@
-"""A model out of a GGUF file: what effllm.load and inspect do with a path that is one."""
+"""A model out of a GGUF file and into one: what effllm.load, save and inspect do with it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,24 @@ from effllm.formats.gguf import (
     int4_layers,
     read_config,
     read_state_dict,
+    tokenizer_metadata,
+    write_model,
 )
 from effllm.formats.gguf.architecture import Slot, slots
 from effllm.formats.report import LayerReport, LoadReport, model_report
 from effllm.nn import Int4Linear
+
+GGUF_FORMATS = {
+    f"gguf-{kind.name.lower()}": kind
+    for kind in (
+        TensorType.Q4_0,
+        TensorType.Q8_0,
+        TensorType.F16,
+        TensorType.BF16,
+        TensorType.F32,
+    )
+}
+"""Formats of ``effllm.save``, and the type of the matrices."""
 
 _GROUP_SIZE = 32
 _DTYPES = {TensorType.F16: torch.float16, TensorType.BF16: torch.bfloat16}
@@ -74,6 +88,21 @@ def load_gguf(
     ]
     model.effllm_report = model_report(model, rows)
     return model.eval()
+
+
+def save_gguf(
+    model: Any, path: Path, tensor_type: TensorType, tokenizer: Any, progress: bool
+) -> None:
+    """See ``effllm.save``."""
+    if not is_gguf(path):
+        raise ValueError(f"effllm.save: a GGUF file must be named *.gguf, got {path}")
+    if path.exists():
+        raise FileExistsError(f"effllm.save: {path} exists")
+    metadata = {}
+    if tokenizer is not None:
+        metadata = tokenizer_metadata(tokenizer, model.config.vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_model(path, model, tensor_type, metadata, progress=progress)
 
 
 def inspect_gguf(path: str | Path) -> LoadReport:

@@ -20,11 +20,21 @@ from tqdm import tqdm
 
 from effllm import _load, ops
 from effllm.formats import awq, compressed_tensors, gptq
+from effllm.formats.gguf_model import GGUF_FORMATS, save_gguf
 from effllm.formats.grouped import GroupedWeight
 from effllm.nn import Int4Linear
 from effllm.nn.packed_linear import PackedLinear
 
-SaveFormat = Literal["compressed-tensors", "gptq_v2", "awq"]
+SaveFormat = Literal[
+    "compressed-tensors",
+    "gptq_v2",
+    "awq",
+    "gguf-q4_0",
+    "gguf-q8_0",
+    "gguf-f16",
+    "gguf-bf16",
+    "gguf-f32",
+]
 
 _ENCODERS: dict[str, Callable[[GroupedWeight], dict[str, Tensor]]] = {
     "compressed-tensors": compressed_tensors.encode,
@@ -38,35 +48,46 @@ def save(
     path: str | Path,
     format: SaveFormat = "compressed-tensors",
     *,
+    tokenizer: Any = None,
     max_shard_bytes: int = 4 * 2**30,
     progress: bool = True,
 ) -> None:
     """Writes config and weights of a transformers model; its ``Int4Linear`` layers stay 4 bits.
 
     Codes, scales and zero points are written as they are, so that loading the result gives equal
-    weights. All is written into a temporary folder beside ``path``, which is renamed at the end:
-    after an error or an interrupt there is no half a checkpoint. A tokenizer is not part of the
-    model: ``tokenizer.save_pretrained(path)`` afterwards.
+    weights. All is written into a temporary folder (or file) beside ``path``, which is renamed at
+    the end: after an error or an interrupt there is no half a checkpoint.
 
     Args:
         model: from ``effllm.load``, or a transformers model after ``effllm.quantize_``.
-        path: the folder to make; it may exist if it is empty.
+        path: the folder to make, which may exist if it is empty; for GGUF the file, ``*.gguf``.
         format: "compressed-tensors" is pack-quantized, read by its package and so by transformers.
             "gptq_v2" also holds permuted inputs (act-order) and short last groups; "awq" is the
-            GEMM layout, with one group size for all layers.
-        max_shard_bytes: start another file rather than exceed it, except by a single layer.
+            GEMM layout, with one group size for all layers. "gguf-..." is one file for llama.cpp,
+            with all matrices of the type that it names: "gguf-q4_0" holds those 4-bit layers that
+            it can hold exactly (see ``formats.gguf.write_model``), the others round them. Matrices
+            that are not quantised are rounded as llama.cpp does it.
+        tokenizer: of transformers; put into the folder or, as far as ``tokenizer_metadata`` of
+            ``formats.gguf`` can express it, into the file, which llama.cpp does not run without.
+        max_shard_bytes: start another file rather than exceed it, except by a single layer. A GGUF
+            file is always one.
         progress: show a progress bar.
 
     Raises:
-        ValueError: another format, a model that is not of transformers, no ``Int4Linear`` in it, a
-            layer that the format cannot hold (the message names it), or weights on the meta device.
+        ValueError: another format, a model that is not of transformers, no ``Int4Linear`` in it
+            (but for GGUF), a layer, config or tokenizer that the format cannot hold (the message
+            names it), or weights on the meta device.
         FileExistsError: ``path`` exists and is no empty folder.
     """
-    if format not in _ENCODERS:
-        raise ValueError(f"effllm.save: format must be one of {', '.join(_ENCODERS)}, got {format}")
+    if format not in (*_ENCODERS, *GGUF_FORMATS):
+        known = ", ".join((*_ENCODERS, *GGUF_FORMATS))
+        raise ValueError(f"effllm.save: format must be one of {known}, got {format}")
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ValueError(f"effllm.save: a transformers model is needed, got {type(model).__name__}")
     path = Path(path).absolute()
+    if format in GGUF_FORMATS:
+        save_gguf(model, path, GGUF_FORMATS[format], tokenizer, progress)
+        return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"effllm.save: {path} exists and is no empty folder")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Int4Linear)}
@@ -81,6 +102,8 @@ def save(
         os.umask(umask)
         folder.chmod(0o777 & ~umask)
         _write_configs(model, folder, quantization)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         _write_shards(_tensors(model, layers, format, progress), folder, max_shard_bytes)
         folder.rename(path)
     except BaseException:

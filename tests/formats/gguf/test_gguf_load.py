@@ -97,13 +97,3 @@ def test_a_damaged_file_is_one_error(
     assert main(["inspect", str(path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("effllm inspect: ")
-
-
-def test_converts_to_a_checkpoint_folder(make_llama: MakeLlama, tmp_path: Path) -> None:
-    save(make_llama(), tmp_path / "a.gguf", TensorType.Q4_0)
-    target = tmp_path / "out"
-    assert main(["convert", str(tmp_path / "a.gguf"), str(target)]) == 0
-    direct = effllm.load(tmp_path / "a.gguf", dtype=torch.float32, progress=False)
-    again = effllm.load(target, dtype=torch.float32, progress=False)
-    name = "model.layers.0.self_attn.q_proj"
-    assert torch.equal(again.get_submodule(name).weight, direct.get_submodule(name).weight)

@@ -98,6 +98,7 @@ def write_model(
     model: Any,
     tensor_type: TensorType,
     metadata: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> None:
     """Writes a transformers model as GGUF, whole or not at all.
 
@@ -109,6 +110,7 @@ def write_model(
         tensor_type: of all matrices: F32, F16, BF16, Q4_0 or Q8_0. Vectors are F32.
         metadata: more of it, such as ``tokenizer_metadata``; it wins over what follows from the
             config.
+        progress: show a progress bar.
 
     Raises:
         GgufError: a weight is missing, unexpected, without values or of the wrong shape, or cannot
@@ -133,7 +135,7 @@ def write_model(
     for slot in wanted:
         kind = tensor_type if len(slot.shape) == 2 else TensorType.F32
         sources.append(TensorSource(slot.gguf, slot.shape, kind, _reader(model, slot, kind)))
-    write_gguf(path, all_metadata | dict(metadata or {}), sources)
+    write_gguf(path, all_metadata | dict(metadata or {}), sources, progress)
 
 
 def _checked_slots(file: GgufFile) -> list[Slot]:

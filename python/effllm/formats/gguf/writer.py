@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from effllm.formats.gguf.blocks import as_blocks, quantize
 from effllm.formats.gguf.spec import (
@@ -64,7 +65,10 @@ class TensorSource:
 
 
 def write_gguf(
-    path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: Iterable[TensorSource]
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any],
+    tensors: Iterable[TensorSource],
+    progress: bool = False,
 ) -> None:
     """Writes a GGUF file, whole or not at all: it takes its name once it is complete.
 
@@ -75,6 +79,7 @@ def write_gguf(
             stored as their own dtype; lists of values of one kind, where ints are int32 or int64.
             A ``general.alignment`` is obeyed.
         tensors: stored in this order. Never more than one is held in encoded form.
+        progress: show a progress bar.
 
     Raises:
         GgufError: a value, name, shape or type cannot be stored; the message names it. Nothing is
@@ -89,7 +94,8 @@ def write_gguf(
     try:
         with open(partial, "xb") as file:
             file.write(header)
-            for source in sources:
+            bar = tqdm(sources, desc="save", unit="tensor", leave=False, disable=not progress)
+            for source in bar:
                 data = _encoded(source)
                 file.write(data.numpy().data)
                 file.write(bytes(-source.size % alignment))
