@@ -11,7 +11,6 @@ from effllm.formats.gguf.keys import Keys
 from effllm.formats.gguf.reader import GgufFile
 from effllm.formats.gguf.spec import GgufError, quote
 from effllm.formats.gguf.tokenizer_rules import (
-    MAX_TOKEN_CHARACTERS,
     PREFIX,
     SPACE,
     SPLITTINGS,
@@ -65,7 +64,9 @@ def read_tokenizer(file: GgufFile) -> Any:
         parts = _byte_level(keys, tokens, roles)
     parts |= {"version": "1.0", "added_tokens": _added_tokens(tokens, types)}
     try:
-        backend = import_extra("tokenizers").Tokenizer.from_str(json.dumps(parts))
+        backend = import_extra("tokenizers").Tokenizer.from_str(
+            json.dumps(parts, ensure_ascii=False)
+        )
     except Exception as error:  # the package has no narrower type
         raise GgufError(f"{file.path}: not a tokenizer: {error}") from error
     tokenizer = import_extra("transformers").PreTrainedTokenizerFast(
@@ -88,12 +89,6 @@ def _tokens(keys: Keys) -> list[str]:
         if token in seen:
             keys.fail(f"'{TOKENS}' has {quote(token)} twice")
         seen.add(token)
-    longest = max(tokens, key=len)
-    if len(longest) > MAX_TOKEN_CHARACTERS:
-        keys.fail(
-            f"'{TOKENS}' has a token of {len(longest)} characters, at most "
-            f"{MAX_TOKEN_CHARACTERS} are read"
-        )
     return tokens
 
 
@@ -143,7 +138,7 @@ def _byte_level(keys: Keys, tokens: list[str], roles: dict[str, int | None]) -> 
             "type": "BPE",
             "ignore_merges": splitting.ignore_merges,
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [_pair(keys, merge) for merge in keys.texts("merges")],
+            "merges": _merges(keys, set(tokens) - {""}),
         },
     }
 
@@ -157,11 +152,16 @@ def _splitting(keys: Keys) -> Splitting:
     keys.fail(f"'{PREFIX}.pre' is {quote(name)}, only {known} can be read")
 
 
-def _pair(keys: Keys, merge: str) -> tuple[str, str]:
-    left, space, right = merge.partition(" ")
-    if not (left and space and right):
-        keys.fail(f"'{PREFIX}.merges' has {quote(merge)}, not two tokens with a space between")
-    return left, right
+def _merges(keys: Keys, tokens: set[str]) -> list[tuple[str, str]]:
+    """Pairs of tokens that make another: what is none, the package tokenizers cannot take."""
+    pairs = []
+    for merge in keys.texts("merges"):
+        left, _, right = merge.partition(" ")
+        for token in (left, right, left + right):
+            if token not in tokens:
+                keys.fail(f"'{PREFIX}.merges' has {quote(merge)}, but {quote(token)} is no token")
+        pairs.append((left, right))
+    return pairs
 
 
 def _sentencepiece(
@@ -180,6 +180,10 @@ def _sentencepiece(
             "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces],
         }
         decoder.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    try:
+        merges = merges_of_scores(tokens, scores, types)
+    except GgufError as error:
+        keys.fail(f"'{TOKENS}': {error}")
     unknown = roles["unk_token"]
     return {
         "normalizer": spaces,
@@ -192,7 +196,7 @@ def _sentencepiece(
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": merges_of_scores(tokens, scores, types),
+            "merges": merges,
         },
     }
 

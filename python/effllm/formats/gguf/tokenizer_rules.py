@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from effllm.formats.gguf.spec import GgufError
+
 PREFIX = "tokenizer.ggml"
 SPACE = "\u2581"  # how SentencePiece spells it
 
-# Longer than any token of a real vocabulary; looking for the merges of one takes its square.
-MAX_TOKEN_CHARACTERS = 1024
+# Tokens of SentencePiece have at most 16 characters by default. All ways to cut one are looked at,
+# so that the time and the merges' size grow with its square: both stay far above real vocabularies.
+_MAX_TOKEN_CHARACTERS = 256
+_MAX_MERGE_CHARACTERS = 1 << 25
 
 
 class TokenType(IntEnum):
@@ -107,16 +111,25 @@ def merges_of_scores(
     """The merges of a SentencePiece vocabulary, best first.
 
     SentencePiece joins the two neighbours that make the token of the highest score; merges name the
-    neighbours, so each token gives one for every way to cut it into two tokens.
+    neighbours, so each token gives one for every way to cut it into two tokens. Raises GgufError if
+    tokens are too long, or the merges too many, for any real vocabulary.
     """
     joinable = (TokenType.NORMAL, TokenType.USER_DEFINED)
     ids = {token: i for i, token in enumerate(tokens) if types[i] in joinable}
     found = []
+    size = 0
     for token, i in ids.items():
+        if len(token) > _MAX_TOKEN_CHARACTERS:
+            raise GgufError(
+                f"a token of {len(token)} characters, at most {_MAX_TOKEN_CHARACTERS} are read"
+            )
         for cut in range(1, len(token)):
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
                 found.append((-scores[i], i, left, right))
+                size += len(token)
+        if size > _MAX_MERGE_CHARACTERS:
+            raise GgufError(f"more than {len(found)} merges follow from the tokens")
     found.sort()
     return [(tokens[left], tokens[right]) for _, _, left, right in found]
 
