@@ -24,6 +24,7 @@ from effllm.formats.gguf import (
     write_model,
 )
 from effllm.formats.gguf.architecture import Slot, slots
+from effllm.formats.gguf.config import end_tokens
 from effllm.formats.report import LayerReport, LoadReport, model_report
 from effllm.nn import Int4Linear
 
@@ -59,6 +60,7 @@ def load_gguf(
     file = GgufFile(path)
     config = _config(file)
     dtype = dtype or _DTYPES.get(file.tensors["token_embd.weight"].type, torch.bfloat16)
+    ends = end_tokens(file, config.vocab_size)
     entries = read_state_dict(file, dtype=dtype)
     first = next(entries)  # all checks of the file come before it, and so before the model
     model = empty_model(config, str(path), dtype, options)
@@ -87,6 +89,8 @@ def load_gguf(
         for slot in _quantised(file)
     ]
     model.effllm_report = model_report(model, rows)
+    if len(ends) > 1:
+        model.generation_config.eos_token_id = ends
     return model.eval()
 
 

@@ -82,6 +82,21 @@ def test_paths_and_tokenizers_that_do_not_fit(make_llama: MakeModel, tmp_path: P
     assert os.listdir(tmp_path) == ["a.gguf"]
 
 
+def test_all_end_tokens_are_kept(make_llama: MakeModel, tmp_path: Path) -> None:
+    """Those of a turn and a message, which instruction models have, are the model's too."""
+    for ends, keys in (([2, 5, 7], {"eos": 2, "eot": 5, "eom": 7}), ([2, 9], {"eos": 2, "eot": 9})):
+        model = make_llama()
+        model.generation_config.eos_token_id = ends
+        path = tmp_path / f"{len(ends)}.gguf"
+        effllm.save(model, path, "gguf-q8_0", progress=False)
+        metadata = GgufFile(path).metadata
+        found = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in keys}
+        assert found == keys
+        loaded = effllm.load(path, progress=False)
+        assert loaded.generation_config.eos_token_id == ends
+        assert loaded.config.eos_token_id == 2
+
+
 def test_a_folder_gets_the_tokenizer(make_llama: MakeModel, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
     tokenizer = transformers.AutoTokenizer.from_pretrained(effllm.demo.model_path())

@@ -46,6 +46,9 @@ _NEUTRAL: dict[str, object] = {
 # -1, as converters spell a token that there is none of.
 _NO_TOKEN = (-1, (1 << 32) - 1)
 
+# Of a turn (instruction models end it with another token than a text), and of a message.
+_MORE_ENDS = ("eot", "eom")
+
 # Gemma 2 divides scores by the root of its head dim, but in the size of this many layers by that of
 # its hidden size per head. llama.cpp tells them apart just so.
 _GEMMA2_27B_LAYERS = 46
@@ -136,6 +139,19 @@ def config_metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(token, int) and token >= 0:
             metadata[f"tokenizer.ggml.{theirs}_token_id"] = token
     return metadata
+
+
+def end_tokens(file: GgufFile, vocab: int) -> list[int]:
+    """All tokens that end a text: beside that of the config those that end a turn or a message."""
+    found = (token_id(file, name, vocab) for name in ("eos", *_MORE_ENDS))
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def more_ends(eos: object, ends: object) -> dict[str, int]:
+    """The keys of up to two of the ``ends``, an id or several, that are not the ``eos`` itself."""
+    others = [token for token in (ends if isinstance(ends, list) else [ends]) if token != eos]
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in _MORE_ENDS)
+    return {key: token for key, token in zip(keys, others, strict=False) if isinstance(token, int)}
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from effllm import ops
 from effllm.formats.gguf.architecture import Slot, slots, to_gguf_rows, to_hf_rows
 from effllm.formats.gguf.blocks import DECODED, dequantize, from_int4, names, to_int4
-from effllm.formats.gguf.config import config_metadata, head_dim_of, read_config
+from effllm.formats.gguf.config import config_metadata, head_dim_of, more_ends, read_config
 from effllm.formats.gguf.reader import GgufFile
 from effllm.formats.gguf.rope import ROPE_FREQS, rope_freqs
 from effllm.formats.gguf.spec import GgufError, TensorType, quote
@@ -104,7 +104,8 @@ def write_model(
 
     Args:
         path: replaced if it exists.
-        model: of a type that ``config_metadata`` takes. Layers replaced by ``Int4Linear`` are
+        model: of a type that ``config_metadata`` takes. Up to three end tokens of its generation
+            config are kept. Layers replaced by ``Int4Linear`` are
             stored as Q4_0 without loss, if they have groups that 32 divides, scales that are fp16
             numbers, and no zero points but 8; as any other type, their values are rounded to it.
         tensor_type: of all matrices: F32, F16, BF16, Q4_0 or Q8_0. Vectors are F32.
@@ -135,7 +136,10 @@ def write_model(
     for slot in wanted:
         kind = tensor_type if len(slot.shape) == 2 else TensorType.F32
         sources.append(TensorSource(slot.gguf, slot.shape, kind, _reader(model, slot, kind)))
-    write_gguf(path, all_metadata | dict(metadata or {}), sources, progress)
+    all_metadata |= metadata or {}
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    all_metadata |= more_ends(all_metadata.get("tokenizer.ggml.eos_token_id"), ends)
+    write_gguf(path, all_metadata, sources, progress)
 
 
 def _checked_slots(file: GgufFile) -> list[Slot]:

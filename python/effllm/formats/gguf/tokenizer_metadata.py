@@ -145,8 +145,10 @@ def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, str]]) 
 
     Special tokens are found before anything is merged, so their merges mean nothing.
     """
-    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
-    merges = [merge for merge in merges if "".join(merge) in normal]
+    kinds = dict(zip(tokens, types, strict=True))
+    normal = {token for token, kind in kinds.items() if kind == TokenType.NORMAL}
+    parts = normal | {token for token, kind in kinds.items() if kind == TokenType.USER_DEFINED}
+    merges = [merge for merge in merges if "".join(merge) in normal and parts.issuperset(merge)]
     order: dict[str, int] = {}
     last = None
     for merge in merges:
