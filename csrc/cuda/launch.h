@@ -53,6 +53,9 @@ struct Launch {
   size_t smem_bytes;
   cudaStream_t stream;
   int cluster = 1;  // CTAs, neighbours in x, that see each other's shared memory (sm_90)
+  // Whether it may start before the kernel ahead of it has finished (sm_90). It must then wait,
+  // with grid_dependency_wait, before it reads what that one may write, or writes anything.
+  bool early_start = false;
 
   template <class Params>
   void operator()(void (*kernel)(Params), const Params& params) const {
@@ -62,16 +65,23 @@ struct Launch {
                                       static_cast<int>(smem_bytes)),
                  op, "shared memory opt-in");
     }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchAttribute attributes[2]{};
+    unsigned count = 0;
+    if (cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    }
+    if (early_start) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = smem_bytes;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = cluster > 1 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     check_cuda(cudaLaunchKernelEx(&config, kernel, params), op, "kernel launch");
   }
 };

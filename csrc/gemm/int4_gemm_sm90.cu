@@ -1,27 +1,24 @@
-// Which wgmma kernel int4_gemm takes, and how its work is cut: host code alone. What bounds the
+// Which kernel int4_gemm takes on Hopper, and how its work is cut: host code alone. What bounds the
 // kernels stands in their own files.
 #include <algorithm>
-#include <mutex>
-#include <vector>
 
 #include "common/math.h"
 #include "cuda/launch.h"
+#include "cuda/per_device.h"
 #include "gemm/int4_gemm_sm90.h"
 
 namespace effllm {
 namespace {
 
-constexpr int kTileK = 64;
-
-// Asked of the driver once per device.
-Int4GemmResidency residency_of(int device) {
-  static std::mutex mutex;
-  static std::vector<std::optional<Int4GemmResidency>> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto index = static_cast<size_t>(device);
-  if (known.size() <= index) known.resize(index + 1);
-  if (!known[index]) known[index] = int4_gemm_wide_residency();
-  return *known[index];
+// Microseconds that the kernel for up to 8 tokens takes, within some 10 % of what an H100 took:
+// what every launch costs, a multiprocessor's codes and scales, and x, of which each has all.
+double int4_gemm_direct_time(const Int4GemmParams& params, int num_sms) {
+  constexpr double kStart = 2.9, kCodesPerMicrosecond = 45e3, kXPerMicrosecond = 45e3;
+  const auto turns =
+      static_cast<double>(ceil_div<int64_t>(ceil_div<int64_t>(params.n, 16), num_sms));
+  const auto k = static_cast<double>(params.k);
+  return kStart + turns * 16 * k / kCodesPerMicrosecond +
+         2 * static_cast<double>(params.m) * k / kXPerMicrosecond;
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -35,7 +32,7 @@ Int4GemmWidePlan plan_int4_gemm_wide(int64_t m, int64_t n, int64_t k, int num_sm
                                      const Int4GemmResidency& residency) {
   constexpr double kStart = 2800, kTile = 800, kReduce = 1000, kReduceSlice = 360,
                    kReduceValue = 0.11;
-  const int64_t k_tiles = ceil_div<int64_t>(k, kTileK);
+  const int64_t k_tiles = ceil_div<int64_t>(k, kInt4GemmTileK);
   Int4GemmWidePlan best{};
   double best_time = 1e30;
   for (size_t index = 0; index < kInt4GemmWideShapes.size(); ++index) {
@@ -66,21 +63,32 @@ Int4GemmWidePlan plan_int4_gemm_wide(int64_t m, int64_t n, int64_t k, int num_sm
 }
 
 bool launch_int4_gemm_sm90(const Int4GemmParams& params, int device, cudaStream_t stream) {
-  // What TMA and 64-column tiles ask for.
-  const bool whole_tile_groups = params.group_size >= kTileK || params.num_groups == 1;
-  if (params.k == 0 || params.k % 8 != 0 || !is_aligned(params.x) || !whole_tile_groups) {
-    return false;
-  }
+  // What copies of x in pieces of 16 bytes ask for.
+  if (params.k == 0 || params.k % 8 != 0 || !is_aligned(params.x)) return false;
   const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device, "int4_gemm");
-  if (params.m > kInt4GemmNarrowTokens && params.n % 8 == 0 && is_aligned(params.out)) {
-    launch_int4_gemm_wide_sm90(
-        params, plan_int4_gemm_wide(params.m, params.n, params.k, num_sms, residency_of(device)),
-        stream);
+  // The others work on tiles of 64 columns.
+  const bool whole_tile_groups = params.group_size >= kInt4GemmTileK || params.num_groups == 1;
+  if (params.m > kPackedGemmNarrowTokens && whole_tile_groups && params.n % 8 == 0 &&
+      is_aligned(params.out)) {
+    static PerDevice<Int4GemmResidency> residency;
+    const auto plan = plan_int4_gemm_wide(params.m, params.n, params.k, num_sms,
+                                          residency.get(device, int4_gemm_wide_residency));
+    launch_int4_gemm_wide_sm90(params, plan, stream);
     return true;
   }
-  const auto plan = plan_int4_gemm_narrow(params, num_sms);
-  if (plan) launch_int4_gemm_narrow_sm90(params, *plan, stream);
-  return plan.has_value();
+  static PerDevice<PackedGemmNarrowResidency> residency;
+  std::optional<PackedGemmNarrowPlan> narrow;
+  if (whole_tile_groups) {
+    narrow =
+        plan_packed_gemm_narrow(params, num_sms, residency.get(device, int4_gemm_narrow_residency));
+  }
+  if (params.m <= kInt4GemmDirectTokens &&
+      (!narrow || int4_gemm_direct_time(params, num_sms) < narrow->time) &&
+      launch_int4_gemm_direct_sm90(params, num_sms, stream)) {
+    return true;
+  }
+  if (narrow) launch_int4_gemm_narrow_sm90(params, *narrow, stream);
+  return narrow.has_value();
 }
 
 }  // namespace effllm

@@ -1,7 +1,8 @@
-// int4_gemm on wgmma: the host side, for code compiled for any architecture. Two kernels:
+// int4_gemm on Hopper: the host side, for code compiled for any architecture. Three kernels:
 //
-//   narrow  up to 32 tokens: many small CTAs, each a slice of a strip of W; bound by bytes
-//   wide    more: a persistent kernel over large tiles; bound by the tensor cores
+//   direct  up to 8 tokens: codes from memory into registers, mma.sync; bound by bytes
+//   narrow  up to 32 tokens: wgmma, many small CTAs, each a slice of a strip of W; bound by bytes
+//   wide    more: wgmma, a persistent kernel over large tiles; bound by the tensor cores
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,23 +14,20 @@
 
 #include "cuda/launch.h"
 #include "gemm/int4_gemm.h"
+#include "gemm/packed_gemm_narrow_sm90.h"
 
 namespace effllm {
 
-// Launches one of them if it takes these arguments. Not taken: groups of 32, and rows of x that TMA
-// cannot read.
+// Launches one of them if it takes these arguments. Not taken: rows of x that TMA cannot read, and
+// groups of 32 for more than 8 tokens.
 bool launch_int4_gemm_sm90(const Int4GemmParams& params, int device, cudaStream_t stream);
 
-inline constexpr int kInt4GemmNarrowTokens = 32;  // the most that the narrow kernel is meant for
+// Up to 8 tokens. False if it does not take the arguments: K too short, x too large, scales of
+// another type.
+inline constexpr int kInt4GemmDirectTokens = 8;
+bool launch_int4_gemm_direct_sm90(const Int4GemmParams& params, int num_sms, cudaStream_t stream);
 
-// Tokens of a CTA, and how many CTAs of a cluster share the work along K.
-struct Int4GemmNarrowPlan {
-  int tokens, k_slices;
-};
-
-std::optional<Int4GemmNarrowPlan> plan_int4_gemm_narrow(const Int4GemmParams& params, int num_sms);
-void launch_int4_gemm_narrow_sm90(const Int4GemmParams& params, Int4GemmNarrowPlan plan,
-                                  cudaStream_t stream);
+inline constexpr int kInt4GemmTileK = kPackedGemmNarrowTileK;  // columns of a wide tile, too
 
 // A CTA's tile, the stages of its ring, and how many of it share a multiprocessor.
 struct Int4GemmWideShape {
@@ -53,6 +51,10 @@ inline constexpr std::array<Int4GemmWideShape, 4> kInt4GemmWideShapes{{
 // [shape][slices - 1]: clusters of so many CTAs that run on the current device at the same time.
 using Int4GemmResidency = std::array<std::array<int, kMaxClusterCtas>, kInt4GemmWideShapes.size()>;
 Int4GemmResidency int4_gemm_wide_residency();
+
+PackedGemmNarrowResidency int4_gemm_narrow_residency();
+void launch_int4_gemm_narrow_sm90(const Int4GemmParams& params, const PackedGemmNarrowPlan& plan,
+                                  cudaStream_t stream);
 
 struct Int4GemmWidePlan {
   size_t shape;

@@ -42,7 +42,7 @@ namespace effllm {
 namespace {
 
 constexpr const char* kOp = "int4_gemm";
-constexpr int kTileK = 64;
+constexpr int kTileK = kInt4GemmTileK;
 constexpr int kTileBytes = kInt4TileWords * 4;
 constexpr int kThreads = kMathThreads + 128;
 constexpr int kProducerWarps = 4;

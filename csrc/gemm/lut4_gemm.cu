@@ -1,6 +1,9 @@
 #include "common/torch.h"
+#include "cuda/launch.h"
 #include "cuda/vec.cuh"
 #include "gemm/lut4_gemm.h"
+#include "gemm/lut4_gemm_sm90.h"
+#include "gemm/lut4_planes.cuh"
 #include "gemm/packed_gemm_sm80.cuh"
 #include "quant/dequant.cuh"
 
@@ -31,27 +34,9 @@ struct Lut4Weights {
               ? 1.0f
               : device_load_float(params.scales, params.scales_dtype,
                                   n * params.stride_scales_n + group * params.stride_scales_g);
-      if (is_first || params.stride_codebook_g != 0) load_planes(params, n, group, planes[half]);
-    }
-  }
-
-  // The four lanes of a row load four entries each and tell one another.
-  static __device__ __forceinline__ void load_planes(const Params& params, int64_t n, int64_t group,
-                                                     Lut4Planes& planes) {
-    const int first = 4 * (threadIdx.x % 4);
-    const int64_t start = n * params.stride_codebook_n + group * params.stride_codebook_g;
-    float entries[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      entries[i] = device_load_float(params.codebook, params.codebook_dtype,
-                                     start + (first + i) * params.stride_codebook_entry);
-    }
-    uint32_t low, high;
-    Lut4Dequant<InT>::plane_words(entries, low, high);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      planes.low[i] = __shfl_sync(0xffffffffu, low, i, 4);
-      planes.high[i] = __shfl_sync(0xffffffffu, high, i, 4);
+      if (is_first || params.stride_codebook_g != 0) {
+        load_lut4_planes<InT>(params, n, group, planes[half]);
+      }
     }
   }
 
@@ -66,6 +51,16 @@ struct Lut4Weights {
 
 namespace {
 
+// The kernel for few tokens where the GPU has it and it takes the arguments, else the one that
+// takes all.
+void launch(const Lut4GemmParams& params, int device, cudaStream_t stream) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device, "lut4_gemm") == 9 &&
+      launch_lut4_gemm_sm90(params, device, stream)) {
+    return;
+  }
+  launch_packed_gemm_sm80<Lut4Weights>("lut4_gemm", params, stream);
+}
+
 Tensor lut4_gemm_cuda(const Tensor& x, const Tensor& qweight, const Tensor& codebook,
                       const std::optional<Tensor>& scales, const std::optional<Tensor>& bias,
                       int64_t group_size) {
@@ -78,7 +73,7 @@ Tensor lut4_gemm_cuda(const Tensor& x, const Tensor& qweight, const Tensor& code
   if (out.numel() == 0) return out;
   params.out = out.mutable_data_ptr();
 
-  launch_packed_gemm_sm80<Lut4Weights>("lut4_gemm", params, current_cuda_stream(x));
+  launch(params, x.get_device_index(), current_cuda_stream(x));
   return out;
 }
 

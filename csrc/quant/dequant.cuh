@@ -54,7 +54,11 @@ struct Int4Dequant<bfloat16> {
 
   template <bool kSymmetric = false>
   static __device__ __forceinline__ Pair zero_pair(int zero) {
-    return __bfloat162bfloat162(__int2bfloat16_rn(kSymmetric ? kBias + zero : zero));
+    // 0x4300 | z is 128 + z up to 127.
+    if (kSymmetric) {
+      return __bfloat162bfloat162(__ushort_as_bfloat16(static_cast<uint16_t>(0x4300 | zero)));
+    }
+    return __bfloat162bfloat162(__int2bfloat16_rn(zero));
   }
 
   // 128 + 255 would not be exact, hence two subtractions, but for the zero point 8.

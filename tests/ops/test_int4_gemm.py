@@ -338,10 +338,43 @@ def test_captured_as_the_very_first_call_and_replayed_with_other_data(m: int, k:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [3, 70])
-def test_many_rows(m: int) -> None:
-    case = Int4GemmCase(m, 59136, 2880, 64)
+@pytest.mark.parametrize(("m", "group_size"), [(3, 64), (3, 128), (20, 64), (70, 64)])
+def test_many_rows(m: int, group_size: int) -> None:
+    case = Int4GemmCase(m, 59136, 2880, group_size)
     check(case, *case.make("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 8, 16, 40])
+def test_launches_that_start_early_see_what_comes_before_them(m: int) -> None:
+    """Each multiplies what the one before has written, by codes that were packed just before."""
+    n = 2048
+    codes = torch.randint(16, (n, n), dtype=torch.uint8, device="cuda")
+    other = 15 - codes
+    scales = torch.full((n, n // 128), 1 / 256, dtype=torch.bfloat16, device="cuda")
+    first = hostile.normal(m, n, dtype=torch.bfloat16, seed=2).to("cuda")
+
+    def chain(wait: bool) -> list[Tensor]:
+        x, results = first.clone(), []
+        for i in range(12):
+            qweight = int4_pack(codes if i % 3 else other)
+            for _ in range(3):
+                if wait:
+                    torch.cuda.synchronize()
+                x = int4_gemm(x, qweight, scales, group_size=128)
+                results.append(x)
+            x = x / x.abs().max()
+        return results
+
+    expected = chain(wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = chain(wait=False)
+    for _ in range(20):
+        graph.replay()
+        for results in (replayed, chain(wait=False)):
+            for found, wanted in zip(results, expected, strict=True):
+                assert_equal(found, wanted)
 
 
 @pytest.mark.gpu

@@ -35,13 +35,13 @@ def load(
     """Loads a causal language model whose quantised layers run on our kernels.
 
     Reads AWQ (gemm), GPTQ v1 and v2, compressed-tensors (pack-, float-, int- and naive-quantized,
-    sparse with bit masks), fine-grained FP8, bitsandbytes (NF4, FP4, int8), and GGUF files
-    (llama, qwen2, qwen3, gemma, gemma2); checkpoints that are not quantised load as transformers loads them. Weights go from the
-    file to the kernels' layout one layer at a time. ``model.effllm_report`` says what each layer is
-    and what runs it: 2- and 3-bit codes become 4-bit codes exactly, and so do GGUF's Q4_0 and the
-    Q4_1 that allow it; NF4 and FP4 keep their codes and codebook; all else, groups that the kernels
-    do not take among it, is expanded to dense layers. Activations are never quantised, whatever the
-    config says of them.
+    sparse with bit masks), fine-grained FP8, bitsandbytes (NF4, FP4, int8), and GGUF files (llama,
+    qwen2, qwen3, gemma, gemma2); checkpoints that are not quantised load as transformers loads
+    them. Weights go from the file to the kernels' layout one layer at a time.
+    ``model.effllm_report`` says what each layer is and what runs it: 2- and 3-bit codes become
+    4-bit codes exactly, and so do GGUF's Q4_0 and the Q4_1 that allow it; NF4 and FP4 keep their
+    codes and codebook; all else, groups that the kernels do not take among it, is expanded to dense
+    layers. Activations are never quantised, whatever the config says of them.
 
     Args:
         path: a folder with ``config.json`` and safetensors files, or a file ``*.gguf``.

@@ -150,6 +150,32 @@ def _cases() -> list[Int4GemmCase]:
             )
             for dtype in (half, bf16)
         ),
+        # Few tokens and a K that many warps share on Hopper: short last steps, tiles and groups,
+        # one block of rows and several per multiprocessor, scales of either 16-bit type.
+        *(
+            Int4GemmCase(m, n, k, g, dtype, zeros, not zeros, scales_dtype)
+            for m, n, k, g, zeros in (
+                (1, 40, 2080, 32, True),
+                (2, 4240, 2048, 32, False),
+                (5, 4240, 2112, 64, True),
+                (8, 200, 4304, 64, False),
+                (3, 6400, 2176, 128, True),
+                (7, 72, 6616, 128, False),
+                (8, 56, 10944, -1, True),
+            )
+            for dtype, scales_dtype in ((bf16, bf16), (half, half), (bf16, half))
+        ),
+        # Some more tokens, with one strip of W per block and with two, of which the last is alone.
+        *(
+            Int4GemmCase(m, n, k, g, dtype, zeros)
+            for m, n, k, g, zeros in (
+                (9, 1032, 4104, 64, True),
+                (16, 16520, 1032, 128, False),
+                (29, 4160, 1032, 128, True),
+                (32, 4160, 2312, 64, False),
+            )
+            for dtype in (half, bf16)
+        ),
         # Many tokens on Hopper: each tile shape with whole tiles and with tiles whose K a cluster
         # shares, several rounds, tails in M, N and K; scales that x's type holds and others.
         *(

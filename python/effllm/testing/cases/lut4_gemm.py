@@ -151,6 +151,20 @@ def _cases() -> list[Lut4GemmCase]:
                 (130, 320, 1032, 128, "tensor"),
             )
         ),
+        # The same on Hopper, whose kernels for few and for some tokens want no codebook per group.
+        *(
+            Lut4GemmCase(m, n, k, g, dtype, codebook, scales, not scales)
+            for m, n, k, g, codebook, scales in (
+                (1, 40, 2080, 32, "row", True),
+                (5, 4240, 2112, 64, "tensor", True),
+                (8, 200, 4304, 128, "row", True),
+                (3, 6400, 2176, -1, "row", False),
+                (9, 4160, 2560, 64, "row", True),
+                (31, 9280, 1024, 128, "tensor", True),
+                (33, 136, 2560, -1, "row", False),
+            )
+            for dtype in (half, bf16)
+        ),
         # Nothing to do, in each dimension.
         *(
             Lut4GemmCase(m, n, k, codebook=codebook, bias=True)
