@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   }
 }
 
-// Whether the last element lies at a 32-bit position.
+// Whether the last of so many elements (or chunks of 16 bytes) lies at a 32-bit position.
 inline bool has_near_elements(int64_t rows, int64_t stride_n, int64_t groups, int64_t stride_g) {
   return (rows - 1) * stride_n + (groups - 1) * stride_g <= std::numeric_limits<uint32_t>::max();
 }
@@ -336,6 +336,10 @@ std::optional<DirectPlan<C>> plan_packed_gemm_direct(const typename C::Params& p
   constexpr int64_t kMinSmemBytes = 116 * 1024, kMaxSmemBytes = 227 * 1024;
   const int64_t steps = ceil_div<int64_t>(params.k, C::kStepK);
   if (params.m > C::kTokens || steps < C::kWarps) return std::nullopt;
+  if (!has_near_elements(int4_num_strips(params.n), params.stride_qweight_strip / 4,
+                         ceil_div<int64_t>(params.k, 64), C::kTileChunks)) {
+    return std::nullopt;
+  }
   const int64_t x_row_bytes = ceil_div<int64_t>(steps, C::kWarps) * C::kStepK * 2 + 16;
   const int64_t smem_bytes = C::kSumBytes + C::kWarps * params.m * x_row_bytes;
   if (smem_bytes > kMaxSmemBytes) return std::nullopt;
