@@ -26,7 +26,6 @@ struct Int4DirectWeights {
     uint8_t zero[2];
   };
 
-  // Positions as 32-bit numbers of elements: a step's addresses are one instruction each.
   struct Source {
     uint32_t scales[2], zeros[2];
     int groups_left;
@@ -37,12 +36,9 @@ struct Int4DirectWeights {
       groups_left = num_groups - group;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // Rows past N are computed on padding and never stored: any scale in bounds will do.
-        const int n = min(row + 8 * half, static_cast<int>(params.n) - 1);
-        scales[half] = static_cast<uint32_t>(n) * static_cast<uint32_t>(params.stride_scales_n) +
-                       group * static_cast<uint32_t>(params.stride_scales_g);
-        zeros[half] = static_cast<uint32_t>(n) * static_cast<uint32_t>(params.stride_zeros_n) +
-                      group * static_cast<uint32_t>(params.stride_zeros_g);
+        const int n = direct_row(params, row + 8 * half);
+        scales[half] = direct_position(n, group, params.stride_scales_n, params.stride_scales_g);
+        zeros[half] = direct_position(n, group, params.stride_zeros_n, params.stride_zeros_g);
       }
     }
 

@@ -27,7 +27,6 @@ struct Lut4DirectWeights {
     uint32_t scale[2];
   };
 
-  // Positions as 32-bit numbers of elements: a step's addresses are one instruction each.
   struct Source {
     uint32_t scales[2];
     int groups_left;
@@ -38,10 +37,8 @@ struct Lut4DirectWeights {
       groups_left = num_groups - group;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        // Rows past N are computed on padding and never stored: any scale in bounds will do.
-        const int n = min(row + 8 * half, static_cast<int>(params.n) - 1);
-        scales[half] = static_cast<uint32_t>(n) * static_cast<uint32_t>(params.stride_scales_n) +
-                       group * static_cast<uint32_t>(params.stride_scales_g);
+        const int n = direct_row(params, row + 8 * half);
+        scales[half] = direct_position(n, group, params.stride_scales_n, params.stride_scales_g);
       }
     }
 
@@ -66,8 +63,7 @@ struct Lut4DirectWeights {
     if (!is_first && params.stride_codebook_n == 0) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int n = min(row + 8 * half, static_cast<int>(params.n) - 1);
-      load_lut4_planes<InT>(params, n, 0, planes[half]);
+      load_lut4_planes<InT>(params, direct_row(params, row + 8 * half), 0, planes[half]);
     }
   }
 

@@ -99,6 +99,19 @@ struct DirectSlice {
   __device__ __forceinline__ int steps() const { return end - begin; }
 };
 
+// For a `Source`: a row, or if it is past N the last one, as such rows are computed on padding and
+// never stored; and where a matrix [row, group] has an element, as a 32-bit number of elements, so
+// that a step's addresses are one instruction each.
+__device__ __forceinline__ int direct_row(const PackedGemmParams& params, int row) {
+  return min(row, static_cast<int>(params.n) - 1);
+}
+
+__device__ __forceinline__ uint32_t direct_position(int row, int group, int64_t stride_n,
+                                                    int64_t stride_g) {
+  return static_cast<uint32_t>(row) * static_cast<uint32_t>(stride_n) +
+         group * static_cast<uint32_t>(stride_g);
+}
+
 // Loads a warp's steps ahead of their use, block after block.
 template <class C>
 struct DirectLoader {
