@@ -42,17 +42,27 @@ Int4GemmWidePlan plan_int4_gemm_wide(int64_t m, int64_t n, int64_t k, int num_sm
       const int64_t clusters = residency[index][static_cast<size_t>(slices - 1)];
       if (clusters == 0) continue;
       const int64_t ctas = clusters * slices;
-      const int64_t whole = slices == 1 ? ceil_div(tiles, ctas) : tiles / ctas;
-      const int64_t split = slices == 1 ? 0 : tiles - whole * ctas;
-      // The CTAs of larger clusters are put on few multiprocessors, even where others are idle.
-      const bool lone = slices < 4 && std::min(ctas, tiles * slices) <= num_sms;
-      const double tile = lone ? shape.lone_tile : shape.shared_tile;
+      // A round of so many CTAs. Those of larger clusters are put on few multiprocessors, even
+      // where others are idle.
+      const auto tile_time = [&](int64_t active) {
+        return slices < 4 && active <= num_sms ? shape.lone_tile : shape.shared_tile;
+      };
+      const auto whole_time = [&](int64_t active) {
+        return kTile + static_cast<double>(k_tiles * tile_time(active));
+      };
       const double reduce = kReduce + kReduceSlice * static_cast<double>(slices) +
                             kReduceValue * shape.tokens * shape.rows();
-      const double time =
-          kStart + static_cast<double>(whole) * (kTile + static_cast<double>(k_tiles) * tile) +
-          static_cast<double>(ceil_div(split, clusters)) *
-              (reduce + static_cast<double>(ceil_div(k_tiles, slices)) * tile);
+      const auto split_time = [&](int64_t active) {
+        return reduce + static_cast<double>(ceil_div(k_tiles, slices) * tile_time(active));
+      };
+      double time = kStart + static_cast<double>(tiles / ctas) * whole_time(ctas);
+      const int64_t rest = tiles % ctas;
+      if (slices == 1) {
+        if (rest > 0) time += whole_time(rest);
+      } else {
+        time += static_cast<double>(rest / clusters) * split_time(ctas);
+        if (rest % clusters > 0) time += split_time(rest % clusters * slices);
+      }
       if (time < best_time) {
         best_time = time;
         best = {index, static_cast<int>(slices), static_cast<int>(ctas)};

@@ -227,10 +227,16 @@ MODEL_SHAPES = [
     (57344, 8192),
     (8192, 28672),
 ]
+# What one of eight GPUs has of the 70B's.
+SHARD_SHAPES = [(1280, 8192), (8192, 1024), (7168, 8192), (8192, 3584)]
 BENCH = [
     Int4GemmCase(m, n, k, 128, torch.bfloat16)
-    for n, k in MODEL_SHAPES
-    for m in (1, 4, 16, 32, 64, 128, 256, 1024, 4096)
+    for shapes, tokens in (
+        (MODEL_SHAPES, (1, 3, 4, 7, 16, 17, 32, 33, 64, 128, 256, 1024, 4096)),
+        (SHARD_SHAPES, (1, 16, 64)),
+    )
+    for n, k in shapes
+    for m in tokens
 ]
 CPU_BENCH = [
     case_type(m, n, k, group_size, torch.bfloat16)
