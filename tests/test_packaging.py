@@ -241,6 +241,17 @@ def test_env_runs_as_a_module() -> None:
     assert run.stdout.startswith("effllm ")
 
 
+def test_a_reader_that_leaves_early_is_no_error_to_complain_of() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "effllm", "env"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        run.stdout.close()
+        complaints = run.stderr.read()
+    assert (run.returncode, complaints) == (1, b"")
+
+
 def test_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["nothing"])
