@@ -1,14 +1,9 @@
-"""Lut4Linear: values against a float64 decoding, and exact round trips of its state."""
+"""Lut4Linear: values against a float64 decoding, NF4, parts of a weight."""
 
 from __future__ import annotations
 
-import copy
-import pickle
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from effllm.nn import Lut4Linear
@@ -52,14 +47,6 @@ def reference_weight(layer: Lut4Linear) -> Tensor:
     return weight if layer.scales is None else weight * layer.scales.double()[:, group]
 
 
-def assert_same_state(a: nn.Module, b: nn.Module) -> None:
-    left, right = a.state_dict(), b.state_dict()
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        assert value.dtype == right[key].dtype, key
-        assert torch.equal(value, right[key]), key
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("per", PER)
@@ -97,111 +84,6 @@ def test_a_codebook_is_copied_and_keeps_its_dtype() -> None:
     assert torch.equal(layer.codebook, before)
 
 
-@pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 0, 3), (2, 3, 4)])
-def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
-    layer = quantised()
-    x = torch.randn(*leading, 100)
-    out = layer(x)
-    assert out.shape == (*leading, 70)
-    rows = [layer(row) for row in x.reshape(-1, 100)]
-    expected = torch.stack(rows) if rows else torch.empty(0, 70)
-    torch.testing.assert_close(out.reshape(-1, 70), expected)
-
-
-def test_gradient_flows_to_the_input_only() -> None:
-    layer = quantised(per="group")
-    x = torch.randn(3, 100, requires_grad=True)
-    layer(x).sum().backward()
-    torch.testing.assert_close(
-        x.grad, reference_weight(layer).sum(0).float().expand(3, -1), rtol=1e-5, atol=1e-5
-    )
-    assert all(not p.requires_grad and p.grad is None for p in layer.parameters())
-
-
-def test_what_comes_before_a_frozen_weight_trains() -> None:
-    model = nn.Sequential(nn.Linear(100, 100), quantised())
-    x, target = torch.randn(16, 100), torch.randn(16, 70)
-    optimizer = torch.optim.Adam(model[0].parameters(), lr=0.02)
-    losses = []
-    for _ in range(20):
-        loss = (model(x) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
-@pytest.mark.parametrize(
-    "cast",
-    [
-        lambda m: m.half(),
-        lambda m: m.bfloat16(),
-        lambda m: m.double(),
-        lambda m: m.to(torch.float16),
-        lambda m: m.type(torch.float16),
-    ],
-    ids=["half", "bfloat16", "double", "to", "type"],
-)
-def test_a_cast_touches_only_the_bias(cast) -> None:
-    layer = quantised()
-    before = {name: p.clone() for name, p in layer.named_parameters()}
-    target = copy.deepcopy(layer)
-    cast(nn.Sequential(target))
-    assert target.bias.dtype != torch.float32
-    for name in ("qweight", "codebook", "scales"):
-        after = getattr(target, name)
-        assert after.dtype == before[name].dtype, name
-        assert torch.equal(after, before[name]), name
-
-
-@pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("per", PER)
-def test_state_dict_deepcopy_and_pickle_are_exact(tmp_path: Path, per: str, scaled: bool) -> None:
-    def empty() -> Lut4Linear:
-        return Lut4Linear(100, 70, group_size=32, codebook_per=per, scaled=scaled)
-
-    layer = quantised(per=per, scaled=scaled)
-    fresh = empty()
-    fresh.load_state_dict(layer.state_dict())
-    assert_same_state(layer, fresh)
-    assert_same_state(layer, copy.deepcopy(layer))
-    assert_same_state(layer, pickle.loads(pickle.dumps(layer)))
-
-    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    fresh = empty()
-    fresh.load_state_dict(load_file(tmp_path / "layer.safetensors"))
-    assert_same_state(layer, fresh)
-    x = torch.randn(3, 100)
-    assert torch.equal(layer(x), fresh(x))
-
-
-def test_meta_round_trip() -> None:
-    layer = quantised()
-    with torch.device("meta"):
-        skeleton = Lut4Linear(100, 70, group_size=32)
-    assert skeleton.weight.shape == (70, 100)
-    assert skeleton(torch.empty(4, 100, device="meta")).shape == (4, 70)
-    skeleton.to(torch.bfloat16)
-    assert skeleton.codebook.dtype == skeleton.scales.dtype == torch.float32
-    assigned = copy.deepcopy(skeleton)
-    assigned.load_state_dict(layer.state_dict(), assign=True)
-    assert_same_state(layer, assigned)
-    emptied = skeleton.float().to_empty(device="cpu")
-    emptied.load_state_dict(layer.state_dict())
-    assert_same_state(layer, emptied)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("per", PER)
-def test_cuda_round_trip_is_exact(per: str) -> None:
-    layer = quantised(per=per, dtype=torch.bfloat16)
-    moved = copy.deepcopy(layer).cuda()
-    x = torch.randn(5, 100, dtype=torch.bfloat16)
-    torch.testing.assert_close(moved(x.cuda()).cpu(), layer(x), rtol=2e-2, atol=2e-2)
-    assert_same_state(layer, moved.cpu())
-
-
 @pytest.mark.parametrize("strict", [True, False])
 def test_half_a_weight_is_an_error_even_if_not_strict(strict: bool) -> None:
     layer = nn.Sequential(quantised())
@@ -218,10 +100,6 @@ def test_half_a_weight_is_an_error_even_if_not_strict(strict: bool) -> None:
 
 
 def test_errors_of_the_constructors() -> None:
-    with pytest.raises(ValueError, match=r"group_size must be 32, 64, 128 or -1 .*, got 48"):
-        Lut4Linear(100, 70, group_size=48)
-    with pytest.raises(ValueError, match="must be positive, got 0, 4"):
-        Lut4Linear(0, 4)
     with pytest.raises(ValueError, match=r"codebook_per must be .*, got 'column'"):
         Lut4Linear(100, 70, group_size=32, codebook_per="column")  # type: ignore[arg-type]
     linear = nn.Linear(100, 70)

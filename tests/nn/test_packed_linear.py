@@ -1,0 +1,227 @@
+"""What the layers over packed 4-bit codes have in common: inputs, casts, and their state."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from effllm.nn import Int4Linear, Lut4Linear
+from effllm.nn.packed_linear import PackedLinear
+
+K, N, GROUP_SIZE = 100, 70, 32
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``empty(**options)`` has the layout of what ``make(dtype)`` gives."""
+
+    name: str
+    layer: type[PackedLinear]
+    options: dict[str, object]
+    convert: Callable[[nn.Linear], PackedLinear]
+
+    def empty(self) -> PackedLinear:
+        return self.layer(K, N, group_size=GROUP_SIZE, **self.options)
+
+    def make(self, dtype: torch.dtype = torch.float32) -> PackedLinear:
+        return self.convert(nn.Linear(K, N, dtype=dtype))
+
+
+def permuted(linear: nn.Linear) -> PackedLinear:
+    """The same codes for input channels in another order."""
+    source = Int4Linear.from_linear(linear, GROUP_SIZE, symmetric=False)
+    layer = Int4Linear(K, N, group_size=GROUP_SIZE, symmetric=False, permuted=True)
+    perm = torch.randperm(K, dtype=torch.int32)
+    layer.load_state_dict(source.state_dict() | {"perm": perm}, assign=True)
+    return layer
+
+
+def lut4(per: str, scaled: bool) -> Kind:
+    shape = {"tensor": (16,), "row": (N, 16), "group": (N, -(-K // GROUP_SIZE), 16)}[per]
+
+    def convert(linear: nn.Linear) -> PackedLinear:
+        codebook = torch.randn(shape) * (1.0 if scaled else linear.weight.abs().max().item())
+        return Lut4Linear.from_linear(linear, GROUP_SIZE, codebook.to(linear.weight.dtype), scaled)
+
+    name = f"lut4-{per}" + ("" if scaled else "-unscaled")
+    return Kind(name, Lut4Linear, {"codebook_per": per, "scaled": scaled}, convert)
+
+
+INT4 = Kind(
+    "int4",
+    Int4Linear,
+    {"symmetric": False},
+    lambda linear: Int4Linear.from_linear(linear, GROUP_SIZE, symmetric=False),
+)
+KINDS = [
+    INT4,
+    Kind("int4-permuted", Int4Linear, {"symmetric": False, "permuted": True}, permuted),
+    *(lut4(per, scaled) for per in ("tensor", "row", "group") for scaled in (True, False)),
+]
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+def assert_same_state(a: nn.Module, b: nn.Module) -> None:
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert value.dtype == right[key].dtype, key
+        assert torch.equal(value, right[key]), key
+
+
+@each_kind
+@pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 0, 3), (2, 3, 4)])
+def test_any_leading_dimensions(kind: Kind, leading: tuple[int, ...]) -> None:
+    layer = kind.make()
+    x = torch.randn(*leading, K)
+    out = layer(x)
+    assert out.shape == (*leading, N)
+    rows = [layer(row) for row in x.reshape(-1, K)]
+    expected = torch.stack(rows) if rows else torch.empty(0, N)
+    torch.testing.assert_close(out.reshape(-1, N), expected)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bias_is_added_once(kind: Kind, dtype: torch.dtype) -> None:
+    layer = kind.make(dtype)
+    assert torch.equal(layer(torch.zeros(4, K, dtype=dtype)), layer.bias.expand(4, -1))
+
+
+@each_kind
+def test_gradient_flows_to_the_input_only(kind: Kind) -> None:
+    layer = kind.make()
+    x = torch.randn(3, K, requires_grad=True)
+    layer(x).sum().backward()
+    expected = layer.weight.double().sum(0).float().expand(3, -1)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
+    assert all(not p.requires_grad and p.grad is None for p in layer.parameters())
+
+
+@each_kind
+def test_what_comes_before_a_frozen_weight_trains(kind: Kind) -> None:
+    model = nn.Sequential(nn.Linear(K, K), kind.make())
+    x, target = torch.randn(16, K), torch.randn(16, N)
+    optimizer = torch.optim.Adam(model[0].parameters(), lr=0.02)
+    losses = []
+    for _ in range(20):
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@each_kind
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.double(),
+        lambda m: m.to(torch.float16),
+        lambda m: m.type(torch.float16),
+    ],
+    ids=["half", "bfloat16", "double", "to", "type"],
+)
+def test_a_cast_touches_only_the_bias(kind: Kind, cast: Callable[[nn.Module], object]) -> None:
+    layer = kind.make()
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    target = copy.deepcopy(layer)
+    cast(nn.Sequential(target))
+    assert target.bias.dtype != torch.float32
+    assert len(before) >= 3
+    for name in before.keys() - {"bias"}:
+        after = getattr(target, name)
+        assert after.dtype == before[name].dtype, name
+        assert torch.equal(after, before[name]), name
+
+
+@each_kind
+def test_state_dict_deepcopy_and_pickle_are_exact(kind: Kind, tmp_path: Path) -> None:
+    layer = kind.make()
+    fresh = kind.empty()
+    fresh.load_state_dict(layer.state_dict())
+    assert_same_state(layer, fresh)
+    assert_same_state(layer, copy.deepcopy(layer))
+    assert_same_state(layer, pickle.loads(pickle.dumps(layer)))
+
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    fresh = kind.empty()
+    fresh.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    assert_same_state(layer, fresh)
+    x = torch.randn(3, K)
+    assert torch.equal(layer(x), fresh(x))
+
+
+@each_kind
+def test_meta_round_trip(kind: Kind) -> None:
+    layer = kind.make()
+    with torch.device("meta"):
+        skeleton = kind.empty()
+    assert skeleton.weight.shape == (N, K)
+    assert skeleton(torch.empty(4, K, device="meta")).shape == (4, N)
+    floats = {name for name, p in skeleton.named_parameters() if p.is_floating_point()}
+    skeleton.to(torch.bfloat16)
+    assert floats - {"bias"}
+    for name in floats - {"bias"}:
+        assert getattr(skeleton, name).dtype == torch.float32
+    assigned = copy.deepcopy(skeleton)
+    assigned.load_state_dict(layer.state_dict(), assign=True)
+    assert_same_state(layer, assigned)
+    emptied = skeleton.float().to_empty(device="cpu")
+    emptied.load_state_dict(layer.state_dict())
+    assert_same_state(layer, emptied)
+
+
+@pytest.mark.gpu
+@each_kind
+def test_cuda_round_trip_is_exact(kind: Kind) -> None:
+    layer = kind.make(torch.bfloat16)
+    moved = copy.deepcopy(layer).cuda()
+    x = torch.randn(5, K, dtype=torch.bfloat16)
+    torch.testing.assert_close(moved(x.cuda()).cpu(), layer(x), rtol=2e-2, atol=2e-2)
+    assert_same_state(layer, moved.cpu())
+
+
+@each_kind
+def test_a_state_dict_of_other_layers_may_be_partial(kind: Kind) -> None:
+    model = nn.Sequential(kind.make(), nn.Linear(N, 4))
+    before = copy.deepcopy(model[0])
+    model.load_state_dict({"1.weight": torch.zeros(4, N)}, strict=False)
+    assert_same_state(model[0], before)
+
+
+@each_kind
+def test_a_newer_layout_is_refused(kind: Kind) -> None:
+    layer = kind.make()
+    state = layer.state_dict()
+    assert state._metadata[""]["version"] == kind.layer._version
+    state._metadata[""]["version"] = kind.layer._version + 1
+    with pytest.raises(RuntimeError, match="packed layout version 2 is newer"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("layer", [Int4Linear, Lut4Linear])
+@pytest.mark.parametrize("group_size", [0, 16, 48, 256, -2])
+def test_wrong_group_sizes(layer: type[PackedLinear], group_size: int) -> None:
+    message = rf"group_size must be 32, 64, 128 or -1 .*, got {group_size}"
+    with pytest.raises(ValueError, match=message):
+        layer(K, N, group_size=group_size)
+    with pytest.raises(ValueError, match=message):
+        layer.from_linear(nn.Linear(K, N), group_size)
+
+
+@pytest.mark.parametrize("layer", [Int4Linear, Lut4Linear])
+def test_sizes_of_nothing(layer: type[PackedLinear]) -> None:
+    with pytest.raises(ValueError, match="must be positive, got 0, 4"):
+        layer(0, 4)
