@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -136,30 +135,6 @@ def test_reports(kind: Zoo, expected: tuple[str, int, int, str], tmp_path: Path)
     assert loaded["lm_head"].bytes == 72 * 64 * 2
     memory = [*model.parameters(), *model.buffers()]
     assert model.effllm_report.bytes == sum(tensor.nbytes for tensor in memory)
-
-
-def test_a_loaded_model_is_a_plain_model(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "c", Zoo("gptq_v2", shuffled=True, bias=True))
-    model = effllm.load(tmp_path / "c", dtype=torch.float32, progress=False)
-    expected = logits(model)
-    assert torch.equal(logits(copy.deepcopy(model)), expected)
-    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
-    other = effllm.load(tmp_path / "c", dtype=torch.float32, progress=False)
-    for parameter in other.parameters():
-        parameter.data.zero_()
-    other.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(logits(other), expected)
-    state = model.state_dict()
-    del state["model.layers.0.mlp.up_proj.scales"]
-    with pytest.raises(RuntimeError, match=r"up_proj: an Int4Linear .* loads"):
-        other.load_state_dict(state, strict=False)
-    meta = copy.deepcopy(model).to("meta")
-    assert meta(IDS.to("meta")).logits.shape == expected.shape
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    assert half.model.layers[0].mlp.up_proj.scales.dtype == torch.float16
-    assert half.model.norm.weight.dtype == torch.bfloat16
-    assert torch.isfinite(logits(half)).all()
-    assert not hasattr(model.config, "quantization_config")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""transformers models without weights, to be filled from a file."""
+"""transformers models without weights, to be filled from a file, and what a filled one gets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from effllm.formats.checkpoint import CheckpointError
+from effllm.formats.report import LoadReport
 
 
 def import_extra(name: str) -> Any:
@@ -41,3 +42,13 @@ def empty_model(config: Any, source: str, dtype: torch.dtype, options: dict[str,
     # Outside of that context, which makes a new parameter at every assignment.
     model.tie_weights()
     return model
+
+
+def finish_model(model: Any, report: LoadReport) -> Any:
+    """The model in evaluation mode, with its report, and ``save_pretrained`` refused if need be."""
+    # Imported here, as it imports transformers.
+    from effllm.integrations.quantizer import refuse_save_pretrained
+
+    refuse_save_pretrained(model)
+    model.effllm_report = report
+    return model.eval()

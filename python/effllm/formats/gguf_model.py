@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from effllm.formats.empty import empty_model, import_extra
+from effllm.formats.empty import empty_model, finish_model, import_extra
 from effllm.formats.gguf import (
     GgufError,
     GgufFile,
@@ -88,10 +88,9 @@ def load_gguf(
         _row(file, slot, int4, sum(p.nbytes for p in model.get_submodule(slot.module).parameters()))
         for slot in _quantised(file)
     ]
-    model.effllm_report = model_report(model, rows)
     if len(ends) > 1:
         model.generation_config.eos_token_id = ends
-    return model.eval()
+    return finish_model(model, model_report(model, rows))
 
 
 def save_gguf(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from effllm.formats.checkpoint import FLOATS, Checkpoint, CheckpointError, read_json
 from effllm.formats.config import read_config
-from effllm.formats.empty import empty_model, import_extra
+from effllm.formats.empty import empty_model, finish_model, import_extra
 from effllm.formats.gguf_model import is_gguf, load_gguf
 from effllm.formats.grouped import GroupedWeight
 from effllm.formats.layers import StoredLayer, checked_linear, find_layers
@@ -35,13 +35,15 @@ def load(
     """Loads a causal language model whose quantised layers run on our kernels.
 
     Reads AWQ (gemm), GPTQ v1 and v2, compressed-tensors (pack-, float-, int- and naive-quantized,
-    sparse with bit masks), fine-grained FP8, bitsandbytes (NF4, FP4, int8), and GGUF files (llama,
-    qwen2, qwen3, gemma, gemma2); checkpoints that are not quantised load as transformers loads
-    them. Weights go from the file to the kernels' layout one layer at a time.
+    sparse with bit masks), fine-grained FP8, bitsandbytes (NF4, FP4, int8), and GGUF files
+    (llama, qwen2, qwen3, gemma, gemma2); checkpoints that are not quantised load as transformers
+    loads them. Weights go from the file to the kernels' layout one layer at a time.
     ``model.effllm_report`` says what each layer is and what runs it: 2- and 3-bit codes become
     4-bit codes exactly, and so do GGUF's Q4_0 and the Q4_1 that allow it; NF4 and FP4 keep their
-    codes and codebook; all else, groups that the kernels do not take among it, is expanded to dense
-    layers. Activations are never quantised, whatever the config says of them.
+    codes and codebook; all else, codes of 8 bits and groups that the kernels do not take among it,
+    is expanded to dense layers. Activations are never quantised, whatever the config says of them.
+
+    A model with packed layers is saved by ``effllm.save``; its ``save_pretrained`` raises.
 
     Args:
         path: a folder with ``config.json`` and safetensors files, or a file ``*.gguf``.
@@ -87,8 +89,7 @@ def load(
             name = min(info["missing_keys"])
             raise CheckpointError(f"{checkpoint.folder}: tensor '{name}' is missing")
         model.to(device)
-        model.effllm_report = model_report(model, [])
-        return model.eval()
+        return finish_model(model, model_report(model, []))
 
     # The loaded model is no longer what the file's config describes.
     if hasattr(config, "quantization_config"):
@@ -102,8 +103,7 @@ def load(
     if generation_config.is_file():
         read_json(generation_config)
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(path))
-    model.effllm_report = model_report(model, rows)
-    return model.eval()
+    return finish_model(model, model_report(model, rows))
 
 
 def _refuse_endless(config: Any, checkpoint: Checkpoint) -> None:

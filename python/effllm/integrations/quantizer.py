@@ -109,7 +109,7 @@ class EffllmQuantizer(HfQuantizer):
             if not isinstance(conversion, _LayerConverter)
         ]
         model.effllm_report = model_report(model, rows)
-        if not any(isinstance(module, PackedLinear) for module in model.modules()):
+        if not _is_packed(model):
             # All was expanded: this is a plain model, and is saved and cast as one.
             self.remove_quantization_config(model)
         return model
@@ -128,6 +128,19 @@ class EffllmQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def refuse_save_pretrained(model: Any) -> None:
+    """Makes ``save_pretrained`` of a model with packed layers raise; others stay as they are.
+
+    It would write the packed tensors under a config that does not tell what they are.
+    """
+    if _is_packed(model):
+        model.hf_quantizer = EffllmQuantizer(EffllmConfig({}))
+
+
+def _is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def _open(files: list[str] | None) -> Checkpoint:
