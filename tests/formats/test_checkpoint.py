@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import effllm
 from effllm.formats import Checkpoint, CheckpointError, inspect
+from effllm.formats.checkpoint import TORCH_DTYPES
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -166,11 +167,50 @@ def test_tensors_do_not_follow_the_file(tmp_path: Path) -> None:
     """They are read, not mapped: a checkpoint may be overwritten while its model is in use."""
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(10_000)}, path)
-    tensor = Checkpoint(tmp_path).read("a")
+    checkpoint = Checkpoint(tmp_path)
+    tensor = checkpoint.read("a")
     with path.open("r+b") as file:
         file.seek(-40_000, os.SEEK_END)
         file.write(b"\1" * 40_000)
     assert not tensor.any()
+    # What is read now might not be what the header was checked for.
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the file has changed since"):
+        checkpoint.read("a")
+
+
+def test_files_that_go_while_they_are_read(tmp_path: Path) -> None:
+    """A mapped file that is shortened ends the process."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(10_000)}, path)
+    checkpoint = Checkpoint(tmp_path)
+    status = path.stat()
+    os.truncate(path, 20_000)
+    with pytest.raises(CheckpointError, match="the file has changed since it was opened"):
+        checkpoint.read("a")
+    save_file({"a": torch.zeros(10_000)}, path)
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint._opened[path] = (*checkpoint._opened[path][:2], 20_000, status.st_mtime_ns)
+    os.truncate(path, 20_000)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=r"tensor 'a' needs 40000 bytes, got 199\d\d"):
+        checkpoint.read("a")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"tensor 'a': .*No such file"):
+        checkpoint.read("a")
+
+
+def test_every_dtype(tmp_path: Path) -> None:
+    tensors = {str(dtype): torch.arange(6).to(dtype).view(2, 3) for dtype in TORCH_DTYPES.values()}
+    tensors |= {"scalar": torch.tensor(7), "empty": torch.empty(0, 3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    for name, tensor in tensors.items():
+        found = checkpoint.read(name)
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert bytes(found.flatten().view(torch.uint8)) == bytes(tensor.flatten().view(torch.uint8))
+    save_file({"a": torch.zeros(4, dtype=torch.complex64)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="tensor 'a' has dtype C64"):
+        Checkpoint(tmp_path).read("a")
 
 
 def test_tensors_that_somebody_else_has_read(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import effllm
 from effllm.formats import Checkpoint, inspect
 from effllm.formats.loading import load
 from effllm.formats.saving import SaveFormat, save
+from effllm.formats.shards import ShardWriter
 from effllm.nn import Int4Linear, Lut4Linear
 
 IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])
@@ -138,7 +139,8 @@ def test_shards(quantised: Any, tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
     assert len(names) > 2
     assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
-    assert not list((tmp_path / "many").glob("*.part"))
+    beside = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert {p.name for p in (tmp_path / "many").iterdir()} == beside | set(names)
     parts = [load_file(tmp_path / "many" / name) for name in names]
     whole = load_file(tmp_path / "one" / "model.safetensors")
     assert sum(map(len, parts)) == len(whole)
@@ -150,23 +152,44 @@ def test_shards(quantised: Any, tmp_path: Path) -> None:
     assert inspect(tmp_path / "one").bytes == inspect(tmp_path / "many").bytes
 
 
+def test_files_are_those_of_the_package(tmp_path: Path) -> None:
+    """Whatever comes after what, each tensor is aligned, and nothing lies between them."""
+    parts = [
+        {"a": torch.rand(3).half(), "b": torch.arange(5).byte()},
+        {"c": torch.arange(3), "d": torch.tensor(True), "e": torch.rand(7, 1).T},
+        {"f": torch.empty(0, 2), "g": torch.arange(6.0).view(2, 3).T, "h": torch.tensor(3).int()},
+    ]
+    writer = ShardWriter(tmp_path, 1000)
+    for part in parts:
+        writer.add(part)
+    writer.finish()
+    (path,) = tmp_path.iterdir()
+    expected = {name: tensor for part in parts for name, tensor in part.items()}
+    found = load_file(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    assert header.pop("__metadata__") == {"format": "pt"}
+    for name, entry in header.items():
+        assert (8 + length + entry["data_offsets"][0]) % expected[name].element_size() == 0
+
+
 def test_nothing_is_left_half_written(
     quantised: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    original, calls = ShardWriter.finish, []
 
-    def interrupted(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        original(*args)
+    def interrupted(writer: ShardWriter) -> None:
+        original(writer)
+        calls.append(len(list(writer._folder.glob("*.safetensors"))))
+        raise KeyboardInterrupt
 
-    from effllm.formats import saving
-
-    original = saving.save_file
-    monkeypatch.setattr(saving, "save_file", interrupted)
+    monkeypatch.setattr(ShardWriter, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(quantised, tmp_path / "c", max_shard_bytes=20_000, progress=False)
+    assert calls[0] > 2
     assert list(tmp_path.iterdir()) == []
 
 

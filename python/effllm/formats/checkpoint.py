@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,19 +21,22 @@ from torch import Tensor
 FLOATS = ("F16", "BF16", "F32")
 """The dtypes that scales, biases and unquantised weights may have, as safetensors spells them."""
 
-# Of the tensors that quantised layers consist of.
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+"""As safetensors spells them. Those of less than a byte are not read."""
 
 # A config takes kilobytes, and the index of the largest models some megabytes.
 _MAX_JSON_BYTES = 100 * 2**20
@@ -44,11 +48,20 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor: its file, dtype as safetensors spells it, and shape."""
+    """What a header says of one tensor, after safetensors has checked it.
+
+    Attributes:
+        file: that it is in.
+        dtype: as safetensors spells it.
+        shape: in PyTorch's order.
+        start, end: byte range in the file; ``end - start`` is what shape and dtype need.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 class Checkpoint:
@@ -78,7 +91,7 @@ class Checkpoint:
             names = sorted(set(weight_map.values())) if index else [self._single_name()]
             files = [self.folder / name for name in names]
         self.tensors: dict[str, TensorInfo] = {}
-        self._open: dict[Path, Any] = {}
+        self._opened: dict[Path, tuple[int, ...]] = {}
         self._in_memory: Mapping[str, Tensor] = {}
         for file in files:
             self._add_file(Path(file))
@@ -107,9 +120,9 @@ class Checkpoint:
                 f"{info.file}: tensor '{name}' must be {kinds} {needed}, "
                 f"got {info.dtype} {list(info.shape)}"
             )
-        # A copy: what safetensors returns is the mapped file itself, which may change or be
-        # truncated while the model lives.
-        return self._tensor(info.file, name).to(device, copy=True)
+        if name in self._in_memory:
+            return self._in_memory[name].to(device, copy=True)
+        return self._stored(name, info).to(device)
 
     def read_finite(
         self, name: str, shape: Sequence[int], device: torch.device | str = "cpu"
@@ -130,18 +143,30 @@ class Checkpoint:
         view._in_memory = {
             name: tensor
             for name, tensor in tensors.items()
-            if tensor.dtype == _TORCH_DTYPES.get(self.tensors[name].dtype)
+            if tensor.dtype == TORCH_DTYPES.get(self.tensors[name].dtype)
         }
         return view
 
-    def _tensor(self, file: Path, name: str) -> Tensor:
-        if name in self._in_memory:
-            return self._in_memory[name]
+    def _stored(self, name: str, info: TensorInfo) -> Tensor:
+        """Read into memory of its own. A mapped file would crash the process if somebody shortened
+        it, follow what somebody writes to it, and count as memory in use, all of it at the end."""
+        dtype = TORCH_DTYPES.get(info.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{info.file}: tensor '{name}' has dtype {info.dtype}")
+        data = torch.empty(info.end - info.start, dtype=torch.uint8, device="cpu")
         try:
-            tensor: Tensor = self._open[file].get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{file}: tensor '{name}': {error}") from error
-        return tensor
+            with info.file.open("rb") as file:
+                if _stamp(file) != self._opened[info.file]:
+                    raise CheckpointError(f"{info.file}: the file has changed since it was opened")
+                file.seek(info.start)
+                count = file.readinto(data.numpy().data)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: tensor '{name}': {error}") from error
+        if count != data.numel():
+            raise CheckpointError(
+                f"{info.file}: tensor '{name}' needs {data.numel()} bytes, got {count}"
+            )
+        return data.view(dtype).view(info.shape)
 
     def _index_path(self) -> Path | None:
         # As transformers chooses: the single file before the index.
@@ -170,18 +195,21 @@ class Checkpoint:
         if not path.is_file():
             raise CheckpointError(f"{path}: the file is missing")
         try:
-            file = safe_open(path, framework="pt")
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                part = file.get_slice(name)
-                info = TensorInfo(path, str(part.get_dtype()), tuple(part.get_shape()))
-                if name in self.tensors:
-                    other = self.tensors[name].file
-                    raise CheckpointError(f"{path}: tensor '{name}' is also in {other}")
-                self.tensors[name] = info
+            with safe_open(path, framework="pt") as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: (str(p.get_dtype()), p.get_shape()) for name, p in parts.items()}
+            with path.open("rb") as raw:
+                stamp = _stamp(raw)
+                header, start = _read_header(path, raw)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {error}") from error
-        _refuse_duplicates(path)
-        self._open[path] = file
+        for name, (dtype, shape) in found.items():
+            if name in self.tensors:
+                other = self.tensors[name].file
+                raise CheckpointError(f"{path}: tensor '{name}' is also in {other}")
+            begin, end = header[name]["data_offsets"]
+            self.tensors[name] = TensorInfo(path, dtype, tuple(shape), start + begin, start + end)
+        self._opened[path] = stamp
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -228,9 +256,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _refuse_duplicates(path: Path) -> None:
-    """safetensors keeps the last of two entries with one name, and says nothing."""
-    with path.open("rb") as file:
-        # Its length has been checked when the file was opened.
-        length = int.from_bytes(file.read(8), "little")
-        _parse_json(path, file.read(length))
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header of a file that safetensors has accepted, and where its data starts.
+
+    safetensors keeps the last of two entries with one name, and says nothing.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    return _parse_json(path, file.read(length)), 8 + length
+
+
+def _stamp(file: BinaryIO) -> tuple[int, ...]:
+    """Another one for another file of that name, and for one that has been written to."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

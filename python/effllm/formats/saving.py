@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,6 +20,7 @@ from effllm import _load, ops
 from effllm.formats import awq, compressed_tensors, gptq
 from effllm.formats.gguf_model import GGUF_FORMATS, save_gguf
 from effllm.formats.grouped import GroupedWeight
+from effllm.formats.shards import ShardWriter
 from effllm.nn import Int4Linear
 from effllm.nn.packed_linear import PackedLinear
 
@@ -104,7 +103,10 @@ def save(
         _write_configs(model, folder, quantization)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _write_shards(_tensors(model, layers, format, progress), folder, max_shard_bytes)
+        writer = ShardWriter(folder, max_shard_bytes)
+        for tensors in _tensors(model, layers, format, progress):
+            writer.add(tensors)
+        writer.finish()
         folder.rename(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -142,7 +144,7 @@ def grouped(layer: Int4Linear) -> GroupedWeight:
 def _tensors(
     model: nn.Module, layers: dict[str, Int4Linear], format: str, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """What must be in one file together, on the CPU: a layer, or one other tensor."""
+    """What must be in one file together: a layer, or one other tensor."""
     encode = _ENCODERS[format]
     for name, layer in tqdm(
         layers.items(), desc="save", unit="layer", leave=False, disable=not progress
@@ -153,45 +155,13 @@ def _tensors(
             raise ValueError(f"effllm.save: layer '{name}': {error}") from error
         if layer.bias is not None:
             parts["bias"] = layer.bias.detach()
-        yield {f"{name}.{part}": tensor.detach().cpu() for part, tensor in parts.items()}
+        yield {f"{name}.{part}": tensor for part, tensor in parts.items()}
     inside = tuple(f"{name}." for name in layers)
     # Of parameters that share memory, the first name stands for all.
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     for name in model.state_dict():
         if name in named and not name.startswith(inside):
-            yield {name: named[name].detach().cpu().contiguous()}
-
-
-def _write_shards(parts: Iterable[dict[str, Tensor]], folder: Path, max_shard_bytes: int) -> None:
-    shard: dict[str, Tensor] = {}
-    size, total = 0, 0
-    files: list[tuple[Path, list[str]]] = []
-
-    def flush() -> None:
-        file = folder / f"{len(files)}.part"
-        save_file(shard, file, {"format": "pt"})
-        files.append((file, list(shard)))
-        shard.clear()
-
-    for part in parts:
-        part_size = sum(tensor.nbytes for tensor in part.values())
-        if shard and size + part_size > max_shard_bytes:
-            flush()
-            size = 0
-        shard.update(part)
-        size += part_size
-        total += part_size
-    flush()
-    if len(files) == 1:
-        files[0][0].rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, (file, names) in enumerate(files):
-        name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-        file.rename(folder / name)
-        weight_map.update(dict.fromkeys(names, name))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            yield {name: named[name]}
 
 
 # -- configs ---------------------------------------------------------------------------------------

@@ -133,6 +133,19 @@ def test_reading_copies_no_tensor(tmp_path: Path) -> None:
     assert raw[-1] == 0
 
 
+def test_what_is_released_is_read_again(tmp_path: Path) -> None:
+    infos = [tensor("a", (3000,), 0, 0), tensor("b", (2,), 0, 12000), tensor("c", (0,), 0, 0)]
+    data = struct.pack("<3002f", *range(3000), 1.0, 2.0)
+    file = GgufFile(build(tmp_path / "a.gguf", [], infos, data))
+    raw = file.raw("a")
+    for name in file.tensors:
+        file.release(name)
+    assert dequantize(raw, TensorType.F32, (3000,)).tolist() == list(range(3000))
+    assert dequantize(file.raw("b"), TensorType.F32, (2,)).tolist() == [1, 2]
+    with pytest.raises(GgufError, match="there is no tensor 'd' among the 3"):
+        file.release("d")
+
+
 def deep_array(depth: int) -> bytes:
     return struct.pack("<IQ", ARRAY, 1) * (depth - 1) + struct.pack("<IQ", 0, 1) + b"\5"
 

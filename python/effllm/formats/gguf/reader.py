@@ -124,14 +124,29 @@ class GgufFile:
 
         Writing to it changes no file. Raises GgufError if there is no such tensor.
         """
-        info = self.tensors.get(name)
-        if info is None:
-            self._fail(f"there is no tensor {quote(name)} among the {len(self.tensors)}")
+        info = self._info(name)
         if info.start == info.end:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(
             self._map, dtype=torch.uint8, count=info.end - info.start, offset=info.start
         )
+
+    def release(self, name: str) -> None:
+        """Gives back the memory that reading one tensor has taken; ``raw`` reads it again.
+
+        What was written to a result of ``raw`` is lost, in this tensor and where it ends.
+        Raises GgufError if there is no such tensor.
+        """
+        info = self._info(name)
+        start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if info.start < info.end:
+            self._map.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            self._fail(f"there is no tensor {quote(name)} among the {len(self.tensors)}")
+        return info
 
     def __repr__(self) -> str:
         return (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effllm import ops
 from effllm.formats.gguf.architecture import Slot, slots, to_gguf_rows, to_hf_rows
-from effllm.formats.gguf.blocks import DECODED, dequantize, from_int4, names, to_int4
+from effllm.formats.gguf.blocks import DECODED, dequantize, from_int4, names, quantize, to_int4
 from effllm.formats.gguf.config import config_metadata, head_dim_of, more_ends, read_config
 from effllm.formats.gguf.reader import GgufFile
 from effllm.formats.gguf.rope import ROPE_FREQS, rope_freqs
@@ -23,6 +23,8 @@ from effllm.nn.packed_linear import PackedLinear
 from effllm.ops.int4_gemm import dequantize as int4_dequantize
 
 _GROUP = 32
+# Of 64 rows each, as int4_pack has them, that are converted at once.
+_STRIPS = 4
 
 # general.file_type, which llama.cpp shows and otherwise ignores.
 _FILE_TYPES = {
@@ -41,6 +43,8 @@ def read_state_dict(
     file: GgufFile, *, int4: bool = True, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """The entries of the Hugging Face state dict, one tensor in memory at a time.
+
+    Each tensor of the file is released when it has been read (see ``GgufFile.release``).
 
     Args:
         file: its ``read_config`` is the model's config.
@@ -62,6 +66,8 @@ def read_state_dict(
         raw = _hf_raw(file, slot)
         converted = to_int4(raw, info.type, slot.shape) if int4 and slot.linear else None
         if converted is not None:
+            del raw
+            file.release(slot.gguf)
             codes, scales, zeros = converted
             yield f"{slot.module}.qweight", ops.int4_pack(codes)
             yield f"{slot.module}.scales", scales
@@ -74,6 +80,8 @@ def read_state_dict(
             weight = (dequantize(raw, info.type, slot.shape) - slot.offset).to(to)
         else:
             weight = dequantize(raw, info.type, slot.shape, to)
+        del raw
+        file.release(slot.gguf)
         yield f"{slot.module}.{slot.parameter}", weight
 
 
@@ -88,8 +96,10 @@ def int4_layers(file: GgufFile) -> dict[str, bool]:
         kind = file.tensors[slot.gguf].type
         if slot.linear and kind == TensorType.Q4_0:
             found[slot.module] = True
-        elif slot.linear and to_int4(file.raw(slot.gguf), kind, slot.shape) is not None:
-            found[slot.module] = False
+        elif slot.linear and kind == TensorType.Q4_1:
+            if to_int4(file.raw(slot.gguf), kind, slot.shape) is not None:
+                found[slot.module] = False
+            file.release(slot.gguf)
     return found
 
 
@@ -226,7 +236,7 @@ def _packed_reader(module: PackedLinear, slot: Slot, kind: TensorType) -> Callab
     if kind == TensorType.Q4_0:
         return _q4_0_reader(module, slot)
     if isinstance(module, Int4Linear):
-        return lambda: _gguf_values(_int4_values(module), slot)
+        return lambda: _rounded_int4(module, slot, kind)
     return lambda: _gguf_values(cast(Tensor, module.weight), slot)
 
 
@@ -260,11 +270,22 @@ def _q4_0_reader(module: PackedLinear, slot: Slot) -> Callable[[], Tensor]:
     return read
 
 
-def _int4_values(module: Int4Linear) -> Tensor:
-    """In fp32, not in the dtype of the scales as ``module.weight``."""
-    weight = int4_dequantize(
-        module.qweight, module.scales, module.zeros, module.in_features, module.group_size
-    )
-    if module.perm is None:
-        return weight
-    return torch.empty_like(weight).index_copy_(1, module.perm.long(), weight)
+def _rounded_int4(module: Int4Linear, slot: Slot, kind: TensorType) -> Tensor:
+    """Blocks of ``kind``, by way of fp32 values of some rows at a time."""
+    blocks = []
+    for first in range(0, module.qweight.shape[0], _STRIPS):
+        strips = slice(first, first + _STRIPS)
+        rows = slice(64 * first, 64 * (first + _STRIPS))
+        zeros = None if module.zeros is None else module.zeros[rows]
+        values = int4_dequantize(
+            module.qweight[strips],
+            module.scales[rows],
+            zeros,
+            module.in_features,
+            module.group_size,
+        )
+        if module.perm is not None:
+            values = torch.empty_like(values).index_copy_(1, module.perm.long(), values)
+        blocks.append(quantize(values, kind).view(len(values), -1))
+    raw = torch.cat(blocks)
+    return (to_gguf_rows(raw, slot.heads) if slot.heads else raw).flatten()
