@@ -167,6 +167,65 @@ def test_transformers_reads_the_same_fp8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("block", "scale_fmt"),
+    [((32, 32), "float"), ((16, 32), "ue8m0"), ((32, 64), "float"), (None, "float")],
+)
+def test_we_read_what_the_fp8_quantiser_of_transformers_writes(
+    block: tuple[int, int] | None,
+    scale_fmt: str,
+    llama: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It asks for a GPU that the multiplication needs; quantising is plain PyTorch."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
+    from transformers.quantizers import quantizer_finegrained_fp8 as theirs
+
+    model = theirs.FineGrainedFP8HfQuantizer
+    monkeypatch.setattr(model, "validate_environment", lambda self, **options: None)
+    llama.save_pretrained(tmp_path / "a")
+    config = transformers.FineGrainedFP8Config(weight_block_size=block, scale_fmt=scale_fmt)
+    auto = transformers.AutoModelForCausalLM
+    quantised = auto.from_pretrained(tmp_path / "a", quantization_config=config)
+    quantised.save_pretrained(tmp_path / "b")
+    ours = effllm.load(tmp_path / "b", progress=False)
+    formats = {row.name: row.format for row in ours.effllm_report.layers}
+    assert formats["model.layers.2.mlp.up_proj"] == "fp8"
+    down = "model.layers.2.mlp.down_proj"
+    if block == (32, 64):  # does not fit: transformers multiplies by what it has never set
+        assert formats[down] == "float32"
+        assert torch.equal(ours.get_submodule(down).weight, llama.get_submodule(down).weight)
+    else:
+        assert formats[down] == "fp8"
+        dequantize = transformers.FineGrainedFP8Config(dequantize=True)
+        dense = auto.from_pretrained(tmp_path / "b", quantization_config=dequantize)
+        assert torch.equal(logits(ours), logits(dense))
+    for name, parameter in llama.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=0.07, atol=0.01)
+
+
+def test_weights_that_the_blocks_of_the_fp8_quantiser_do_not_fit(
+    llama: Any, tmp_path: Path
+) -> None:
+    """It leaves them as they are, and saves a scale that it never set beside them."""
+    kind = Bytes("fp8", strategy="block", dtype=torch.float32)
+    written = write_checkpoint(tmp_path, kind)
+    dense = written.dense.state_dict()[f"{Q}.weight"]
+    unset = torch.full((2, 2), torch.nan)
+    tensors = written.tensors | {f"{Q}.weight": dense, f"{Q}.weight_scale_inv": unset}
+    write_tensors(tmp_path, tensors)
+    model = effllm.load(tmp_path, progress=False)
+    assert torch.equal(model.get_submodule(Q).weight, dense)
+    rows = {row.name: row.kernel for row in inspect(tmp_path).layers}
+    assert rows == {row.name: row.kernel for row in model.effllm_report.layers}
+    assert rows[Q] == "dense"
+    assert inspect(tmp_path).bytes == sum(tensor.nbytes for tensor in tensors.values())
+    write_tensors(tmp_path, tensors | {"nowhere.weight_scale_inv": unset.clone()})
+    with pytest.raises(CheckpointError, match=r"'nowhere\.weight_scale_inv' and 0 others belong"):
+        effllm.load(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
     ("format", "type_", "strategy", "symmetric"),
     [
         ("float-quantized", "float", "tensor", True),

@@ -12,7 +12,7 @@ from effllm.formats.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from effllm.formats.config import read_config
 from effllm.formats.gguf_model import inspect_gguf, is_gguf
 from effllm.formats.grouped import checked_groups
-from effllm.formats.layers import GROUPED, StoredLayer, find_layers
+from effllm.formats.layers import GROUPED, StoredLayer, find_layers, unused_scales
 from effllm.formats.report import LayerReport, LoadReport, stored_report
 
 
@@ -29,7 +29,8 @@ def inspect(path: str | Path) -> LoadReport:
     if is_gguf(path):
         return inspect_gguf(path)
     checkpoint = Checkpoint(path)
-    stored = find_layers(checkpoint, read_config(checkpoint.folder))
+    config = read_config(checkpoint.folder)
+    stored = find_layers(checkpoint, config)
     layers, seen = [], set()
     for layer in stored.values():
         names = layer.tensors(checkpoint)
@@ -39,10 +40,11 @@ def inspect(path: str | Path) -> LoadReport:
         size = sum(_num_bytes(checkpoint.tensors[name]) for name in names)
         layers.append(stored_report(layer, _stored_groups(checkpoint, layer), size))
     other_bytes = 0
+    unused = unused_scales(checkpoint, config)
     for name, info in checkpoint.tensors.items():
         if name in seen:
             continue
-        if len(info.shape) == 2:
+        if len(info.shape) == 2 and name not in unused:
             row = name.removesuffix(".weight")
             kind, bits = info.dtype.lower(), _element_bits(info)
             layers.append(LayerReport(row, kind, bits, None, "dense", _num_bytes(info)))

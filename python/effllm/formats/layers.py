@@ -9,7 +9,7 @@ from torch import nn
 
 from effllm.formats import bitsandbytes
 from effllm.formats.bitstream import num_words
-from effllm.formats.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from effllm.formats.checkpoint import FLOATS, Checkpoint, CheckpointError, TensorInfo
 from effllm.formats.config import QuantConfig, Scheme
 
 _GPTQ = ("qweight", "qzeros", "scales", "g_idx")
@@ -105,6 +105,26 @@ def find_layers(checkpoint: Checkpoint, config: QuantConfig | None) -> dict[str,
             )
         layers[name] = _stored_layer(checkpoint, name, scheme)
     return layers
+
+
+def unused_scales(checkpoint: Checkpoint, config: QuantConfig | None) -> list[str]:
+    """FP8 scales of weights that are not quantised, which mean nothing.
+
+    The quantiser of transformers leaves a weight as it is if blocks do not fit into it, and saves
+    beside it a scale that nobody has set.
+    """
+    found: list[str] = []
+    if config is None:
+        return found
+    for tensor in checkpoint.tensors:
+        name = tensor.removesuffix(".weight_scale_inv")
+        weight = checkpoint.tensors.get(f"{name}.weight")
+        if name == tensor or weight is None or weight.dtype not in FLOATS:
+            continue
+        scheme = config.scheme(name)
+        if scheme is not None and scheme.format == "fp8":
+            found.append(tensor)
+    return found
 
 
 def _layer_of(tensor: str, info: TensorInfo) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from effllm.formats.config import read_config
 from effllm.formats.empty import empty_model, finish_model, import_extra
 from effllm.formats.gguf_model import is_gguf, load_gguf
 from effllm.formats.grouped import GroupedWeight
-from effllm.formats.layers import StoredLayer, checked_linear, find_layers
+from effllm.formats.layers import StoredLayer, checked_linear, find_layers, unused_scales
 from effllm.formats.reading import read_bias, read_weight
 from effllm.formats.report import LayerReport, model_report, stored_report
 from effllm.formats.weights import make_linear
@@ -98,6 +98,7 @@ def load(
     filler = _Filler(model, checkpoint, torch.device(device), dtype)
     rows = [filler.fill_layer(layer) for layer in filler.watch(stored.values(), progress)]
     filler.fill_rest()
+    filler.used.update(unused_scales(checkpoint, quant_config))
     filler.refuse_leftovers()
     generation_config = checkpoint.folder / "generation_config.json"
     if generation_config.is_file():
