@@ -84,11 +84,23 @@ def test_converts_between_formats(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert line.endswith("b exists and is no empty folder")
 
 
-def test_what_no_format_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_checkpoint(tmp_path / "a", Blockwise("nf4"))
-    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
-    assert "q_proj': no format holds a Lut4Linear" in capsys.readouterr().err
-    assert not (tmp_path / "b").exists()
+def test_what_a_format_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "nf4", Blockwise("nf4"))
+    write_checkpoint(tmp_path / "awq", Zoo("awq"))
+    write_checkpoint(tmp_path / "int8", Zoo("gptq_v2", bits=8))
+    for source, format, message in (
+        ("nf4", "awq", "q_proj': awq holds no Lut4Linear, only bitsandbytes may"),
+        (
+            "awq",
+            "bitsandbytes",
+            "bitsandbytes holds no Int4Linear, only compressed-tensors, gptq_v2",
+        ),
+        ("int8", "bitsandbytes", "the model has no Lut4Linear"),
+    ):
+        target = tmp_path / "target"
+        assert main(["convert", str(tmp_path / source), str(target), "--format", format]) == 1
+        assert message in capsys.readouterr().err
+        assert not target.exists()
 
 
 def test_converts_what_is_not_quantised(llama: Any, tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from typing import Any, get_args
 import torch
 
 import effllm
-from effllm import formats, nn
+from effllm import formats
 from effllm.formats import gguf
 from effllm.formats.empty import import_extra
 from effllm.formats.gguf_model import GGUF_FORMATS, is_gguf
 from effllm.formats.saving import SaveFormat
+from effllm.nn.packed_linear import PackedLinear
 
 # What a checkpoint has beside config and weights.
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         config = effllm.Int4Config(args.group_size, symmetric=not args.asymmetric)
         # From one GGUF file to another, values pass through the model: no dtype of less bits.
         model = effllm.load(source, dtype=torch.float32 if to_gguf and is_gguf(source) else None)
-        packed = any(isinstance(module, nn.Int4Linear) for module in model.modules())
-        if not packed and not to_gguf:
+        packed = any(isinstance(module, PackedLinear) for module in model.modules())
+        if not packed and not to_gguf and args.format != "bitsandbytes":
             head = model.get_output_embeddings()
             effllm.quantize_(model, config, lambda module, name: module is not head)
         tokenizer = None

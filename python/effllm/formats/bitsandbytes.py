@@ -21,6 +21,15 @@ import torch
 from torch import Tensor
 
 from effllm.formats.grouped import KERNEL_GROUP_SIZES
+from effllm.quantization.codebook import NF4
+
+# 4-bit floats of sign, exponent and fraction, 2 and 1 bits of them, over their largest.
+FP4: tuple[float, ...] = tuple(
+    sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)
+)
+_CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
@@ -134,3 +143,57 @@ def decode_int8(codes: Tensor, scb: Tensor) -> Tensor:
     Multiplied in the order of the package, so that the last bit agrees.
     """
     return codes.float().mul_(scb.float()[:, None]).mul_(1 / 127)
+
+
+def quant_type(codebook: Tensor) -> str:
+    """ "nf4" or "fp4", of a codebook that holds one of them rounded to its dtype.
+
+    The package computes with a table of its own, whatever a file says. Kernels round to the dtype
+    of activations; a codebook of that dtype gives the same products as the table.
+
+    Raises:
+        ValueError: it is another one, or not one for the whole tensor.
+    """
+    if codebook.dim() == 1:
+        for name, values in _CODEBOOKS.items():
+            table = torch.tensor(values, device=codebook.device)
+            if torch.equal(table.to(codebook.dtype), codebook):
+                return name
+    raise ValueError("bitsandbytes holds the codebooks of NF4 and FP4 only, one per weight")
+
+
+def encode(
+    codes: Tensor, codebook: Tensor, scales: Tensor | None, group_size: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a weight on disk, by name in the layer, without double quantisation.
+
+    Args:
+        codes: uint8 ``[N, K]`` in 0..15.
+        codebook: float ``[16]``, see ``quant_type``.
+        scales: float ``[N, K / group_size]``, which fp32 holds exactly.
+        group_size: of K channels; groups in pairs of equal scales are joined, as the package knows
+            blocks of 32 since recently.
+        dtype: that the package is to decode to.
+
+    Raises:
+        ValueError: another codebook, no scales, or groups that are no blocks of the package.
+    """
+    n, k = codes.shape
+    name = quant_type(codebook)
+    if scales is None or group_size not in _BLOCK_SIZES or k % group_size:
+        raise ValueError(
+            f"bitsandbytes needs scales for groups of {', '.join(map(str, _BLOCK_SIZES))} that "
+            f"divide K, got {'no scales' if scales is None else f'{group_size} for K = {k}'}"
+        )
+    absmax = scales.float().flatten()
+    if group_size == 32 and torch.equal(absmax[::2][: len(absmax) // 2], absmax[1::2]):
+        absmax, group_size = absmax[::2], 64
+    pairs = codes.reshape(-1, 2)  # K is even, as group_size is
+    state = {"quant_type": name, "blocksize": group_size, "shape": [n, k]}
+    text = json.dumps(state | {"dtype": str(dtype).removeprefix("torch.")}).encode()
+    return {
+        "weight": (pairs[:, 0] << 4 | pairs[:, 1])[:, None],
+        "weight.absmax": absmax.contiguous(),
+        "weight.quant_map": torch.tensor(_CODEBOOKS[name]),
+        f"weight.quant_state.bitsandbytes__{name}": torch.tensor(list(text), dtype=torch.uint8),
+    }

@@ -1,4 +1,4 @@
-"""effllm.save: a model with Int4Linear layers into a checkpoint that other software reads."""
+"""effllm.save: a model with packed layers into a checkpoint that other software reads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +18,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from effllm import _load, ops
-from effllm.formats import awq, compressed_tensors, gptq
+from effllm.formats import awq, bitsandbytes, compressed_tensors, gptq
 from effllm.formats.gguf_model import GGUF_FORMATS, save_gguf
 from effllm.formats.grouped import GroupedWeight
 from effllm.formats.shards import ShardWriter
-from effllm.nn import Int4Linear
+from effllm.nn import Int4Linear, Lut4Linear
 from effllm.nn.packed_linear import PackedLinear
 
 SaveFormat = Literal[
     "compressed-tensors",
     "gptq_v2",
     "awq",
+    "bitsandbytes",
     "gguf-q4_0",
     "gguf-q8_0",
     "gguf-f16",
@@ -35,11 +37,7 @@ SaveFormat = Literal[
     "gguf-f32",
 ]
 
-_ENCODERS: dict[str, Callable[[GroupedWeight], dict[str, Tensor]]] = {
-    "compressed-tensors": compressed_tensors.encode,
-    "gptq_v2": gptq.encode,
-    "awq": awq.encode,
-}
+_Encode = Callable[[Any, torch.dtype], dict[str, Tensor]]
 
 
 def save(
@@ -51,7 +49,7 @@ def save(
     max_shard_bytes: int = 4 * 2**30,
     progress: bool = True,
 ) -> None:
-    """Writes config and weights of a transformers model; its ``Int4Linear`` layers stay 4 bits.
+    """Writes config and weights of a transformers model; its packed layers stay 4 bits.
 
     Codes, scales and zero points are written as they are, so that loading the result gives equal
     weights. All is written into a temporary folder (or file) beside ``path``, which is renamed at
@@ -62,7 +60,9 @@ def save(
         path: the folder to make, which may exist if it is empty; for GGUF the file, ``*.gguf``.
         format: "compressed-tensors" is pack-quantized, read by its package and so by transformers.
             "gptq_v2" also holds permuted inputs (act-order) and short last groups; "awq" is the
-            GEMM layout, with one group size for all layers. "gguf-..." is one file for llama.cpp,
+            GEMM layout, with one group size for all layers. These three hold ``Int4Linear`` layers;
+            "bitsandbytes" holds ``Lut4Linear`` layers of NF4, or of FP4, in groups that divide the
+            input channels, with the codebook in fp32. "gguf-..." is one file for llama.cpp,
             with all matrices of the type that it names: "gguf-q4_0" holds those 4-bit layers that
             it can hold exactly (see ``formats.gguf.write_model``), the others round them. Matrices
             that are not quantised are rounded as llama.cpp does it.
@@ -73,13 +73,13 @@ def save(
         progress: show a progress bar.
 
     Raises:
-        ValueError: another format, a model that is not of transformers, no ``Int4Linear`` in it
+        ValueError: another format, a model that is not of transformers, no packed layer in it
             (but for GGUF), a layer, config or tokenizer that the format cannot hold (the message
             names it), or weights on the meta device.
         FileExistsError: ``path`` exists and is no empty folder.
     """
-    if format not in (*_ENCODERS, *GGUF_FORMATS):
-        known = ", ".join((*_ENCODERS, *GGUF_FORMATS))
+    if format not in (*_FORMATS, *GGUF_FORMATS):
+        known = ", ".join((*_FORMATS, *GGUF_FORMATS))
         raise ValueError(f"effllm.save: format must be one of {known}, got {format}")
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ValueError(f"effllm.save: a transformers model is needed, got {type(model).__name__}")
@@ -89,9 +89,10 @@ def save(
         return
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"effllm.save: {path} exists and is no empty folder")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Int4Linear)}
-    _refuse(model, layers)
-    quantization = _CONFIGS[format](model, layers)
+    kind = _FORMATS[format]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kind.layer)}
+    _refuse(model, layers, format)
+    quantization = kind.config(model, layers)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -104,7 +105,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         writer = ShardWriter(folder, max_shard_bytes)
-        for tensors in _tensors(model, layers, format, progress):
+        for tensors in _tensors(model, layers, kind.encode, progress):
             writer.add(tensors)
         writer.finish()
         folder.rename(path)
@@ -113,14 +114,20 @@ def save(
         raise
 
 
-def _refuse(model: nn.Module, layers: dict[str, Int4Linear]) -> None:
+def _refuse(model: nn.Module, layers: dict[str, Any], format: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) and name not in layers:
+            kind = type(module)
+            others = [other for other, row in _FORMATS.items() if issubclass(kind, row.layer)]
             raise ValueError(
-                f"effllm.save: layer '{name}': no format holds a {type(module).__name__}"
+                f"effllm.save: layer '{name}': {format} holds no {kind.__name__}, only "
+                f"{', '.join(others)} may"
             )
     if not layers:
-        raise ValueError("effllm.save: the model has no Int4Linear; use model.save_pretrained")
+        raise ValueError(
+            f"effllm.save: the model has no {_FORMATS[format].layer.__name__}; "
+            "use model.save_pretrained"
+        )
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"effllm.save: '{name}' is on the meta device, it has no values")
@@ -142,15 +149,15 @@ def grouped(layer: Int4Linear) -> GroupedWeight:
 
 
 def _tensors(
-    model: nn.Module, layers: dict[str, Int4Linear], format: str, progress: bool
+    model: nn.Module, layers: dict[str, Any], encode: _Encode, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
     """What must be in one file together: a layer, or one other tensor."""
-    encode = _ENCODERS[format]
+    dtype = _dtype(model)
     for name, layer in tqdm(
         layers.items(), desc="save", unit="layer", leave=False, disable=not progress
     ):
         try:
-            parts = encode(grouped(layer))
+            parts = encode(layer, dtype)
         except ValueError as error:
             raise ValueError(f"effllm.save: layer '{name}': {error}") from error
         if layer.bias is not None:
@@ -170,11 +177,15 @@ def _tensors(
 def _write_configs(model: Any, folder: Path, quantization: dict[str, Any]) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    config.dtype = _dtype(model)
     config.quantization_config = quantization
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _unquantised(model: nn.Module) -> list[str]:
@@ -266,8 +277,54 @@ def _awq_config(model: nn.Module, layers: dict[str, Int4Linear]) -> dict[str, An
     }
 
 
-_CONFIGS = {
-    "compressed-tensors": _packed_config,
-    "gptq_v2": _gptq_config,
-    "awq": _awq_config,
+def _bitsandbytes_config(model: nn.Module, layers: dict[str, Lut4Linear]) -> dict[str, Any]:
+    types: dict[str, str] = {}
+    for name, layer in layers.items():
+        try:
+            types.setdefault(bitsandbytes.quant_type(layer.codebook), name)
+        except ValueError as error:
+            raise ValueError(f"effllm.save: layer '{name}': {error}") from error
+    if len(types) > 1:
+        found = ", ".join(f"{kind} ('{name}')" for kind, name in types.items())
+        raise ValueError(f"effllm.save: bitsandbytes needs one codebook, the model has {found}")
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": next(iter(types)),
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": str(_dtype(model)).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": _unquantised(model),
+    }
+
+
+# -- formats ---------------------------------------------------------------------------------------
+
+
+def _encode_lut4(layer: Lut4Linear, dtype: torch.dtype) -> dict[str, Tensor]:
+    codes = ops.int4_unpack(layer.qweight, layer.out_features, layer.in_features)
+    return bitsandbytes.encode(codes, layer.codebook, layer.scales, layer.group_size, dtype)
+
+
+def _of_groups(encode: Callable[[GroupedWeight], dict[str, Tensor]]) -> _Encode:
+    return lambda layer, dtype: encode(grouped(layer))
+
+
+@dataclass(frozen=True)
+class _Format:
+    """What a format holds, as tensors by their name in the layer, and its config."""
+
+    layer: type[PackedLinear]
+    encode: _Encode
+    config: Callable[[Any, dict[str, Any]], dict[str, Any]]
+
+
+_FORMATS = {
+    "compressed-tensors": _Format(
+        Int4Linear, _of_groups(compressed_tensors.encode), _packed_config
+    ),
+    "gptq_v2": _Format(Int4Linear, _of_groups(gptq.encode), _gptq_config),
+    "awq": _Format(Int4Linear, _of_groups(awq.encode), _awq_config),
+    "bitsandbytes": _Format(Lut4Linear, _encode_lut4, _bitsandbytes_config),
 }
