@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from bytes_zoo import Blockwise, Bytes
 from formats_zoo import Written, Zoo, edit_config, write_checkpoint, write_tensors
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import effllm
@@ -402,77 +398,3 @@ def test_a_config_for_another_checkpoint(written: Written, llama: Any) -> None:
 
 def config_of(kind: str) -> dict[str, Any]:
     return Zoo(kind).quantization_config()
-
-
-# -- fuzzing ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        Zoo("pack-quantized", shards=2),
-        Bytes("int-quantized", floats=False, symmetric=False, shards=2),
-        Blockwise("nf4", nested=True, shards=2),
-    ],
-    ids=lambda kind: kind.id,
-)
-def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    write_checkpoint(folder, request.param)
-    return folder
-
-
-def header_length(path: Path) -> int:
-    return 8 + int(struct.unpack("<Q", path.read_bytes()[:8])[0])
-
-
-def outcome(run: Callable[[], Any]) -> tuple[str | None, Any]:
-    """The error's text or the result; all other exceptions are bugs."""
-    try:
-        return None, run()
-    except (CheckpointError, FileNotFoundError) as error:
-        return str(error), None
-
-
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_flipped_bytes_give_an_error_or_a_report(sharded: Path, data: st.DataObject) -> None:
-    files = sorted(sharded.glob("*.safetensors")) + sorted(sharded.glob("*.json"))
-    path = data.draw(st.sampled_from(files))
-    original = path.read_bytes()
-    limit = header_length(path) if path.suffix == ".safetensors" else len(original)
-    changed = bytearray(original)
-    for position, value in data.draw(
-        st.lists(st.tuples(st.integers(0, limit - 1), st.integers(0, 255)), min_size=1, max_size=4)
-    ):
-        changed[position] = value
-    cut = data.draw(st.sampled_from([len(changed), limit, limit // 2]))
-    try:
-        path.write_bytes(changed[:cut])
-        error, _ = outcome(lambda: inspect(sharded))
-        assert error is None or str(sharded) in error
-    finally:
-        path.write_bytes(original)
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_flipped_bytes_never_load_another_model(sharded: Path, data: st.DataObject) -> None:
-    """What loads has every weight: no tensor is missing, left over or of another shape."""
-    path = data.draw(st.sampled_from(sorted(sharded.glob("*.safetensors"))))
-    original = path.read_bytes()
-    changed = bytearray(original)
-    position = data.draw(st.integers(8, header_length(path) - 1))
-    changed[position] = data.draw(st.sampled_from(b'0123456789FBI{}[]":,.'))
-    try:
-        path.write_bytes(changed)
-        error, model = outcome(lambda: effllm.load(sharded, progress=False))
-        assert error is None or str(sharded) in error
-        assert model is None or not any(parameter.is_meta for parameter in model.parameters())
-    finally:
-        path.write_bytes(original)
-
-
-def test_fuzzed_files_are_restored(sharded: Path, tmp_path: Path) -> None:
-    shutil.copytree(sharded, tmp_path / "copy")
-    assert effllm.load(tmp_path / "copy", progress=False) is not None

@@ -106,7 +106,7 @@ def parse_config(source: Path, config: Any) -> QuantConfig:
         "fp8": _fp8,
         "bitsandbytes": _bitsandbytes,
     }
-    if method not in parsers:
+    if not isinstance(method, str) or method not in parsers:
         raise reader.unsupported(f"quant_method {method!r}")
     sparsity = _sparsity(reader) if method == "compressed-tensors" else None
     return QuantConfig(source, parsers[method](reader), sparsity)
