@@ -1,6 +1,6 @@
 """Checkpoints whose codes are bytes, and bitsandbytes': kinds for ``formats_zoo``.
 
-Decoded here value by value in numpy, with nothing of the package.
+Decoded here in numpy, with nothing of the package.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def e4m3(byte: int) -> float:
     return -size if byte & 128 else size
 
 
+E4M3 = np.array([e4m3(byte) for byte in range(256)])
+
+
 @dataclass(frozen=True)
 class Kind:
     """What ``formats_zoo`` needs to know of every kind."""
@@ -50,11 +53,9 @@ class Kind:
 
 
 def kept(weight: Tensor, mask: np.ndarray, sparsity: str) -> dict[str, Tensor]:
-    """The tensors of a sparse weight [N, K] of any dtype, bit by bit."""
+    """The tensors of a sparse weight [N, K] of any dtype."""
     n, k = mask.shape
-    bitmask = np.zeros((n, -(-k // 8)), np.uint8)
-    for i, j in zip(*np.nonzero(mask), strict=True):
-        bitmask[i, j // 8] |= 1 << j % 8
+    bitmask = np.packbits(mask, 1, "little")
     stored = weight.view(torch.int8) if weight.element_size() == 1 else weight
     values = stored[torch.from_numpy(mask)].view(weight.dtype)
     tensors = {"compressed": values, "bitmask": torch.from_numpy(bitmask)}
@@ -141,7 +142,7 @@ class Bytes(Kind):
         codes = rng.integers(0, 256, (n, k), dtype=np.uint8)
         if self.floats:
             codes[codes & 127 == 127] = 0  # NaN
-            values = np.vectorize(e4m3)(codes)
+            values = E4M3[codes]
         else:
             low = -(1 << self.bits - 1)
             values = rng.integers(low, -low, (n, k))
@@ -157,11 +158,8 @@ class Bytes(Kind):
             stored = torch.from_numpy(rng.integers(110, 118, shape).astype(np.uint8))
             scale = torch.from_numpy(2.0 ** (stored.numpy().astype(int) - 127))
         factor = scale.float().numpy()
-        dense = np.empty((n, k), np.float32)
-        for i in range(n):
-            for j in range(k):
-                at = (i // rows, j // columns)
-                dense[i, j] = np.float32(values[i, j] - zeros[at]) * factor[at]
+        at = np.ix_(np.arange(n) // rows, np.arange(k) // columns)
+        dense = (values - zeros[at]).astype(np.float32) * factor[at].astype(np.float32)
         weight = torch.from_numpy(codes)
         weight = weight.view(torch.float8_e4m3fn if self.floats else torch.int8)
         tensors = {"weight": weight}
@@ -239,17 +237,14 @@ class Blockwise(Kind):
             nested_map = rng.uniform(-1, 1, 256).astype(np.float32)
             nested_absmax = rng.uniform(0.001, 0.003, -(-blocks // 256)).astype(np.float32)
             offset = np.float32(0.0213)
-            for i, code in enumerate(stored.tolist()):
-                absmax[i] = nested_map[code] * nested_absmax[i // 256] + offset
+            absmax = nested_map[stored.numpy()] * nested_absmax[np.arange(blocks) // 256] + offset
             state |= {"nested_blocksize": 256, "nested_dtype": "float32"}
             state["nested_offset"] = float(offset)
             nested = {
                 "weight.nested_absmax": torch.from_numpy(nested_absmax),
                 "weight.nested_quant_map": torch.from_numpy(nested_map),
             }
-        dense = np.empty(count, np.float32)
-        for i in range(count):
-            dense[i] = quant_map[codes[i]] * absmax[i // self.blocksize]
+        dense = quant_map[codes[:count]] * absmax[np.arange(count) // self.blocksize]
         packed = torch.from_numpy((codes[::2] * 16 + codes[1::2]).astype(np.uint8))
         text = list(json.dumps(state).encode())
         tensors = {
@@ -283,10 +278,7 @@ class Int8(Kind):
         codes = rng.integers(-127, 128, (n, k), dtype=np.int8)
         scb = rng.uniform(1, 3, n).astype(np.float32)
         step = np.float32(1 / 127)
-        dense = np.empty((n, k), np.float32)
-        for i in range(n):
-            for j in range(k):
-                dense[i, j] = np.float32(codes[i, j]) * scb[i] * step
+        dense = codes.astype(np.float32) * scb[:, None] * step
         tensors = {"weight": torch.from_numpy(codes), "SCB": torch.from_numpy(scb)}
         tensors["weight_format"] = torch.tensor(0, dtype=torch.uint8)
         return Dense(torch.from_numpy(dense)), tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,28 @@ IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])
 
 
 def zoo() -> list[Zoo]:
-    """Formats x scale dtypes x bias x tied head, and the odd ones."""
-    kinds = [
-        Zoo("awq"),
-        Zoo("gptq", symmetric=True),
-        Zoo("gptq", intermediate=90),  # N odd for the zero points, a short last group for down_proj
-        Zoo("gptq_v2", shuffled=True),
-        Zoo("gptq_v2", bits=2),
-        Zoo("gptq", bits=3, symmetric=True, intermediate=90),
-        Zoo("gptq_v2", bits=8),
-        Zoo("pack-quantized", symmetric=True),
+    """Formats x scale dtypes x bias x tied head x odd N and K where legal, and the odd ones."""
+    even = [
+        Zoo("awq"),  # packs 8 output channels to a word, in whole groups
+        Zoo("pack-quantized", symmetric=True),  # groups are whole too
         Zoo("pack-quantized"),
     ]
+    any_size = [
+        Zoo("gptq", symmetric=True),
+        Zoo("gptq"),
+        Zoo("gptq_v2", shuffled=True),
+        Zoo("gptq_v2", bits=2),
+        Zoo("gptq", bits=3, symmetric=True),
+        Zoo("gptq_v2", bits=8),
+        Zoo("pack-quantized", group_size=-1),
+    ]
+    sizes = [(kind, 96) for kind in (*even, *any_size)] + [(kind, 91) for kind in any_size]
     options = itertools.product(
-        kinds, (torch.float16, torch.bfloat16), (False, True), (False, True)
+        sizes, (torch.float16, torch.bfloat16), (False, True), (False, True)
     )
     every = [
-        Zoo(**vars(kind) | {"dtype": dtype, "bias": bias, "tied": tied})
-        for kind, dtype, bias, tied in options
+        replace(kind, intermediate=size, dtype=dtype, bias=bias, tied=tied)
+        for (kind, size), dtype, bias, tied in options
     ]
     return [
         *every,
@@ -50,8 +55,7 @@ def zoo() -> list[Zoo]:
         Zoo("gptq_v2", bits=3, shuffled=True, shards=3),
         Zoo("gptq_v2", bits=2, group_size=64, shuffled=True),
         Zoo("gptq", bits=8, symmetric=True, shuffled=True),
-        Zoo("pack-quantized", group_size=-1),
-        Zoo("pack-quantized", group_size=-1, symmetric=True, intermediate=90),
+        Zoo("pack-quantized", group_size=-1, symmetric=True, intermediate=91),
         Zoo("pack-quantized", shuffled=True),
         Zoo("pack-quantized", bits=2),
         Zoo("pack-quantized", bits=3, symmetric=True),

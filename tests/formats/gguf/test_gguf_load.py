@@ -33,12 +33,13 @@ def rounded(model: Any, kind: TensorType) -> Any:
     return model
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q8_0"])
 def test_gives_the_logits_of_the_stored_weights(
-    kind: str, tied: bool, make_llama: MakeLlama, tmp_path: Path
+    kind: str, tied: bool, bias: bool, make_llama: MakeLlama, tmp_path: Path
 ) -> None:
-    make = {"tie_word_embeddings": tied, "attention_bias": True}
+    make = {"tie_word_embeddings": tied, "attention_bias": bias, "mlp_bias": bias}
     save(make_llama(**make), tmp_path / "a.gguf", TensorType[kind])
     loaded = effllm.load(tmp_path / "a.gguf", dtype=torch.float32, progress=False)
     assert not loaded.training
