@@ -32,6 +32,7 @@ GGUF_FORMATS = {
     f"gguf-{kind.name.lower()}": kind
     for kind in (
         TensorType.Q4_0,
+        TensorType.Q4_1,
         TensorType.Q8_0,
         TensorType.F16,
         TensorType.BF16,

@@ -31,6 +31,7 @@ SaveFormat = Literal[
     "awq",
     "bitsandbytes",
     "gguf-q4_0",
+    "gguf-q4_1",
     "gguf-q8_0",
     "gguf-f16",
     "gguf-bf16",
@@ -62,10 +63,10 @@ def save(
             "gptq_v2" also holds permuted inputs (act-order) and short last groups; "awq" is the
             GEMM layout, with one group size for all layers. These three hold ``Int4Linear`` layers;
             "bitsandbytes" holds ``Lut4Linear`` layers of NF4, or of FP4, in groups that divide the
-            input channels, with the codebook in fp32. "gguf-..." is one file for llama.cpp,
-            with all matrices of the type that it names: "gguf-q4_0" holds those 4-bit layers that
-            it can hold exactly (see ``formats.gguf.write_model``), the others round them. Matrices
-            that are not quantised are rounded as llama.cpp does it.
+            input channels, with the codebook in fp32. "gguf-..." is one file for llama.cpp, with
+            all matrices of the type that it names: "gguf-q4_0" and "gguf-q4_1" hold those
+            4-bit layers that they can hold exactly (see ``formats.gguf.write_model``), the others
+            round them. Matrices that are not quantised are rounded as llama.cpp does it.
         tokenizer: of transformers; put into the folder or, as far as ``tokenizer_metadata`` of
             ``formats.gguf`` can express it, into the file, which llama.cpp does not run without.
         max_shard_bytes: start another file rather than exceed it, except by a single layer. A GGUF

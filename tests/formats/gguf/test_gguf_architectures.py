@@ -349,6 +349,48 @@ def test_int4_layers_that_q4_0_cannot_hold(make_llama: MakeModel, tmp_path: Path
     refuse(model, path, "it is a Lut4Linear")
 
 
+def exact_in_q4_1(model: Any) -> Any:
+    """Scales of few bits, so that their products with zero points are fp16 numbers."""
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            module.scales.data = (module.scales * 4096).ceil().clamp(max=127) / 4096
+    return model
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_int4_layers_with_zero_points_are_stored_as_they_are(
+    group_size: int, symmetric: bool, make_llama: MakeModel, tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs the extra effllm[formats] (gguf)")
+    model = exact_in_q4_1(int4(make_llama(), group_size, symmetric=symmetric))
+    effllm.save(model, tmp_path / "a.gguf", "gguf-q4_1", progress=False)
+    loaded = effllm.load(tmp_path / "a.gguf", dtype=torch.float32, progress=False)
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    for name, module in model.named_modules():
+        if isinstance(module, Int4Linear):
+            assert isinstance(loaded.get_submodule(name), Int4Linear)
+            assert torch.equal(loaded.get_submodule(name).weight, module.weight), name
+    tensor = theirs["blk.1.ffn_down.weight"]
+    dense = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+    down = model.model.layers[1].mlp.down_proj
+    assert torch.equal(dense.half(), down.weight)
+    effllm.save(loaded, tmp_path / "b.gguf", "gguf-q4_1", progress=False)
+    a, b = GgufFile(tmp_path / "a.gguf"), GgufFile(tmp_path / "b.gguf")
+    assert all(torch.equal(a.raw(name), b.raw(name)) for name in a.tensors if "embd" not in name)
+
+
+def test_int4_layers_that_q4_1_cannot_hold(make_llama: MakeModel, tmp_path: Path) -> None:
+    model = int4(make_llama(), 32, symmetric=False)
+    with pytest.raises(GgufError, match=r"layer 'model.layers.0.self_attn.q_proj' .* Q4_1 .*zero"):
+        write_model(tmp_path / "a.gguf", model, TensorType.Q4_1)
+    assert not (tmp_path / "a.gguf").exists()
+    layer = exact_in_q4_1(model).get_submodule(K)
+    layer.perm = torch.nn.Parameter(torch.randperm(96, dtype=torch.int32), requires_grad=False)
+    with pytest.raises(GgufError, match=f"layer '{K}' .* Q4_1 .* its inputs are permuted"):
+        write_model(tmp_path / "a.gguf", model, TensorType.Q4_1)
+
+
 def test_a_tied_head_of_codes_gets_a_tensor(make_llama: MakeModel, tmp_path: Path) -> None:
     model = make_llama(tie_word_embeddings=True)
     head = torch.nn.Linear(96, 101, bias=False)

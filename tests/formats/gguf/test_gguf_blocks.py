@@ -66,7 +66,7 @@ def test_block_sizes_agree_with_the_gguf_package() -> None:
         assert kind == constants.GGMLQuantizationType[kind.name]
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
 def test_encoders_agree_with_the_gguf_package(kind: str) -> None:
     pytest.importorskip("gguf.quants", reason=NEEDS_GGUF)
     from gguf import GGMLQuantizationType, quants
@@ -78,7 +78,7 @@ def test_encoders_agree_with_the_gguf_package(kind: str) -> None:
     assert torch.equal(found, torch.from_numpy(expected.copy()).view(torch.uint8).flatten())
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
 def test_large_tensors_are_converted_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = torch.from_numpy(random_blocks(kind, 100)).flatten()
     size = 100 * TensorType[kind].block_values
@@ -189,6 +189,35 @@ def test_q4_1_without_an_exact_form_is_left_alone(d: float, m: float) -> None:
     assert to_int4(raw, TensorType.Q4_1, (2, 32)) is None
 
 
+def test_int4_becomes_q4_1_where_the_minimum_is_an_fp16_number() -> None:
+    scales = torch.tensor([[0.25, 0.1, -0.5], [0.1, 0.1, 2.0**-24]]).half()
+    zeros = torch.tensor([[3, 8, 255], [0, 1, 15]], dtype=torch.uint8)
+    codes = torch.randint(0, 16, (2, 96), dtype=torch.uint8)
+    weight = (codes.float() - zeros.repeat_interleave(32, 1)) * scales.float().repeat_interleave(
+        32, 1
+    )
+    raw = from_int4(codes, scales, zeros)
+    assert torch.equal(dequantize(raw, TensorType.Q4_1, (2, 96)), weight)
+    again = to_int4(raw, TensorType.Q4_1, (2, 96))
+    assert again is not None
+    for found, expected in zip(again, (codes, scales, zeros), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_int4_becomes_q4_1_where_a_block_is_one_value() -> None:
+    """As ``to_int4`` makes them of blocks without steps."""
+    scales, zeros = torch.tensor([[0.1]]).half(), torch.tensor([[7]], dtype=torch.uint8)
+    codes = torch.full((1, 32), 8, dtype=torch.uint8)
+    raw = from_int4(codes, scales, zeros)
+    assert raw.view(torch.float16)[:2].tolist() == [0, scales.item()]
+    assert (dequantize(raw, TensorType.Q4_1, (1, 32)) == scales.item()).all()
+    codes[0, 5] = 9
+    with pytest.raises(GgufError, match="products with the scales are fp16 numbers"):
+        from_int4(codes, scales, zeros)
+    with pytest.raises(GgufError, match="products with the scales are fp16 numbers"):
+        from_int4(codes, torch.full((1, 1), 60000.0).half(), zeros + 1)  # beyond fp16
+
+
 def test_other_types_have_no_int4_form() -> None:
     raw = torch.from_numpy(random_blocks("Q5_0", 1))
     assert to_int4(raw, TensorType.Q5_0, (1, 32)) is None
@@ -207,7 +236,7 @@ def test_results_share_no_memory_with_the_file() -> None:
 NAN, INFINITE = torch.full((32,), float("nan")), torch.full((32,), float("-inf"))
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("weight", [NAN, INFINITE, torch.full((32,), 1e9)])
 def test_weights_without_a_scale_are_refused(kind: str, weight: torch.Tensor) -> None:
     with pytest.raises(GgufError, match=f"not finite, or too large for a scale of {kind}"):
@@ -221,7 +250,9 @@ def test_errors_name_found_and_needed() -> None:
         dequantize(torch.zeros(35, dtype=torch.uint8), TensorType.Q4_0, (2, 32))
     with pytest.raises(GgufError, match=r"got 9 of torch.float32"):
         dequantize(torch.zeros(9), TensorType.F32, (9,))
-    with pytest.raises(GgufError, match="type Q6_K has no encoder, only F32, F16, BF16, Q4_0, Q8"):
+    with pytest.raises(
+        GgufError, match="type Q6_K has no encoder, only F32, F16, BF16, Q4_0, Q4_1, Q8"
+    ):
         quantize(torch.zeros(256), TensorType.Q6_K)
     with pytest.raises(GgufError, match=r"rows of 48 values .* Q8_0, which needs a multiple of 32"):
         quantize(torch.zeros(2, 48), TensorType.Q8_0)
@@ -229,8 +260,13 @@ def test_errors_name_found_and_needed() -> None:
         quantize(torch.zeros(32, dtype=torch.int8), TensorType.Q8_0)
     with pytest.raises(GgufError, match="too large for F16"):
         quantize(torch.tensor([1e5]), TensorType.F16)
-    with pytest.raises(GgufError, match=r"fp16 scales \[2, 1\], got torch.float32 \[2, 1\]"):
+    with pytest.raises(GgufError, match=r"float16 scales \[2, 1\], got torch.float32 \[2, 1\]"):
         from_int4(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1))
+    scales, signed = torch.ones(2, 1).half(), torch.ones(2, 1, dtype=torch.int8)
+    with pytest.raises(
+        GgufError, match=r"Q4_1 needs uint8 zeros \[2, 1\], got torch.int8 \[2, 1\]"
+    ):
+        from_int4(torch.zeros(2, 32, dtype=torch.uint8), scales, signed)
     with pytest.raises(GgufError, match=r"uint8 codes .* \[2, 33\]"):
         from_int4(torch.zeros(2, 33, dtype=torch.uint8), torch.ones(2, 1))
     assert set(ENCODED) <= set(DECODED)

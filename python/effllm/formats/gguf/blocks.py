@@ -63,8 +63,8 @@ def dequantize(
 def quantize(weight: Tensor, tensor_type: TensorType) -> Tensor:
     """The bytes of a tensor, the inverse of ``dequantize`` as far as the type allows.
 
-    Q4_0 and Q8_0 round as ggml's reference does, to the bit (but for the codes of a scale so small
-    that it is stored as 0, which ggml leaves to chance); F16 and BF16 round to nearest.
+    Q4_0, Q4_1 and Q8_0 round as ggml's reference does, to the bit (but for the codes of a scale so
+    small that it is stored as 0, which ggml leaves to chance); F16 and BF16 round to nearest.
 
     Args:
         weight: float, any shape; its last dimension a multiple of the type's block.
@@ -97,7 +97,8 @@ def quantize(weight: Tensor, tensor_type: TensorType) -> Tensor:
     out = rows.new_empty((rows.shape[0], tensor_type.block_bytes), dtype=torch.uint8)
     for source, target in _pieces(rows, out):
         target.copy_(_ENCODERS[tensor_type](source.float()))
-    if not torch.isfinite(_float(out, 0, torch.float16)).all():
+    starts = (0, 2) if tensor_type == TensorType.Q4_1 else (0,)
+    if not all(torch.isfinite(_float(out, start, torch.float16)).all() for start in starts):
         raise GgufError(f"values are not finite, or too large for a scale of {tensor_type.name}")
     return out.flatten()
 
@@ -161,24 +162,50 @@ def to_int4(
     return codes.view(shape), scales.view(groups), zeros.to(torch.uint8).view(groups)
 
 
-def from_int4(codes: Tensor, scales: Tensor) -> Tensor:
-    """The bytes of Q4_0 for codes with zero point 8: the inverse of ``to_int4``.
+def from_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """The bytes of Q4_0, or with zero points of Q4_1: the inverse of ``to_int4``.
+
+    A block of Q4_1 stores the minimum ``-zero * scale`` as fp16. Where that is no fp16 number, a
+    block of equal codes is stored as its value alone.
 
     Args:
         codes: uint8 ``[N, K]`` in 0..15, K a multiple of 32.
         scales: fp16 ``[N, K/32]``.
+        zeros: uint8 ``[N, K/32]``; None means 8, and Q4_0.
 
     Raises:
-        GgufError: other shapes or dtypes; scales of another dtype would have to be rounded.
+        GgufError: other shapes or dtypes, scales of another dtype would have to be rounded; or a
+            minimum would have to be.
     """
     n, k = codes.shape
+    name = "Q4_0" if zeros is None else "Q4_1"
     if k % 32 or codes.dtype != torch.uint8:
-        raise GgufError(f"Q4_0 needs uint8 codes [N, 32 * G], got {codes.dtype} [{n}, {k}]")
-    if scales.shape != (n, k // 32) or scales.dtype != torch.float16:
+        raise GgufError(f"{name} needs uint8 codes [N, 32 * G], got {codes.dtype} [{n}, {k}]")
+    _check_groups(name, "scales", scales, torch.float16, (n, k // 32))
+    blocks, d = codes.reshape(-1, 32), scales.reshape(-1, 1)
+    if zeros is None:
+        return _nibble_blocks(blocks, d).flatten()
+    _check_groups(name, "zeros", zeros, torch.uint8, (n, k // 32))
+    zeros = zeros.reshape(-1, 1).float()
+    # Products of 8 and 11 bits are exact in fp32.
+    m, value = -zeros * d.float(), (blocks[:, :1].float() - zeros) * d.float()
+    constant = m.half().float() != m
+    equal = (blocks == blocks[:, :1]).all(1, keepdim=True)
+    if (constant & ~(equal & (value.half().float() == value))).any():
+        raise GgufError("Q4_1 needs zero points whose products with the scales are fp16 numbers")
+    return _nibble_blocks(
+        blocks, torch.where(constant, 0, d), torch.where(constant, value, m).half()
+    ).flatten()
+
+
+def _check_groups(
+    name: str, what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype:
+        kind = str(dtype).removeprefix("torch.")
         raise GgufError(
-            f"Q4_0 needs fp16 scales [{n}, {k // 32}], got {scales.dtype} {list(scales.shape)}"
+            f"{name} needs {kind} {what} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
         )
-    return _q4_0_blocks(codes.reshape(-1, 32), scales.reshape(-1, 1)).flatten()
 
 
 def _float(blocks: Tensor, start: int, dtype: torch.dtype) -> Tensor:
@@ -315,7 +342,15 @@ def _to_q4_0(values: Tensor) -> Tensor:
     largest = values.gather(1, values.abs().argmax(1, keepdim=True))
     d = largest / -8
     codes = (values * _reciprocal(d) + 8.5).clamp(0, 15).to(torch.uint8)
-    return _q4_0_blocks(codes, d.half())
+    return _nibble_blocks(codes, d.half())
+
+
+def _to_q4_1(values: Tensor) -> Tensor:
+    """d is a 15th of the range and m the minimum; codes are rounded with both in fp32."""
+    low, high = values.aminmax(dim=1, keepdim=True)
+    d = (high - low) / 15
+    codes = ((values - low) * _reciprocal(d) + 0.5).clamp(0, 15).to(torch.uint8)
+    return _nibble_blocks(codes, d.half(), low.half())
 
 
 def _to_q8_0(values: Tensor) -> Tensor:
@@ -326,9 +361,11 @@ def _to_q8_0(values: Tensor) -> Tensor:
     return torch.cat([d.half().view(torch.uint8), codes.to(torch.int8).view(torch.uint8)], 1)
 
 
-def _q4_0_blocks(codes: Tensor, d: Tensor) -> Tensor:
+def _nibble_blocks(codes: Tensor, *floats: Tensor) -> Tensor:
+    """fp16 ``[blocks, 1]`` each, and then the codes."""
     low, high = codes.chunk(2, 1)
-    return torch.cat([d.contiguous().view(torch.uint8), low | (high << 4)], 1)
+    starts = [number.contiguous().view(torch.uint8) for number in floats]
+    return torch.cat([*starts, low | (high << 4)], 1)
 
 
 def _reciprocal(d: Tensor) -> Tensor:
@@ -349,6 +386,7 @@ _DECODERS: dict[TensorType, Callable[[Tensor], Tensor]] = {
 }
 _ENCODERS: dict[TensorType, Callable[[Tensor], Tensor]] = {
     TensorType.Q4_0: _to_q4_0,
+    TensorType.Q4_1: _to_q4_1,
     TensorType.Q8_0: _to_q8_0,
 }
 

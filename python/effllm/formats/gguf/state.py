@@ -31,6 +31,7 @@ _FILE_TYPES = {
     TensorType.F32: 0,
     TensorType.F16: 1,
     TensorType.Q4_0: 2,
+    TensorType.Q4_1: 3,
     TensorType.Q8_0: 7,
     TensorType.BF16: 32,
 }
@@ -115,10 +116,11 @@ def write_model(
     Args:
         path: replaced if it exists.
         model: of a type that ``config_metadata`` takes. Up to three end tokens of its generation
-            config are kept. Layers replaced by ``Int4Linear`` are
-            stored as Q4_0 without loss, if they have groups that 32 divides, scales that are fp16
-            numbers, and no zero points but 8; as any other type, their values are rounded to it.
-        tensor_type: of all matrices: F32, F16, BF16, Q4_0 or Q8_0. Vectors are F32.
+            config are kept. Layers replaced by ``Int4Linear`` are stored as Q4_0 without loss, if
+            they have groups that 32 divides, scales that are fp16 numbers, and no zero points but
+            8; as Q4_1 with any zero points whose products with the scales are fp16 numbers; as any
+            other type, their values are rounded to it.
+        tensor_type: of all matrices: F32, F16, BF16, Q4_0, Q4_1 or Q8_0. Vectors are F32.
         metadata: more of it, such as ``tokenizer_metadata``; it wins over what follows from the
             config.
         progress: show a progress bar.
@@ -233,41 +235,58 @@ def _gguf_values(values: Tensor, slot: Slot) -> Tensor:
 
 
 def _packed_reader(module: PackedLinear, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
-    if kind == TensorType.Q4_0:
-        return _q4_0_reader(module, slot)
+    if kind in (TensorType.Q4_0, TensorType.Q4_1):
+        return _int4_reader(module, slot, kind)
     if isinstance(module, Int4Linear):
         return lambda: _rounded_int4(module, slot, kind)
     return lambda: _gguf_values(cast(Tensor, module.weight), slot)
 
 
-def _q4_0_reader(module: PackedLinear, slot: Slot) -> Callable[[], Tensor]:
-    """The codes as they are, in blocks of Q4_0: a group of 64 is two blocks of the same scale."""
+def _int4_reader(module: PackedLinear, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
+    """The codes as they are, in blocks of Q4_0 or Q4_1: a group of 64 is two blocks."""
     problem = None
     if not isinstance(module, Int4Linear):
         problem = f"it is a {type(module).__name__}"
     elif module.perm is not None:
         problem = "its inputs are permuted"
-    elif module.zeros is not None and not bool((module.zeros == 8).all()):
+    elif kind == TensorType.Q4_0 and module.zeros is not None and bool((module.zeros != 8).any()):
         problem = "it has zero points other than 8"
     elif module.group_size % _GROUP:
         problem = f"its groups are of {module.group_size}, no multiple of {_GROUP}"
     elif not torch.equal(module.scales.half().to(module.scales.dtype), module.scales):
         problem = "its scales are no fp16 numbers"
+    elif kind == TensorType.Q4_1 and not _fits_q4_1(module, slot):
+        problem = "its zero points times its scales are no fp16 numbers"
     if problem is not None or not isinstance(module, Int4Linear):
         raise GgufError(
-            f"layer '{slot.module}' cannot be stored as Q4_0 without loss, because {problem}; "
-            "Q8_0 and the float types round it"
+            f"layer '{slot.module}' cannot be stored as {kind.name} without loss, because "
+            f"{problem}; Q8_0 and the float types round it"
         )
+    return partial(_int4_blocks, module, slot, kind)
+
+
+def _fits_q4_1(module: Int4Linear, slot: Slot) -> bool:
+    try:
+        _int4_blocks(module, slot, TensorType.Q4_1)
+    except GgufError:
+        return False
+    return True
+
+
+def _int4_blocks(module: Int4Linear, slot: Slot, kind: TensorType) -> Tensor:
+    codes = ops.int4_unpack(module.qweight, module.out_features, module.in_features)
+    zeros: Tensor = torch.full_like(module.scales, 8, dtype=torch.uint8)
+    if module.zeros is not None:
+        zeros = module.zeros
     repeats, blocks = module.group_size // _GROUP, module.in_features // _GROUP
 
-    def read() -> Tensor:
-        codes = ops.int4_unpack(module.qweight, module.out_features, module.in_features)
-        scales = module.scales.half().repeat_interleave(repeats, 1)[:, :blocks]
-        if slot.heads:
-            codes, scales = to_gguf_rows(codes, slot.heads), to_gguf_rows(scales, slot.heads)
-        return from_int4(codes, scales.contiguous())
+    def spread(groups: Tensor) -> Tensor:
+        return groups.repeat_interleave(repeats, 1)[:, :blocks].contiguous()
 
-    return read
+    parts = [codes, spread(module.scales.half()), spread(zeros)]
+    if slot.heads:
+        parts = [to_gguf_rows(part, slot.heads) for part in parts]
+    return from_int4(*(parts if kind == TensorType.Q4_1 else parts[:2]))
 
 
 def _rounded_int4(module: Int4Linear, slot: Slot, kind: TensorType) -> Tensor:
