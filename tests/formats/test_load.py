@@ -159,6 +159,17 @@ def test_the_gpu_decodes_as_the_cpu(kind: Zoo, tmp_path: Path) -> None:
     torch.testing.assert_close(device(IDS.cuda()).logits.cpu(), logits(host), rtol=0.05, atol=0.05)
 
 
+def test_the_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "a", Zoo("awq"))
+    model = effllm.load(tmp_path / "a", progress=False)
+    effllm.save(model, tmp_path / "b", progress=False)
+    assert capsys.readouterr().err == ""
+    model = effllm.load(tmp_path / "a")
+    assert "load:   0%|" in capsys.readouterr().err
+    effllm.save(model, tmp_path / "c")
+    assert "save:   0%|" in capsys.readouterr().err
+
+
 def test_generates_over_pages(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Zoo("awq"))
     model = effllm.load(tmp_path, dtype=torch.float32, progress=False, attn_implementation="effllm")
