@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,16 +145,16 @@ def test_errors_name_the_layer() -> None:
 
 def test_an_interrupt_leaves_a_model_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
-    convert = Int4Linear.from_linear
+    convert = Int4Linear.from_codes
     calls = []
 
-    def interrupted(linear: nn.Linear, *args: object) -> Int4Linear:
+    def interrupted(linear: nn.Linear, *args: Any, **kwargs: Any) -> Int4Linear:
         calls.append(linear)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return convert(linear, *args)
+        return convert(linear, *args, **kwargs)
 
-    monkeypatch.setattr(Int4Linear, "from_linear", interrupted)
+    monkeypatch.setattr(Int4Linear, "from_codes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         effllm.quantize_(model)
     assert [type(layer) for layer in model] == [Int4Linear, Int4Linear, nn.Linear, nn.Linear]

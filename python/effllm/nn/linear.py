@@ -72,18 +72,38 @@ class Int4Linear(PackedLinear):
         weight = linear.weight.detach()
         group_size = resolve_group_size(group_size, linear.in_features)
         codes, scales, zeros = round_to_nearest(weight, group_size, symmetric)
+        return cls.from_codes(linear, codes, scales, zeros, group_size=group_size)
+
+    @classmethod
+    def from_codes(
+        cls,
+        linear: nn.Linear,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None = None,
+        perm: Tensor | None = None,
+        *,
+        group_size: int,
+    ) -> Int4Linear:
+        """Takes the place of ``linear``, with codes that a method has found for its weight.
+
+        Args:
+            linear: gives the sizes, the bias (its own tensor) and the training mode.
+            codes: uint8 ``[N, K]`` in 0..15; scales, zeros, perm and group_size as in the class.
+
+        Raises ValueError for a wrong group size, RuntimeError for codes that cannot be packed.
+        """
         module = cls(
             linear.in_features,
             linear.out_features,
             bias=False,
             group_size=group_size,
-            symmetric=symmetric,
             device="meta",
         )
         module.qweight = frozen(ops.int4_pack(codes))
         module.scales = frozen(scales)
-        if zeros is not None:
-            module.zeros = frozen(zeros)
+        module.zeros = None if zeros is None else frozen(zeros)
+        module.perm = None if perm is None else frozen(perm)
         if linear.bias is not None:
             module.bias = frozen(linear.bias.detach())
         return module.train(linear.training)

@@ -97,6 +97,28 @@ class Lut4Linear(PackedLinear):
             # On the CPU first: a meta weight shall be refused for what it is.
             codebook = torch.tensor(NF4, device="cpu").to(weight.dtype)
         codes, scales = round_to_codebook(weight, codebook, group_size, scaled)
+        # A copy: many layers may be given one tensor.
+        codebook = codebook.detach().to(weight.device, copy=True)
+        return cls.from_codes(linear, codes, codebook, scales, group_size=group_size)
+
+    @classmethod
+    def from_codes(
+        cls,
+        linear: nn.Linear,
+        codes: Tensor,
+        codebook: Tensor,
+        scales: Tensor | None = None,
+        *,
+        group_size: int,
+    ) -> Lut4Linear:
+        """Takes the place of ``linear``, with codes that a method has found for its weight.
+
+        Args:
+            linear: gives the sizes, the bias (its own tensor) and the training mode.
+            codes: uint8 ``[N, K]`` in 0..15; codebook, scales and group_size as in the class.
+
+        Raises ValueError for a wrong group size, RuntimeError for codes that cannot be packed.
+        """
         module = cls(
             linear.in_features,
             linear.out_features,
@@ -105,8 +127,7 @@ class Lut4Linear(PackedLinear):
             device="meta",
         )
         module.qweight = frozen(ops.int4_pack(codes))
-        # A copy: many layers may be given one tensor.
-        module.codebook = frozen(codebook.detach().to(weight.device, copy=True))
+        module.codebook = frozen(codebook)
         module.scales = None if scales is None else frozen(scales)
         if linear.bias is not None:
             module.bias = frozen(linear.bias.detach())

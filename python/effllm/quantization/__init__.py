@@ -1,6 +1,19 @@
-"""Quantising whole models in place, and the codebook of NF4."""
+"""Quantising whole models in place: methods, granularities, and the codebook of NF4."""
 
 from effllm.quantization.codebook import NF4
-from effllm.quantization.quantize import Int4Config, quantize_
+from effllm.quantization.configs import Int4Config, LinearConfig
+from effllm.quantization.granularity import Granularity
+from effllm.quantization.method import Method
+from effllm.quantization.quantize import quantize_
+from effllm.quantization.report import LayerResult, QuantizationReport
 
-__all__ = ["NF4", "Int4Config", "quantize_"]
+__all__ = [
+    "NF4",
+    "Granularity",
+    "Int4Config",
+    "LayerResult",
+    "LinearConfig",
+    "Method",
+    "QuantizationReport",
+    "quantize_",
+]

@@ -1,17 +1,21 @@
-"""Round-to-nearest 4-bit codes of one weight matrix, group by group along the input channels."""
+"""Round-to-nearest codes of one weight matrix, tile by tile."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-_MAX_CODE = 15
-_SYMMETRIC_ZERO = 8
+from effllm.quantization.uniform import Grid, fit, from_tiles, to_tiles
 
 
 def round_to_nearest(
-    weight: Tensor, group_size: int, symmetric: bool
+    weight: Tensor,
+    group_size: int,
+    symmetric: bool,
+    *,
+    bits: int = 4,
+    rows: int = 1,
+    clip: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points with ``weight ~ (code - zero) * scale``.
 
@@ -20,6 +24,10 @@ def round_to_nearest(
         group_size: input channels per scale; the last group of a row may be short.
         symmetric: scale = amax / 7.5 and zero = 8. Otherwise scale = (max - min) / 15 over the
             group and 0 (so that the zero point is one of the codes and 0 stays exact).
+        bits: 2, 3 or 4: there are 2**bits codes, and 7.5 and 15 above are 2**(bits - 1) - 0.5 and
+            2**bits - 1. Symmetric codes lie around 8, others start at 0.
+        rows: output channels that share a scale.
+        clip: choose the range with the smallest squared error, not the one that holds all values.
 
     Returns:
         codes uint8 ``[N, K]`` in 0..15, scales ``[N, G]`` in the weight's dtype, zeros uint8
@@ -29,30 +37,20 @@ def round_to_nearest(
         ValueError: the weight is not a float matrix with data, or holds NaN or infinity.
     """
     check_weight(weight)
-
     n, k = weight.shape
-    num_groups = -(-k // group_size)
-    # Padding with 0 changes no maximum of |w| and no range that includes 0.
-    padded = F.pad(weight.float(), (0, num_groups * group_size - k))
-    groups = padded.view(n, num_groups, group_size)
-    if symmetric:
-        scales = groups.abs().amax(-1) / 7.5
-    else:
-        low = groups.amin(-1).clamp(max=0)
-        scales = (groups.amax(-1).clamp(min=0) - low) / _MAX_CODE
+    grid = Grid(bits, symmetric)
+    tiles = to_tiles(weight.float(), rows, group_size)
+    scales, zeros = fit(tiles, grid, weight.dtype, clip)
+    codes = grid.encode(tiles, scales.unsqueeze(-1), zeros.unsqueeze(-1))
 
-    # The codes are rounded with the scale as it is stored. A group of zeros, or one whose scale is
-    # too small for the dtype, gets the scale 1: a 0 would give 0/0 here.
-    scales = scales.to(weight.dtype)
-    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    step = scales.float()
-    zeros = None
-    offset: Tensor | int = _SYMMETRIC_ZERO
-    if not symmetric:
-        offset = torch.round(-low / step).clamp(0, _MAX_CODE).unsqueeze(-1)
-        zeros = offset.squeeze(-1).to(torch.uint8)
-    codes = (torch.round(groups / step.unsqueeze(-1)) + offset).clamp(0, _MAX_CODE)
-    return codes.view(n, -1)[:, :k].to(torch.uint8).contiguous(), scales, zeros
+    def per_row(values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype).repeat_interleave(rows, 0)[:n].contiguous()
+
+    return (
+        from_tiles(codes, rows, group_size, n, k).to(torch.uint8),
+        per_row(scales, weight.dtype),
+        None if symmetric else per_row(zeros, torch.uint8),
+    )
 
 
 def check_weight(weight: Tensor) -> None:

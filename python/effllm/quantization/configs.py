@@ -1,0 +1,58 @@
+"""The configs that ``quantize_`` takes: one for each method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from effllm.nn.packed_linear import GROUP_SIZES
+from effllm.quantization.granularity import Granularity
+from effllm.quantization.method import UniformCodes, UniformMethod
+from effllm.quantization.round_to_nearest import round_to_nearest
+from effllm.quantization.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class LinearConfig(UniformMethod):
+    """Linear quantisation by rounding to nearest, with optional clipping; needs no calibration.
+
+    Attributes:
+        bits: 2, 3 or 4.
+        granularity: of scales and zero points.
+        symmetric: zero point 8 everywhere; otherwise zero points as fine as the scales.
+        clip: choose each range so that the squared error of its weights is smallest (to about 1 %
+            of the range); otherwise a range holds all of its weights.
+    """
+
+    name: ClassVar[str] = "linear"
+
+    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> UniformCodes:
+        """See ``Method.quantise``; the inputs do not matter."""
+        rows, columns = self.granularity.weight_tile(*weight.shape[-2:])
+        codes, scales, zeros = round_to_nearest(
+            weight, columns, self.symmetric, bits=self.bits, rows=rows, clip=self.clip
+        )
+        return UniformCodes(codes, scales, zeros, columns)
+
+
+class Int4Config(LinearConfig):
+    """The everyday config: ``LinearConfig`` with 4 bits, without clipping."""
+
+    def __init__(self, group_size: int = 64, symmetric: bool = True) -> None:
+        """Args:
+            group_size: input channels per scale: 32, 64, 128, or -1 for one per output channel.
+            symmetric: zero point 8 everywhere; otherwise one uint8 zero point per group.
+
+        Raises ValueError for another group size.
+        """
+        if group_size not in (*GROUP_SIZES, -1):
+            raise ValueError(
+                "Int4Config: group_size must be 32, 64, 128 or -1 (one group per row), "
+                f"got {group_size}"
+            )
+        channel = Granularity.channel()
+        super().__init__(
+            4, channel if group_size == -1 else Granularity.group(group_size), symmetric
+        )

@@ -1,0 +1,124 @@
+"""What a method of quantisation is: the base of all configs, and what they make of a weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from effllm.nn import Int4Linear, Lut4Linear
+from effllm.nn.packed_linear import GROUP_SIZES, PackedLinear
+from effllm.ops.int4_gemm import dequantize_codes
+from effllm.ops.lut4_gemm import decode
+from effllm.quantization.granularity import Granularity
+from effllm.quantization.statistics import InputStatistics
+from effllm.quantization.uniform import Grid
+
+GROUP_64 = Granularity.group(64)
+
+
+@dataclass(frozen=True)
+class UniformCodes:
+    """Codes on uniform grids, ``weight ~ (code - zero) * scale``; see ``Int4Linear``."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    group_size: int
+    perm: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """The weight that the codes stand for, fp32 ``[N, K]``."""
+        weight = dequantize_codes(self.codes, self.scales, self.zeros, group_size=self.group_size)
+        if self.perm is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.perm.long(), weight)
+
+    def layer(self, linear: nn.Linear) -> PackedLinear:
+        """The layer that takes the place of ``linear``."""
+        return Int4Linear.from_codes(
+            linear, self.codes, self.scales, self.zeros, self.perm, group_size=self.group_size
+        )
+
+
+@dataclass(frozen=True)
+class CodebookCodes:
+    """Codes into codebooks, ``weight ~ codebook[..., code]``; see ``Lut4Linear``."""
+
+    codes: Tensor
+    codebook: Tensor
+    group_size: int
+
+    def dense(self) -> Tensor:
+        """The weight that the codes stand for, fp32 ``[N, K]``."""
+        return decode(self.codes, self.codebook, group_size=self.group_size)
+
+    def layer(self, linear: nn.Linear) -> PackedLinear:
+        """The layer that takes the place of ``linear``."""
+        return Lut4Linear.from_codes(linear, self.codes, self.codebook, group_size=self.group_size)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of the configs: how a weight becomes codes.
+
+    Attributes:
+        bits: 2, 3 or 4. Codes of 2 and 3 bits run on the kernels of 4 bits, in as many bytes.
+        granularity: which weights share scales or a codebook. The columns of a group or block are
+            32, 64 or 128.
+    """
+
+    name: ClassVar[str]
+    """As reports call it."""
+
+    bits: int = 4
+    granularity: Granularity = GROUP_64
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no kernel holds."""
+        if self.bits not in (2, 3, 4):
+            raise ValueError(f"{type(self).__name__}: bits must be 2, 3 or 4, got {self.bits}")
+        grained = self.granularity
+        if grained.kind == "token" or (grained.columns and grained.columns not in GROUP_SIZES):
+            raise ValueError(
+                f"{type(self).__name__}: granularity must be tensor(), channel(), group(n) or "
+                f"block(m, n) with n in {GROUP_SIZES}, got {grained}"
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether ``quantise`` needs statistics of the inputs."""
+        return False
+
+    @abstractmethod
+    def quantise(
+        self, weight: Tensor, inputs: InputStatistics | None
+    ) -> UniformCodes | CodebookCodes:
+        """Codes of a float weight ``[N, K]``, with scales or codebooks in its dtype.
+
+        ``inputs`` are statistics of what the layer gets; they may be None unless the method needs
+        calibration. Raises ValueError for a weight that is no matrix, on meta or not finite.
+        """
+
+
+@dataclass(frozen=True)
+class UniformMethod(Method):
+    """Base of the methods whose levels are evenly spaced.
+
+    Attributes:
+        bits, granularity: see ``Method``.
+        symmetric: zero point 8 everywhere; otherwise zero points as fine as the scales.
+        clip: choose each range so that the squared error is smallest; otherwise it holds all
+            values.
+    """
+
+    symmetric: bool = True
+    clip: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """The levels."""
+        return Grid(self.bits, self.symmetric)

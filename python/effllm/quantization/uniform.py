@@ -1,0 +1,112 @@
+"""Uniform grids: scales and zero points for tiles of values, and codes on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Codes live in the 4 bits that the kernel reads; without zero points it takes 8 for all.
+_SYMMETRIC_ZERO = 8
+
+# Clipping is searched in two passes: which twentieth of the range, then which hundredth around it.
+_COARSE = [step / 20 for step in range(20, 0, -1)]
+_FINE = [step / 100 for step in range(-4, 5) if step]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Evenly spaced levels: ``value ~ (code - zero) * scale``.
+
+    Attributes:
+        bits: 2, 3 or 4; fewer bits use a part of the 4-bit codes.
+        symmetric: zero is 8, and codes are 2**bits values around it. Otherwise codes start at 0 and
+            the zero point is one of them, so that 0 stays exact.
+    """
+
+    bits: int
+    symmetric: bool
+
+    @property
+    def codes(self) -> tuple[int, int]:
+        """The smallest and the largest code."""
+        low = _SYMMETRIC_ZERO - (1 << self.bits - 1) if self.symmetric else 0
+        return low, low + (1 << self.bits) - 1
+
+    def parameters(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scales (fp32, holding values of ``dtype``) and zeros (fp32) for ranges low..high.
+
+        A symmetric range reaches half a step beyond its outer levels: scale = amax / 7.5 at 4 bits.
+        Otherwise the range, widened to hold 0, has its ends on the outer levels.
+        """
+        first, last = self.codes
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        span = 2 * torch.maximum(-low, high) if self.symmetric else high - low
+        # The codes are rounded with the scale as it is stored. Values that are all zero, or too
+        # small for the dtype, get the scale 1: a 0 would give 0/0.
+        scales = (span / (last - first)).to(dtype)
+        scales = torch.where(scales == 0, torch.ones_like(scales), scales).float()
+        if self.symmetric:
+            return scales, torch.full_like(scales, _SYMMETRIC_ZERO)
+        return scales, torch.round(-low / scales).clamp(first, last)
+
+    def encode(self, values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """The nearest codes, fp32; scales and zeros are broadcast against the values."""
+        return (torch.round(values / scales) + zeros).clamp(*self.codes)
+
+    def nearest(self, values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        """What the values become."""
+        return (self.encode(values, scales, zeros) - zeros) * scales
+
+
+def fit(
+    values: Tensor, grid: Grid, dtype: torch.dtype, clip: bool, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scales and zeros, fp32 ``[...]``, for fp32 values ``[..., E]``: one each for E values.
+
+    Args:
+        dtype: that the scales will be stored in.
+        clip: cut the range where the squared error is smallest, instead of holding every value.
+        importance: fp32, broadcast against the values: weights of their squared errors.
+    """
+    low, high = values.amin(-1), values.amax(-1)
+    if not clip:
+        return grid.parameters(low, high, dtype)
+
+    def error_at(ratio: Tensor | float) -> Tensor:
+        scales, zeros = grid.parameters(low * ratio, high * ratio, dtype)
+        errors = grid.nearest(values, scales[..., None], zeros[..., None]).sub_(values).square_()
+        return (errors if importance is None else errors.mul_(importance)).sum(-1)
+
+    best = torch.ones_like(low)
+    best_error = error_at(best)
+    for offsets in (_COARSE[1:], _FINE):
+        # Steps of the second pass are taken from where the first one ended.
+        start = best.clone() if offsets is _FINE else torch.zeros_like(best)
+        for offset in offsets:
+            ratio = (start + offset).clamp(0.01, 1)
+            error = error_at(ratio)
+            better = error < best_error
+            best = torch.where(better, ratio, best)
+            best_error = torch.where(better, error, best_error)
+    return grid.parameters(low * best, high * best, dtype)
+
+
+def to_tiles(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """``[ceil(N/rows), ceil(K/columns), rows * columns]`` of a matrix, padded with 0.
+
+    0 is on every grid: padding changes neither ranges that hold 0 nor squared errors.
+    """
+    n, k = matrix.shape
+    padded = F.pad(matrix, (0, -k % columns, 0, -n % rows))
+    tiles = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    return tiles.transpose(1, 2).flatten(2)
+
+
+def from_tiles(tiles: Tensor, rows: int, columns: int, n: int, k: int) -> Tensor:
+    """The matrix ``[n, k]`` of tiles."""
+    return (
+        tiles.unflatten(2, (rows, columns)).transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k]
+    ).contiguous()
