@@ -1,7 +1,7 @@
 """Quantising whole models in place: methods, granularities, and the codebook of NF4."""
 
 from effllm.quantization.codebook import NF4
-from effllm.quantization.configs import Int4Config, LinearConfig
+from effllm.quantization.configs import Int4Config, KMeansConfig, LinearConfig
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.method import Method
 from effllm.quantization.quantize import quantize_
@@ -11,6 +11,7 @@ __all__ = [
     "NF4",
     "Granularity",
     "Int4Config",
+    "KMeansConfig",
     "LayerResult",
     "LinearConfig",
     "Method",

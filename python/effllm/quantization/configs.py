@@ -9,7 +9,8 @@ from torch import Tensor
 
 from effllm.nn.packed_linear import GROUP_SIZES
 from effllm.quantization.granularity import Granularity
-from effllm.quantization.method import UniformCodes, UniformMethod
+from effllm.quantization.kmeans import quantise_kmeans
+from effllm.quantization.method import CHANNEL, CodebookCodes, Method, UniformCodes, UniformMethod
 from effllm.quantization.round_to_nearest import round_to_nearest
 from effllm.quantization.statistics import InputStatistics
 
@@ -35,6 +36,43 @@ class LinearConfig(UniformMethod):
             weight, columns, self.symmetric, bits=self.bits, rows=rows, clip=self.clip
         )
         return UniformCodes(codes, scales, zeros, columns)
+
+
+@dataclass(frozen=True)
+class KMeansConfig(Method):
+    """Codebooks by k-means (Deep Compression, arXiv:1510.00149), for the codebook kernel.
+
+    A codebook of 16 entries costs as many bytes as 64 codes of 4 bits: one per tensor or channel is
+    almost free, one per group of 64 doubles the size.
+
+    Attributes:
+        bits: 2, 3 or 4: a codebook has 2**bits entries that differ.
+        granularity: tensor(), channel() or group(n): what has a codebook of its own.
+        weighted: weights count by the mean square of their input, the diagonal of the Hessian, as
+            in SqueezeLLM (arXiv:2306.07629); this needs calibration.
+    """
+
+    name: ClassVar[str] = "k-means"
+    granularity: Granularity = CHANNEL
+    weighted: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.granularity.kind == "block":
+            raise ValueError(
+                f"KMeansConfig: granularity must be tensor(), channel() or group(n), got "
+                f"{self.granularity}: the kernel has no codebooks for blocks"
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """With ``weighted``."""
+        return self.weighted
+
+    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> CodebookCodes:
+        """See ``Method.quantise``."""
+        importance = inputs.diagonal if self.weighted and inputs is not None else None
+        return quantise_kmeans(weight, self.bits, self.granularity, importance)
 
 
 class Int4Config(LinearConfig):

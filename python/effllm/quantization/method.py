@@ -17,7 +17,7 @@ from effllm.quantization.granularity import Granularity
 from effllm.quantization.statistics import InputStatistics
 from effllm.quantization.uniform import Grid
 
-GROUP_64 = Granularity.group(64)
+CHANNEL, GROUP_64 = Granularity.channel(), Granularity.group(64)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,12 @@ def quantize_(
     for name, why in skipped.items():
         _logger.info("effllm.quantize_: %s is left as it is: %s", name, why)
     report = QuantizationReport(skipped=skipped)
+    for target in targets:
+        if target.method.needs_calibration:
+            raise ValueError(
+                f"effllm.quantize_: {type(target.method).__name__} needs calibration data, "
+                "got calibration=None"
+            )
     _quantise_by_weights(model, targets, report, progress)
     return report
 
