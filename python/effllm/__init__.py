@@ -10,10 +10,18 @@ from effllm import _load, cache, formats, nn, ops
 from effllm.formats import load, save
 from effllm.generation import Generation, generate
 from effllm.integrations import register_on_import
-from effllm.quantization import Granularity, Int4Config, KMeansConfig, LinearConfig, quantize_
+from effllm.quantization import (
+    GptqConfig,
+    Granularity,
+    Int4Config,
+    KMeansConfig,
+    LinearConfig,
+    quantize_,
+)
 
 __all__ = [
     "Generation",
+    "GptqConfig",
     "Granularity",
     "Int4Config",
     "KMeansConfig",

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from effllm.nn.packed_linear import GROUP_SIZES
+from effllm.quantization.gptq import quantise_gptq
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.kmeans import quantise_kmeans
 from effllm.quantization.method import CHANNEL, CodebookCodes, Method, UniformCodes, UniformMethod
@@ -73,6 +74,52 @@ class KMeansConfig(Method):
         """See ``Method.quantise``."""
         importance = inputs.diagonal if self.weighted and inputs is not None else None
         return quantise_kmeans(weight, self.bits, self.granularity, importance)
+
+
+@dataclass(frozen=True)
+class GptqConfig(UniformMethod):
+    """GPTQ (arXiv:2210.17323): rounding errors are made up for by the columns that follow.
+
+    Attributes:
+        bits, granularity, symmetric: as in ``LinearConfig``.
+        clip: choose each range so that the squared error, weighted by the mean square of the
+            inputs, is smallest.
+        act_order: begin with the channels of the largest inputs, whose errors matter most.
+        static_groups: with ``act_order``, groups stay consecutive channels, with scales of the
+            weights as they were. Otherwise scales are found when a group starts; with
+            ``act_order`` the groups are then of permuted channels, and the layer permutes its
+            inputs (``Int4Linear.perm``).
+        damping: added to the Hessian's diagonal, as a part of its mean; ten times more is tried
+            until a Cholesky factor exists.
+    """
+
+    name: ClassVar[str] = "gptq"
+    act_order: bool = True
+    static_groups: bool = True
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.damping <= 1:
+            raise ValueError(f"GptqConfig: damping must be in 0..1, got {self.damping}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
+    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> UniformCodes:
+        """See ``Method.quantise``."""
+        return quantise_gptq(
+            weight,
+            InputStatistics(weight.shape[-1], weight.device) if inputs is None else inputs,
+            self.grid,
+            self.granularity,
+            clip=self.clip,
+            act_order=self.act_order,
+            static_groups=self.static_groups,
+            damping=self.damping,
+        )
 
 
 class Int4Config(LinearConfig):

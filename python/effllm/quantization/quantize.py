@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from effllm.quantization.calibration import Batch, Calibration
 from effllm.quantization.configs import Int4Config
+from effllm.quantization.engine import quantise_with_calibration
 from effllm.quantization.method import Method
 from effllm.quantization.quantize_layer import quantise_layer
 from effllm.quantization.report import QuantizationReport
+from effllm.quantization.state import RunState
 from effllm.quantization.targets import Filter, Mixture, Target, find_targets
 
 _logger = logging.getLogger(__name__)
@@ -21,6 +26,8 @@ def quantize_(
     config: Method | Mixture | None = None,
     filter_fn: Filter | None = None,
     *,
+    calibration: Tensor | Iterable[Batch] | None = None,
+    state: str | Path | None = None,
     progress: bool = True,
 ) -> QuantizationReport:
     """Replaces every ``nn.Linear`` inside ``model`` by a layer over 4-bit codes, in place.
@@ -31,7 +38,14 @@ def quantize_(
             (``"*.mlp.*"``, as ``fnmatch`` takes them) to configs mixes several: the first match
             decides, None leaves a layer as it is, and so does no match.
         filter_fn: ``filter_fn(module, name) -> bool`` picks among the layers found.
-        progress: show a progress bar with the time left.
+        calibration: what methods that look at inputs learn from: token ids int64 ``[B, T]``, or an
+            iterable of batches, each the model's only argument or a mapping of its keyword
+            arguments; tokens that an ``attention_mask`` leaves out do not count. Layers are then
+            quantised block by block, on inputs of the blocks that are done.
+        state: a folder for finished blocks. The same call with the same folder, in another process
+            say, goes on where this one was interrupted, and comes to the same weights. It may be
+            removed when all is done.
+        progress: show a progress bar with the time left and the last layer's error.
 
     Returns:
         what became of each layer, with its error.
@@ -42,7 +56,8 @@ def quantize_(
 
     Raises:
         ValueError: a layer cannot be quantised (the message names it), ``model`` itself is an
-            ``nn.Linear`` and so has no parent to swap it in, or a pattern matches no layer.
+            ``nn.Linear`` and so has no parent to swap it in, a pattern matches no layer, a method
+            needs calibration and gets none, or ``state`` is of another run.
     """
     config = Int4Config() if config is None else config
     if type(model) is nn.Linear:
@@ -53,12 +68,19 @@ def quantize_(
     for name, why in skipped.items():
         _logger.info("effllm.quantize_: %s is left as it is: %s", name, why)
     report = QuantizationReport(skipped=skipped)
+    if calibration is not None:
+        data = Calibration.of(calibration)
+        run_state = None if state is None else RunState(state)
+        quantise_with_calibration(model, targets, data, run_state, report, progress)
+        return report
     for target in targets:
         if target.method.needs_calibration:
             raise ValueError(
                 f"effllm.quantize_: {type(target.method).__name__} needs calibration data, "
                 "got calibration=None"
             )
+    if state is not None:
+        raise ValueError("effllm.quantize_: state is of runs with calibration, got none")
     _quantise_by_weights(model, targets, report, progress)
     return report
 

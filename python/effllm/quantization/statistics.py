@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effllm.quantization.hessian import inverse_factor
+
 
 class InputStatistics:
     """Running sums over the tokens that enter a layer of K input channels.
@@ -22,6 +24,7 @@ class InputStatistics:
         self.hessian = torch.zeros(k, k, device=device, dtype=dtype)
         self.magnitude = torch.zeros(k, device=device, dtype=dtype)
         self.tokens = 0
+        self._factors: dict[tuple[float, tuple[int, ...]], Tensor] = {}
 
     def add(self, x: Tensor) -> None:
         """Adds the tokens ``x`` ``[..., K]`` of any float dtype.
@@ -33,6 +36,7 @@ class InputStatistics:
         # Without the absolute value, channels that change sign would look unused.
         self.magnitude += x.abs().sum(0)
         self.tokens += x.shape[0]
+        self._factors.clear()
         if not torch.isfinite(self.hessian.diagonal()).all():
             raise ValueError(
                 "the calibration inputs hold NaN or infinity, or overflow when squared"
@@ -42,6 +46,13 @@ class InputStatistics:
     def diagonal(self) -> Tensor:
         """``[K]``: the sum of the squares of each channel."""
         return self.hessian.diagonal()
+
+    def inverse_factor(self, damping: float, order: Tensor) -> Tensor:
+        """``hessian.inverse_factor`` for channels in ``order``; once for all layers with it."""
+        key = (damping, tuple(order.tolist()))
+        if key not in self._factors:
+            self._factors[key] = inverse_factor(self.hessian[order][:, order], damping)
+        return self._factors[key]
 
     def output_energy(self, weight: Tensor) -> float:
         """The sum of ``|weight @ x|**2`` over all tokens, for a weight ``[N, K]``."""

@@ -1,0 +1,194 @@
+"""Quantisation with calibration data: block by block, each on inputs of the quantised ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from effllm.nn.packed_linear import PackedLinear, frozen
+from effllm.quantization.blocks import BlockStream, evaluating, find_blocks
+from effllm.quantization.calibration import Calibration, feed
+from effllm.quantization.collecting import InputGroup, Pass, collect, trace_inputs
+from effllm.quantization.quantize_layer import quantise_layer
+from effllm.quantization.report import QuantizationReport
+from effllm.quantization.state import PartResult, RunState, fingerprint
+from effllm.quantization.targets import Target
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is calibrated at once: a block, or what the model has beside its blocks.
+
+    Attributes:
+        name: of the module in the model; "" for the model itself.
+        module: that holds all targets.
+        targets: layers of the module; names are those in the model.
+        passes: gives the batches, to be run through the module that it is called with.
+    """
+
+    name: str
+    module: nn.Module
+    targets: list[Target]
+    passes: Callable[[nn.Module], Pass]
+
+    def local(self, name: str) -> str:
+        """A module's name inside the part."""
+        return name.removeprefix(f"{self.name}.") if self.name else name
+
+    def holds(self, name: str) -> bool:
+        """Whether the module of this name is inside: a layer may be used elsewhere as well."""
+        return not self.name or name.startswith(f"{self.name}.")
+
+
+def quantise_with_calibration(
+    model: nn.Module,
+    targets: list[Target],
+    calibration: Calibration,
+    state: RunState | None,
+    report: QuantizationReport,
+    progress: bool,
+) -> None:
+    """Quantises the targets block by block, then those outside of the blocks.
+
+    Only the inputs of one block are in memory, for all batches. A block is quantised on a copy and
+    then changed in one go, so that an interrupt leaves each block as it was or done; called again,
+    the function goes on with the next one and comes to the same result.
+    """
+    name, blocks = find_blocks(model)
+    bar: Any = tqdm(
+        total=len(targets), desc="quantize", unit="layer", leave=False, disable=not progress
+    )
+    with evaluating(model), bar:
+        last = max((i for i, b in enumerate(blocks) if _inside(b, targets)), default=-1)
+        stream = BlockStream.of(model, blocks, calibration) if last >= 0 else None
+        done: set[Target] = set()
+        if stream is not None:
+            for i, block in enumerate(blocks[: last + 1]):
+                part = _block_part(f"{name}.{i}", i, block, targets, stream)
+                _finish(model, part, i, calibration, state, report, bar)
+                done.update(part.targets)
+                if i < last:
+                    stream.advance(i, _decoded(block))
+        rest = [target for target in targets if target not in done]
+        part = _Part("", model, rest, partial(_whole_pass, calibration))
+        _finish(model, part, len(blocks), calibration, state, report, bar)
+
+
+def _decoded(block: nn.Module) -> nn.Module:
+    """A copy with dense layers: faster for many tokens, and the GPU's kernels take no fp32."""
+    block = copy.deepcopy(block)
+    for name, layer in list(block.named_modules(remove_duplicate=False)):
+        if isinstance(layer, PackedLinear):
+            with torch.device("meta"):
+                dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            dense.weight = frozen(cast(Tensor, layer.weight))
+            dense.register_parameter("bias", layer.bias)
+            block.set_submodule(name, dense)
+    return block
+
+
+def _inside(block: nn.Module, targets: list[Target]) -> list[Target]:
+    modules = set(block.modules())
+    return [target for target in targets if target.linear in modules]
+
+
+def _block_part(
+    name: str, index: int, block: nn.Module, targets: list[Target], stream: BlockStream
+) -> _Part:
+    def passes(module: nn.Module) -> Pass:
+        return partial(stream.run, index, module)
+
+    return _Part(name, block, _inside(block, targets), passes)
+
+
+def _whole_pass(calibration: Calibration, model: nn.Module) -> Pass:
+    def batches() -> Iterator[tuple[Tensor | None, Callable[[], None]]]:
+        for i, batch in enumerate(calibration.batches):
+            yield calibration.mask(i), partial(feed, model, batch)
+
+    return batches
+
+
+def _finish(
+    model: nn.Module,
+    part: _Part,
+    index: int,
+    calibration: Calibration,
+    state: RunState | None,
+    report: QuantizationReport,
+    bar: Any,
+) -> None:
+    """Quantises a part, or takes it from the state, and puts it into the model."""
+    if not part.targets:
+        return
+    result = None
+    if state is not None:
+        mark = fingerprint(part.module, part.targets, calibration.digest)
+        result = state.load(index, mark, part.targets)
+    if result is None:
+        result = _quantise_part(part, bar)
+        if state is not None:
+            state.store(index, mark, result)
+    else:
+        bar.update(len(part.targets))
+    for name, tensor in result.changed.items():
+        model.get_parameter(name).data.copy_(tensor)
+    for target in part.targets:
+        _install(model, target, result.layers[target.names[0]])
+    report.layers += result.results
+    report.folded |= result.folded
+
+
+def _install(model: nn.Module, target: Target, layer: nn.Module) -> None:
+    for name in target.names:
+        model.set_submodule(name, layer)
+
+
+def _quantise_part(part: _Part, bar: Any) -> PartResult:
+    """Group by group of layers with a common input, on inputs of those that are done."""
+    # There is no second copy of a whole model; its few layers beside blocks are swapped at once.
+    work = copy.deepcopy(part.module) if part.name else part.module
+    targets = {
+        work.get_submodule(part.local(next(filter(part.holds, target.names)))): target
+        for target in part.targets
+    }
+    result = PartResult({}, [], {}, {})
+    batches = part.passes(work)
+    for group in trace_inputs(work, batches):
+        if any(linear in targets for linear in group.linears):
+            _quantise_group(work, group, targets, batches, part, result, bar)
+    return result
+
+
+def _quantise_group(
+    work: nn.Module,
+    group: InputGroup,
+    targets: dict[nn.Module, Target],
+    batches: Pass,
+    part: _Part,
+    result: PartResult,
+    bar: Any,
+) -> None:
+    inputs = collect([group], batches)[0]
+    for linear in group.linears:
+        target = targets.get(linear)
+        if target is None:
+            continue
+        here = Target(linear, target.names, target.method)
+        layer, found = quantise_layer(here, inputs)
+        # The groups that follow get what the quantised layer computes.
+        if part.name:
+            linear.weight.copy_(cast(Tensor, layer.weight))
+        else:
+            _install(work, target, layer)
+        result.layers[target.names[0]] = layer
+        result.results.append(found)
+        bar.set_postfix(layer=found.name, error=f"{found.output_error or 0:.2e}", refresh=False)
+        bar.update()
