@@ -11,6 +11,7 @@ from effllm.formats import load, save
 from effllm.generation import Generation, generate
 from effllm.integrations import register_on_import
 from effllm.quantization import (
+    AwqConfig,
     GptqConfig,
     Granularity,
     Int4Config,
@@ -20,6 +21,7 @@ from effllm.quantization import (
 )
 
 __all__ = [
+    "AwqConfig",
     "Generation",
     "GptqConfig",
     "Granularity",

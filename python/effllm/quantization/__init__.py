@@ -1,7 +1,13 @@
 """Quantising whole models in place: methods, granularities, and the codebook of NF4."""
 
 from effllm.quantization.codebook import NF4
-from effllm.quantization.configs import GptqConfig, Int4Config, KMeansConfig, LinearConfig
+from effllm.quantization.configs import (
+    AwqConfig,
+    GptqConfig,
+    Int4Config,
+    KMeansConfig,
+    LinearConfig,
+)
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.method import Method
 from effllm.quantization.quantize import quantize_
@@ -9,6 +15,7 @@ from effllm.quantization.report import LayerResult, QuantizationReport
 
 __all__ = [
     "NF4",
+    "AwqConfig",
     "GptqConfig",
     "Granularity",
     "Int4Config",

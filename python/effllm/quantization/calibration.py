@@ -66,8 +66,11 @@ class Calibration:
         return mask if mask is not None and mask.dim() == 2 else None
 
 
-def feed(model: nn.Module, batch: Batch) -> None:
-    """Runs the model on a batch, on the device of its first parameter, without a cache."""
+def feed(model: nn.Module, batch: Batch) -> Tensor:
+    """Runs the model on a batch, on the device of its first parameter, without a cache.
+
+    Returns the output, or the tensor that comes first in it.
+    """
     device = next(model.parameters()).device
     if isinstance(batch, Tensor):
         arguments: dict[str, Any] = {}
@@ -81,7 +84,9 @@ def feed(model: nn.Module, batch: Batch) -> None:
     # Blocks run more than once, and would find their own keys in a cache.
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
-    model(*positional, **arguments)
+    out = model(*positional, **arguments)
+    first: Tensor = out if isinstance(out, Tensor) else out[0]
+    return first
 
 
 def update_digest(digest: Any, tensor: Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from effllm.nn.packed_linear import GROUP_SIZES
+from effllm.quantization.awq import quantise_clipped, search_scales
+from effllm.quantization.folding import Fold
 from effllm.quantization.gptq import quantise_gptq
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.kmeans import quantise_kmeans
@@ -120,6 +122,53 @@ class GptqConfig(UniformMethod):
             static_groups=self.static_groups,
             damping=self.damping,
         )
+
+
+@dataclass(frozen=True)
+class AwqConfig(UniformMethod):
+    """AWQ (arXiv:2306.00978): input channels are scaled so that important weights are kept well.
+
+    The scales go into the norm or linear layer before, wherever that changes nothing in what the
+    model computes, which is tried and not guessed; where key-value heads serve several query heads,
+    these share the scales. Elsewhere layers are quantised without.
+
+    Attributes:
+        bits, granularity: as in ``LinearConfig``.
+        symmetric: False by default, as is usual for the method.
+        clip: cut each range where the error of its part of the output is smallest.
+        steps: exponents that are tried between 0 and 1.
+    """
+
+    name: ClassVar[str] = "awq"
+    symmetric: bool = False
+    clip: bool = True
+    steps: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"AwqConfig: steps must be at least 1, got {self.steps}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Always."""
+        return True
+
+    def input_scales(self, weights: list[Tensor], inputs: InputStatistics, fold: Fold) -> Tensor:
+        """See ``Method.input_scales``."""
+        return search_scales(weights, inputs, fold, self.grid, self.granularity, self.steps)
+
+    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> UniformCodes:
+        """See ``Method.quantise``."""
+        if self.clip:
+            return quantise_clipped(weight, inputs, self.grid, self.granularity)
+        plain = LinearConfig(self.bits, self.granularity, self.symmetric)
+        return plain.quantise(weight, inputs)
 
 
 class Int4Config(LinearConfig):

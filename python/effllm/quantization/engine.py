@@ -16,6 +16,8 @@ from effllm.nn.packed_linear import PackedLinear, frozen
 from effllm.quantization.blocks import BlockStream, evaluating, find_blocks
 from effllm.quantization.calibration import Calibration, feed
 from effllm.quantization.collecting import InputGroup, Pass, collect, trace_inputs
+from effllm.quantization.folding import find_folds
+from effllm.quantization.method import Method
 from effllm.quantization.quantize_layer import quantise_layer
 from effllm.quantization.report import QuantizationReport
 from effllm.quantization.state import PartResult, RunState, fingerprint
@@ -41,6 +43,10 @@ class _Part:
     def local(self, name: str) -> str:
         """A module's name inside the part."""
         return name.removeprefix(f"{self.name}.") if self.name else name
+
+    def full(self, name: str) -> str:
+        """The name in the model of a module inside the part."""
+        return f"{self.name}.{name}".strip(".")
 
     def holds(self, name: str) -> bool:
         """Whether the module of this name is inside: a layer may be used elsewhere as well."""
@@ -109,7 +115,7 @@ def _block_part(
 
 
 def _whole_pass(calibration: Calibration, model: nn.Module) -> Pass:
-    def batches() -> Iterator[tuple[Tensor | None, Callable[[], None]]]:
+    def batches() -> Iterator[tuple[Tensor | None, Callable[[], Tensor]]]:
         for i, batch in enumerate(calibration.batches):
             yield calibration.mask(i), partial(feed, model, batch)
 
@@ -161,10 +167,48 @@ def _quantise_part(part: _Part, bar: Any) -> PartResult:
     }
     result = PartResult({}, [], {}, {})
     batches = part.passes(work)
-    for group in trace_inputs(work, batches):
+    groups = trace_inputs(work, batches)
+    _scale_inputs(work, groups, targets, batches, part, result)
+    for group in groups:
         if any(linear in targets for linear in group.linears):
             _quantise_group(work, group, targets, batches, part, result, bar)
     return result
+
+
+def _scale_inputs(
+    work: nn.Module,
+    groups: list[InputGroup],
+    targets: dict[nn.Module, Target],
+    batches: Pass,
+    part: _Part,
+    result: PartResult,
+) -> None:
+    """Scales the inputs of layers whose method asks for it, and notes what else has changed."""
+
+    def methods(group: InputGroup) -> set[Method]:
+        found = {targets[linear].method for linear in group.linears if linear in targets}
+        return {method for method in found if method.scales_inputs}
+
+    # The scales are for one method; there is one input.
+    wanted = [group for group in groups if len(methods(group)) == 1]
+    if not wanted:
+        return
+    names = {module: part.full(name) for name, module in work.named_modules()}
+    folds = find_folds(work, groups, wanted, batches)
+    statistics = collect([group for group, _ in folds], batches)
+    for (group, fold), inputs in zip(folds, statistics, strict=True):
+        (method,) = methods(group)
+        weights = [
+            linear.weight.detach()
+            for linear in group.linears
+            if linear in targets and targets[linear].method == method
+        ]
+        fold.apply(method.input_scales(weights, inputs, fold))
+        result.folded[names[fold.producer]] = [names[linear] for linear in group.linears]
+        for module in (fold.producer, *group.linears):
+            if module not in targets:
+                for key, parameter in module.named_parameters(recurse=False):
+                    result.changed[f"{names[module]}.{key}"] = parameter.detach()
 
 
 def _quantise_group(

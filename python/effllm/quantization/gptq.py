@@ -9,9 +9,9 @@ from torch import Tensor
 
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.method import UniformCodes
-from effllm.quantization.round_to_nearest import check_weight
+from effllm.quantization.round_to_nearest import check_weight, per_row
 from effllm.quantization.statistics import InputStatistics
-from effllm.quantization.uniform import Grid, fit, to_tiles
+from effllm.quantization.uniform import Grid, fit, squared_error, to_tiles
 
 # Columns between two updates of everything to the right; a multiple of all group sizes.
 _BLOCK = 128
@@ -50,13 +50,17 @@ def quantise_gptq(
     def fit_groups(values: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zeros, fp32 ``[N, groups]``, of consecutive columns."""
         tiles = to_tiles(values, rows, columns)
-        masses = None
-        if clip and inputs.tokens:
+        error = None
+        if clip:
             # Dead channels count a little: theirs may be all that a group has.
-            mass = mass + 1e-3 * importance.mean()
-            masses = to_tiles(mass.expand(values.shape), rows, columns)
-        scales, zeros = fit(tiles, grid, weight.dtype, clip, masses)
-        return scales.repeat_interleave(rows, 0)[:n], zeros.repeat_interleave(rows, 0)[:n]
+            masses = (mass + 1e-3 * importance.mean() + 1e-30).expand(values.shape)
+            masses = to_tiles(masses, rows, columns)
+
+            def error(difference: Tensor) -> Tensor:
+                return squared_error(difference * masses.sqrt())
+
+        scales, zeros = fit(tiles, grid, weight.dtype, error)
+        return per_row(scales, rows, n), per_row(zeros, rows, n)
 
     if static_groups or columns >= k:
         scales, zeros = fit_groups(original, importance)

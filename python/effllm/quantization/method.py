@@ -13,6 +13,7 @@ from effllm.nn import Int4Linear, Lut4Linear
 from effllm.nn.packed_linear import GROUP_SIZES, PackedLinear
 from effllm.ops.int4_gemm import dequantize_codes
 from effllm.ops.lut4_gemm import decode
+from effllm.quantization.folding import Fold
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.statistics import InputStatistics
 from effllm.quantization.uniform import Grid
@@ -92,6 +93,16 @@ class Method(ABC):
     def needs_calibration(self) -> bool:
         """Whether ``quantise`` needs statistics of the inputs."""
         return False
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether ``input_scales`` is to be asked."""
+        return False
+
+    def input_scales(self, weights: list[Tensor], inputs: InputStatistics, fold: Fold) -> Tensor:
+        """Factors ``[P]`` for the input channels of layers with a common input, before they are
+        quantised; 1 unless the method does better. Arguments as in ``awq.search_scales``."""
+        return torch.ones(fold.gather(inputs.magnitude).shape, device=inputs.magnitude.device)
 
     @abstractmethod
     def quantise(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effllm.quantization.uniform import Grid, fit, from_tiles, to_tiles
+from effllm.quantization.uniform import Grid, fit, from_tiles, squared_error, to_tiles
 
 
 def round_to_nearest(
@@ -40,17 +40,19 @@ def round_to_nearest(
     n, k = weight.shape
     grid = Grid(bits, symmetric)
     tiles = to_tiles(weight.float(), rows, group_size)
-    scales, zeros = fit(tiles, grid, weight.dtype, clip)
+    scales, zeros = fit(tiles, grid, weight.dtype, squared_error if clip else None)
     codes = grid.encode(tiles, scales.unsqueeze(-1), zeros.unsqueeze(-1))
-
-    def per_row(values: Tensor, dtype: torch.dtype) -> Tensor:
-        return values.to(dtype).repeat_interleave(rows, 0)[:n].contiguous()
 
     return (
         from_tiles(codes, rows, group_size, n, k).to(torch.uint8),
-        per_row(scales, weight.dtype),
-        None if symmetric else per_row(zeros, torch.uint8),
+        per_row(scales, rows, n).to(weight.dtype),
+        None if symmetric else per_row(zeros, rows, n).to(torch.uint8),
     )
+
+
+def per_row(values: Tensor, rows: int, n: int) -> Tensor:
+    """``[n, G]`` of ``[ceil(n / rows), G]``: what ``rows`` rows share, for each of them."""
+    return values.repeat_interleave(rows, 0)[:n].contiguous()
 
 
 def check_weight(weight: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,24 +62,31 @@ class Grid:
         return (self.encode(values, scales, zeros) - zeros) * scales
 
 
+def squared_error(difference: Tensor) -> Tensor:
+    """The sum of squares along the last dimension."""
+    return difference.square().sum(-1)
+
+
 def fit(
-    values: Tensor, grid: Grid, dtype: torch.dtype, clip: bool, importance: Tensor | None = None
+    values: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    error: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zeros, fp32 ``[...]``, for fp32 values ``[..., E]``: one each for E values.
 
     Args:
         dtype: that the scales will be stored in.
-        clip: cut the range where the squared error is smallest, instead of holding every value.
-        importance: fp32, broadcast against the values: weights of their squared errors.
+        error: cut the range where this is smallest, a function from the differences ``[..., E]``
+            between rounded values and values to ``[...]``. None: the range holds every value.
     """
     low, high = values.amin(-1), values.amax(-1)
-    if not clip:
+    if error is None:
         return grid.parameters(low, high, dtype)
 
-    def error_at(ratio: Tensor | float) -> Tensor:
+    def error_at(ratio: Tensor) -> Tensor:
         scales, zeros = grid.parameters(low * ratio, high * ratio, dtype)
-        errors = grid.nearest(values, scales[..., None], zeros[..., None]).sub_(values).square_()
-        return (errors if importance is None else errors.mul_(importance)).sum(-1)
+        return error(grid.nearest(values, scales[..., None], zeros[..., None]) - values)
 
     best = torch.ones_like(low)
     best_error = error_at(best)
@@ -87,10 +95,10 @@ def fit(
         start = best.clone() if offsets is _FINE else torch.zeros_like(best)
         for offset in offsets:
             ratio = (start + offset).clamp(0.01, 1)
-            error = error_at(ratio)
-            better = error < best_error
+            found = error_at(ratio)
+            better = found < best_error
             best = torch.where(better, ratio, best)
-            best_error = torch.where(better, error, best_error)
+            best_error = torch.where(better, found, best_error)
     return grid.parameters(low * best, high * best, dtype)
 
 
