@@ -10,6 +10,8 @@ COMMANDS = {
     "env": "show versions, what is built, the GPUs, and why something is unavailable",
     "inspect": "show the layers of a checkpoint: format, bits, group size, kernel, bytes",
     "convert": "write a checkpoint in another format, quantised to 4 bits if it is not yet",
+    "quantize": "quantise a model by a method of choice and save it",
+    "eval": "score a text with a model: perplexity and tokens per second",
     "demo": "quantise the model that comes with effllm, and generate text with it",
 }
 

@@ -4,20 +4,16 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
 import effllm
 from effllm import formats
-from effllm.formats import gguf
-from effllm.formats.empty import import_extra
+from effllm.cli.tokenizer import TOKENIZER_FILES, read_tokenizer
 from effllm.formats.gguf_model import GGUF_FORMATS, is_gguf
 from effllm.formats.saving import SaveFormat
 from effllm.nn.packed_linear import PackedLinear
-
-# What a checkpoint has beside config and weights.
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
             effllm.quantize_(model, config, lambda module, name: module is not head)
         tokenizer = None
         if (to_gguf or is_gguf(source)) and not args.no_tokenizer:
-            tokenizer = _tokenizer(source)
+            tokenizer = read_tokenizer(source)
         effllm.save(model, target, args.format, tokenizer=tokenizer)
         if not to_gguf:
-            for pattern in _TOKENIZER_FILES:
+            for pattern in TOKENIZER_FILES:
                 for path in source.glob(pattern):
                     shutil.copy(path, target)
         print(formats.inspect(target))
@@ -80,13 +76,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"effllm convert: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _tokenizer(source: Path) -> Any:
-    """That of the source, None if there is none."""
-    if is_gguf(source):
-        file = gguf.GgufFile(source)
-        return gguf.read_tokenizer(file) if "tokenizer.ggml.model" in file.metadata else None
-    if not any(path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)):
-        return None
-    return import_extra("transformers").AutoTokenizer.from_pretrained(source)

@@ -1,0 +1,131 @@
+"""`python -m effllm quantize MODEL ...` and `python -m effllm eval DIR ...`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import effllm
+from effllm import demo, quantization
+from effllm.cli import main
+from effllm.evaluation import score_text
+from effllm.nn import Int4Linear
+
+pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
+
+MODEL = str(demo.draft_path())
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A file of code that the model can read."""
+    path = tmp_path / "text.py"
+    path.write_text(demo.held_out_text()[:20_000])
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "format"),
+    [
+        ("awq", ["--bits", "4", "--group", "128"], "compressed-tensors"),
+        ("gptq", ["--bits", "3", "--group", "64", "--no-symmetric", "--clip"], "gptq_v2"),
+        ("linear", ["--group", "-1", "--symmetric"], "compressed-tensors"),
+    ],
+)
+def test_quantize_and_eval(
+    method: str,
+    options: list[str],
+    format: str,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The checkpoint holds what quantize_ makes of the model, and its tokenizer."""
+    out = tmp_path / "out"
+    calibration = ["--calibration", text, "--calibration-tokens", "1024", "--context", "256"]
+    more = [] if method == "linear" else calibration
+    command = ["quantize", MODEL, "--method", method, *options, *more]
+    assert main([*command, "--format", format, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"model.layers.0.self_attn.q_proj  {method:<8}" in printed
+    assert {p.name for p in tmp_path.iterdir()} == {"text.py", "out"}
+
+    model, tokenizer = demo.load(demo.draft_path())
+    ids = torch.tensor(tokenizer(Path(text).read_text(), verbose=False).input_ids)
+    count = len(ids) // 256
+    rows = ids[: 256 * count].view(-1, 256)[torch.linspace(0, count - 1, 4).round().long()]
+    config = {
+        "awq": quantization.AwqConfig(4, quantization.Granularity.group(128)),
+        "gptq": quantization.GptqConfig(3, quantization.Granularity.group(64), False, True),
+        "linear": effllm.Int4Config(-1),
+    }[method]
+    data = None if method == "linear" else rows
+    effllm.quantize_(
+        model, config, lambda module, name: name != "lm_head", calibration=data, progress=False
+    )
+    loaded = effllm.load(out, progress=False)
+    for name, module in model.named_modules():
+        if isinstance(module, Int4Linear):
+            assert torch.equal(module.weight, loaded.get_submodule(name).weight), name
+
+    assert main(["eval", str(out), "--text", text, "--context", "512", "--limit", "1500"]) == 0
+    printed = capsys.readouterr().out
+    expected = score_text(loaded, ids[:1500], context=512)
+    found = re.fullmatch(
+        r"perplexity (\S+) over 1499 tokens \(context 512, stride 256\), (\S+) tokens/s\n", printed
+    )
+    assert found is not None
+    assert float(found[1]) == pytest.approx(expected.perplexity, rel=1e-3)
+    assert float(found[2]) > 0
+
+
+def test_an_interrupted_command_goes_on(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = ["quantize", MODEL, "--method", "gptq", "--calibration", text, "--out", str(out)]
+    command += ["--calibration-tokens", "512", "--context", "256", "--group", "64"]
+    quantise = quantization.GptqConfig.quantise
+    calls: list[str] = []
+
+    def counted(self: quantization.GptqConfig, *args: object) -> object:
+        calls.append("")
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return quantise(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(quantization.GptqConfig, "quantise", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert not out.exists()
+    assert main(command) == 0
+    # The block of the first seven layers was done.
+    assert len(calls) == 10 + 14
+    assert json.loads((out / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "gptq"], "--method gptq needs --calibration FILE"),
+        (["--method", "linear", "--group", "48"], r"n in \(32, 64, 128\), got group\(48\)"),
+        (["--calibration", "missing.txt"], "missing.txt"),
+        (["--calibration", "TEXT", "--context", "100000"], "must hold at least 100000 tokens, got"),
+    ],
+)
+def test_errors(
+    arguments: list[str], message: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [text if argument == "TEXT" else argument for argument in arguments]
+    assert main(["quantize", MODEL, *arguments, "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert re.match(f"effllm quantize: .*{message}", error)
+    assert error.count("\n") == 1
+    assert main(["quantize", MODEL, "--method", "linear", "--out", str(tmp_path)]) == 1
+    assert "exists and is no empty folder" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "none"), "--text", text]) == 1
+    assert capsys.readouterr().err.startswith("effllm eval: ")
