@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Batch = Tensor | Mapping[str, Any]
 
 # A tensor of token ids is cut into batches of about so many tokens.
-_TOKENS_PER_BATCH = 4096
+_TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,9 @@ class GptqConfig(UniformMethod):
         clip: choose each range so that the squared error, weighted by the mean square of the
             inputs, is smallest.
         act_order: begin with the channels of the largest inputs, whose errors matter most.
-        static_groups: with ``act_order``, groups stay consecutive channels, with scales of the
-            weights as they were. Otherwise scales are found when a group starts; with
-            ``act_order`` the groups are then of permuted channels, and the layer permutes its
-            inputs (``Int4Linear.perm``).
+        static_groups: groups are consecutive channels, with scales of the weights as they were.
+            Otherwise scales are found when a group starts; with ``act_order`` the groups are then
+            of permuted channels, and the layer permutes its inputs (``Int4Linear.perm``).
         damping: added to the Hessian's diagonal, as a part of its mean; ten times more is tried
             until a Cholesky factor exists.
     """
