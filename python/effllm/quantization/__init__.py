@@ -12,6 +12,7 @@ from effllm.quantization.granularity import Granularity
 from effllm.quantization.method import Method
 from effllm.quantization.quantize import quantize_
 from effllm.quantization.report import LayerResult, QuantizationReport
+from effllm.quantization.smoothing import smooth_
 
 __all__ = [
     "NF4",
@@ -25,4 +26,5 @@ __all__ = [
     "Method",
     "QuantizationReport",
     "quantize_",
+    "smooth_",
 ]

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from effllm.quantization.calibration import Calibration, feed
 from effllm.quantization.statistics import InputStatistics
 
 Pass = Callable[[], Iterable[tuple[Tensor | None, Callable[[], Any]]]]
 """Gives, for each batch, which tokens count (None: all) and what runs the batch."""
+
+
+def whole_pass(calibration: Calibration, model: nn.Module) -> Pass:
+    """Runs the batches of the calibration through the whole model."""
+
+    def batches() -> Iterator[tuple[Tensor | None, Callable[[], Tensor]]]:
+        for i, batch in enumerate(calibration.batches):
+            yield calibration.mask(i), partial(feed, model, batch)
+
+    return batches
 
 
 @dataclass

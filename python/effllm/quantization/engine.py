@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -14,8 +14,14 @@ from tqdm import tqdm
 
 from effllm.nn.packed_linear import PackedLinear, frozen
 from effllm.quantization.blocks import BlockStream, evaluating, find_blocks
-from effllm.quantization.calibration import Calibration, feed
-from effllm.quantization.collecting import InputGroup, Pass, collect, trace_inputs
+from effllm.quantization.calibration import Calibration
+from effllm.quantization.collecting import (
+    InputGroup,
+    Pass,
+    collect,
+    trace_inputs,
+    whole_pass,
+)
 from effllm.quantization.folding import find_folds
 from effllm.quantization.method import Method
 from effllm.quantization.quantize_layer import quantise_layer
@@ -83,7 +89,7 @@ def quantise_with_calibration(
                 if i < last:
                     stream.advance(i, _decoded(block))
         rest = [target for target in targets if target not in done]
-        part = _Part("", model, rest, partial(_whole_pass, calibration))
+        part = _Part("", model, rest, partial(whole_pass, calibration))
         _finish(model, part, len(blocks), calibration, state, report, bar)
 
 
@@ -112,14 +118,6 @@ def _block_part(
         return partial(stream.run, index, module)
 
     return _Part(name, block, _inside(block, targets), passes)
-
-
-def _whole_pass(calibration: Calibration, model: nn.Module) -> Pass:
-    def batches() -> Iterator[tuple[Tensor | None, Callable[[], Tensor]]]:
-        for i, batch in enumerate(calibration.batches):
-            yield calibration.mask(i), partial(feed, model, batch)
-
-    return batches
 
 
 def _finish(

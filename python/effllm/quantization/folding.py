@@ -46,6 +46,11 @@ class Fold:
         repeats, dim = self.heads
         return values.view(-1, repeats, dim).mean(1).reshape(-1)
 
+    def largest(self, values: Tensor) -> Tensor:
+        """``[P]`` of ``[K]``: the maxima over these channels."""
+        repeats, dim = self.heads
+        return values.view(-1, repeats, dim).amax(1).reshape(-1)
+
     def apply(self, scales: Tensor) -> None:
         """Multiplies the consumers' columns by ``scales`` ``[P]``, and divides the producer."""
         weight = self.producer.weight

@@ -14,6 +14,7 @@ class InputStatistics:
     Attributes:
         hessian: ``[K, K]``, the sum of ``x x^T``: half the Hessian of the squared output error.
         magnitude: ``[K]``, the sum of ``|x|``.
+        peak: ``[K]``, the largest ``|x|``.
         tokens: how many.
     """
 
@@ -23,6 +24,7 @@ class InputStatistics:
         """Zero tokens of ``k`` channels, summed in ``dtype`` (fp32 or fp64)."""
         self.hessian = torch.zeros(k, k, device=device, dtype=dtype)
         self.magnitude = torch.zeros(k, device=device, dtype=dtype)
+        self.peak = torch.zeros_like(self.magnitude)
         self.tokens = 0
         self._factors: dict[tuple[float, tuple[int, ...]], Tensor] = {}
 
@@ -34,7 +36,10 @@ class InputStatistics:
         x = x.detach().reshape(-1, x.shape[-1]).to(self.hessian.dtype)
         self.hessian.addmm_(x.T, x)
         # Without the absolute value, channels that change sign would look unused.
-        self.magnitude += x.abs().sum(0)
+        size = x.abs()
+        self.magnitude += size.sum(0)
+        if x.shape[0]:
+            self.peak = torch.maximum(self.peak, size.amax(0))
         self.tokens += x.shape[0]
         self._factors.clear()
         if not torch.isfinite(self.hessian.diagonal()).all():

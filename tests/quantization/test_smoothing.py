@@ -1,0 +1,93 @@
+"""smooth_: what a model computes stays, and activations and weights share the outliers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from model_families import FAMILIES, IDS, make
+from torch import Tensor, nn
+
+from effllm.quantization import smooth_
+
+
+def peaks(model: Any, name: str) -> tuple[Tensor, Tensor]:
+    """The largest inputs and weights of each input channel of a layer."""
+    linear = model.get_submodule(name)
+    seen: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(IDS)
+    handle.remove()
+    return seen[0].flatten(0, -2).abs().amax(0), linear.weight.detach().abs().amax(0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_computes_what_it_did(family: str) -> None:
+    model = make(family)
+    before = copy.deepcopy(model)
+    folded = smooth_(model, IDS, progress=False)
+    assert len(folded) >= 2 * 2
+    torch.testing.assert_close(model(IDS).logits, before(IDS).logits, rtol=1e-3, atol=1e-3)
+    changed = {
+        n for n, p in before.named_parameters() if not torch.equal(p, model.get_parameter(n))
+    }
+    expected = {*folded, *(name for names in folded.values() for name in names)}
+    assert {name.rsplit(".", 1)[0] for name in changed} == expected
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
+def test_equation_4(alpha: float) -> None:
+    """At 1/2 the peaks of activations and weights are equal in every channel."""
+    model = make("Llama")
+    name = "model.layers.0.mlp.down_proj"
+    x, w = peaks(model, name)
+    folded = smooth_(model, IDS, alpha=alpha, progress=False)
+    assert folded["model.layers.0.mlp.up_proj"] == [name]
+    after_x, after_w = peaks(model, name)
+    scales = x**alpha / w ** (1 - alpha)
+    torch.testing.assert_close(after_x, x / scales, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(after_w, w * scales, rtol=1e-3, atol=1e-5)
+    if alpha == 0.5:
+        torch.testing.assert_close(after_x, after_w, rtol=1e-3, atol=1e-5)
+
+
+def test_eight_bits_for_both_lose_less() -> None:
+    """One scale per token and one per output channel, which outliers of a channel waste."""
+    x = torch.randn(64, 64)
+    x[:, 7] *= 60
+    norm, linear = nn.LayerNorm(64), nn.Linear(64, 48)
+    norm.weight.data[7] = 40
+    model = nn.Sequential(norm, linear)
+
+    @torch.no_grad()
+    def error() -> float:
+        inputs, weight = model[0](x), model[1].weight
+        rounded = []
+        for values in (inputs, weight):
+            step = values.abs().amax(1, keepdim=True) / 127
+            rounded.append((values / step).round() * step)
+        return float((rounded[0] @ rounded[1].T - inputs @ weight.T).square().mean())
+
+    before = error()
+    assert smooth_(model, [x], progress=False) == {"0": ["1"]}
+    assert error() < 0.3 * before
+
+
+def test_channels_that_are_zero_and_filters() -> None:
+    model = make("Llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = 0
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(model.model.layers[0].self_attn, name).weight[:, 5] = 0
+    before = copy.deepcopy(model)
+    folded = smooth_(model, IDS, filter_fn=lambda m, n: n.endswith("0.self_attn.k_proj"))
+    assert list(folded) == ["model.layers.0.input_layernorm"]
+    norm, old = model.model.layers[0].input_layernorm, before.model.layers[0].input_layernorm
+    assert norm.weight[3] == 0
+    assert norm.weight[5] == old.weight[5]
+    torch.testing.assert_close(model(IDS).logits, before(IDS).logits, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"smooth_: alpha must be in 0\.\.1, got 2"):
+        smooth_(model, IDS, alpha=2)
