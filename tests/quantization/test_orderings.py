@@ -2,72 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-from typing import Any
-
 import pytest
-import torch
-from torch import Tensor, nn
+from trained_draft import draft, output_error, perplexity
 
-import effllm
 from effllm import demo
-from effllm.demo.corpus import stdlib_directory
-from effllm.nn.packed_linear import PackedLinear
-from effllm.quantization import (
-    AwqConfig,
-    GptqConfig,
-    Granularity,
-    KMeansConfig,
-    LinearConfig,
-    Method,
-)
-
-pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
+from effllm.quantization import AwqConfig, GptqConfig, Granularity, KMeansConfig, LinearConfig
 
 TENSOR, CHANNEL, GROUP = Granularity.tensor(), Granularity.channel(), Granularity.group(64)
-# Modules of the standard library that the models were trained on.
-CALIBRATION = ("argparse.py", "configparser.py", "typing.py")
-
-
-@functools.cache
-def draft() -> tuple[Any, Tensor, Tensor]:
-    """The demo's draft model in bf16, calibration tokens, and held-out tokens."""
-    model, tokenizer = demo.load(demo.draft_path())
-    rows = []
-    for name in CALIBRATION:
-        ids = tokenizer((stdlib_directory() / name).read_text("utf-8"), verbose=False).input_ids
-        rows += [ids[:512], ids[1024:1536]]
-    return model, torch.tensor(rows), demo.held_out_tokens(tokenizer, context=512, limit=4096)
-
-
-def perplexity(config: Method) -> float:
-    return measure(config)[0]
-
-
-def output_error(config: Method) -> float:
-    return measure(config)[1]
-
-
-@functools.cache
-def measure(config: Method) -> tuple[float, float]:
-    """Perplexity, and the mean error of a layer's output over the calibration data."""
-    model, calibration, held_out = draft()
-    model = copy.deepcopy(model)
-    report = effllm.quantize_(
-        model,
-        config,
-        lambda module, name: name != "lm_head",
-        calibration=calibration if config.needs_calibration else None,
-        progress=False,
-    )
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, PackedLinear):
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-            dense.weight = nn.Parameter(layer.weight.bfloat16())
-            model.set_submodule(name, dense)
-    errors = [layer.output_error or 0 for layer in report.layers]
-    return demo.perplexity(model, held_out), sum(errors) / len(errors)
 
 
 @pytest.mark.parametrize("bits", [3, 4])

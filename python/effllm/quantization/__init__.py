@@ -12,6 +12,7 @@ from effllm.quantization.granularity import Granularity
 from effllm.quantization.method import Method
 from effllm.quantization.quantize import quantize_
 from effllm.quantization.report import LayerResult, QuantizationReport
+from effllm.quantization.sensitivity import choose_configs
 from effllm.quantization.smoothing import smooth_
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LinearConfig",
     "Method",
     "QuantizationReport",
+    "choose_configs",
     "quantize_",
     "smooth_",
 ]

@@ -1,0 +1,129 @@
+"""Bits where they matter: a config for each layer by how much its output suffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from effllm.quantization.blocks import BlockStream, evaluating, find_blocks
+from effllm.quantization.calibration import Batch, Calibration
+from effllm.quantization.collecting import Pass, collect, trace_inputs, whole_pass
+from effllm.quantization.method import Method
+from effllm.quantization.quantize_layer import quantise_layer
+from effllm.quantization.targets import Filter, Target, find_targets
+
+
+def choose_configs(
+    model: nn.Module,
+    configs: Sequence[Method],
+    calibration: Tensor | Iterable[Batch],
+    *,
+    average_bits: float,
+    filter_fn: Filter | None = None,
+    progress: bool = True,
+) -> dict[str, Method]:
+    """One of several configs for each linear layer, with a given number of bits on average.
+
+    Each layer is quantised alone with every config, and its relative output error on the inputs of
+    the unquantised model is its sensitivity. All layers begin with the fewest bits; then the step
+    that lowers the sum of the errors most per bit is taken, as long as the average allows it.
+
+    Args:
+        model: is not changed.
+        configs: of different bits.
+        calibration, filter_fn, progress: as in ``quantize_``.
+        average_bits: of all weights of the layers, at most.
+
+    Returns:
+        names and configs: a mixture that ``quantize_`` takes.
+
+    Raises:
+        ValueError: configs of equal bits, an average below the fewest, or no layer; and what
+            ``quantize_`` raises for layers that cannot be quantised.
+    """
+    options = sorted(configs, key=lambda config: config.bits)
+    bits = [config.bits for config in options]
+    if not bits or len(set(bits)) != len(bits) or average_bits < bits[0]:
+        raise ValueError(
+            "choose_configs: configs must differ in bits, and average_bits be at least the fewest, "
+            f"got {bits} and {average_bits}"
+        )
+    targets, _ = find_targets(model, options[0], filter_fn)
+    if not targets:
+        raise ValueError("choose_configs: the model has no linear layer to quantise")
+    errors = _errors(model, targets, options, Calibration.of(calibration), progress)
+    sizes = {target.names[0]: target.linear.weight.numel() for target in targets}
+    chosen = allocate(errors, bits, sizes, average_bits)
+    return {name: options[index] for name, index in chosen.items()}
+
+
+def allocate(
+    errors: dict[str, list[float]], bits: list[int], sizes: dict[str, int], average_bits: float
+) -> dict[str, int]:
+    """For each layer the index of its bits, greedily by error per bit.
+
+    Args:
+        errors: of each layer, for each number of bits.
+        bits: ascending.
+        sizes: weights of each layer.
+        average_bits: over all weights, at most.
+    """
+    chosen = dict.fromkeys(errors, 0)
+    left = (average_bits - bits[0]) * sum(sizes.values())
+
+    def steps() -> Iterable[tuple[float, str, int, float]]:
+        for name, index in chosen.items():
+            for after in range(index + 1, len(bits)):
+                cost = (bits[after] - bits[index]) * sizes[name]
+                gain = errors[name][index] - errors[name][after]
+                if cost <= left and gain > 0:
+                    yield gain / cost, name, after, cost
+
+    while best := max(steps(), default=None):
+        _, name, index, cost = best
+        chosen[name] = index
+        left -= cost
+    return chosen
+
+
+def _errors(
+    model: nn.Module,
+    targets: list[Target],
+    options: list[Method],
+    calibration: Calibration,
+    progress: bool,
+) -> dict[str, list[float]]:
+    """Relative output errors of each layer, for each config."""
+    names = {target.linear: target.names for target in targets}
+    errors: dict[str, list[float]] = {}
+
+    def measure(module: nn.Module, batches: Pass) -> None:
+        groups = [
+            group
+            for group in trace_inputs(module, batches)
+            if any(x in names and names[x][0] not in errors for x in group.linears)
+        ]
+        for group in groups:
+            inputs = collect([group], batches)[0]
+            for linear in group.linears:
+                if linear in names:
+                    results = [
+                        quantise_layer(Target(linear, names[linear], method), inputs)[1]
+                        for method in options
+                    ]
+                    errors[names[linear][0]] = [r.output_error or 0.0 for r in results]
+
+    with evaluating(model):
+        _, blocks = find_blocks(model)
+        stream = BlockStream.of(model, blocks, calibration) if blocks else None
+        if stream is not None:
+            bar = tqdm(blocks, desc="sensitivity", unit="block", leave=False, disable=not progress)
+            for i, block in enumerate(bar):
+                measure(block, partial(stream.run, i, block))
+                stream.advance(i, block)
+        if any(target.names[0] not in errors for target in targets):
+            measure(model, whole_pass(calibration, model))
+    return errors
