@@ -11,7 +11,7 @@ from model_families import IDS, make, spread_out
 from torch import Tensor, nn
 
 import effllm
-from effllm.quantization import AwqConfig, Granularity, LinearConfig
+from effllm.quantization import AwqConfig, Granularity, LinearConfig, smooth_
 from effllm.quantization.awq import quantise_clipped, search_scales
 from effllm.quantization.folding import Fold
 from effllm.quantization.statistics import InputStatistics
@@ -84,6 +84,37 @@ def test_a_layer_that_is_left_out_is_scaled_with_the_others(llama: Any) -> None:
     torch.testing.assert_close(
         key, other.self_attn.k_proj(other.input_layernorm(x)), rtol=1e-4, atol=1e-4
     )
+
+
+def test_weights_that_are_shared_stay() -> None:
+    """A head on the embedding's tensor gets the norm's output as well: scales have no place."""
+
+    class Two(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(97, 64), nn.LayerNorm(64)
+            self.head, self.score = nn.Linear(64, 97, bias=False), nn.Linear(64, 32)
+            nn.init.normal_(self.norm.weight, 0, 3)
+            if tied:
+                self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.norm(self.embed(ids))
+            return torch.cat([self.head(x), self.score(x)], -1)
+
+    for tied in (False, True):
+        model = Two(tied)
+        before = model.embed.weight.clone()
+        logits = model(IDS)[..., :97].detach()
+        report = effllm.quantize_(
+            model, CONFIG, lambda m, name: name == "score", calibration=IDS, progress=False
+        )
+        assert report.folded == ({} if tied else {"norm": ["head", "score"]})
+        assert torch.equal(model.embed.weight, before)
+        torch.testing.assert_close(model(IDS)[..., :97], logits, rtol=1e-3, atol=1e-3)
+        # Nor have they where the norm's output goes into a layer that is quantised already.
+        assert smooth_(model, IDS, progress=False) == {}
+        assert ("norm" in smooth_(Two(tied), IDS, progress=False)) == (not tied)
 
 
 def inputs_of(x: Tensor) -> InputStatistics:
@@ -180,6 +211,7 @@ def test_clipping_lowers_the_error_of_the_output(granularity: Granularity) -> No
         assert error(ours) < min(error(other) for other in others)
 
 
+@torch.no_grad()
 def test_better_than_rounding(llama: Any) -> None:
     model = spread_out(llama)
     before = model(IDS).logits

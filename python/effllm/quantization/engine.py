@@ -27,7 +27,7 @@ from effllm.quantization.method import Method
 from effllm.quantization.quantize_layer import quantise_layer
 from effllm.quantization.report import QuantizationReport
 from effllm.quantization.state import PartResult, RunState, fingerprint
-from effllm.quantization.targets import Target
+from effllm.quantization.targets import Target, sharing_modules
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ class _Part:
         module: that holds all targets.
         targets: layers of the module; names are those in the model.
         passes: gives the batches, to be run through the module that it is called with.
+        sharing: names of modules in the model that share parameters with others.
     """
 
     name: str
     module: nn.Module
     targets: list[Target]
     passes: Callable[[nn.Module], Pass]
+    sharing: set[str]
 
     def local(self, name: str) -> str:
         """A module's name inside the part."""
@@ -77,19 +79,20 @@ def quantise_with_calibration(
     bar: Any = tqdm(
         total=len(targets), desc="quantize", unit="layer", leave=False, disable=not progress
     )
+    sharing = sharing_modules(model)
     with evaluating(model), bar:
         last = max((i for i, b in enumerate(blocks) if _inside(b, targets)), default=-1)
         stream = BlockStream.of(model, blocks, calibration) if last >= 0 else None
         done: set[Target] = set()
         if stream is not None:
             for i, block in enumerate(blocks[: last + 1]):
-                part = _block_part(f"{name}.{i}", i, block, targets, stream)
+                part = _block_part(f"{name}.{i}", i, block, targets, stream, sharing)
                 _finish(model, part, i, calibration, state, report, bar)
                 done.update(part.targets)
                 if i < last:
                     stream.advance(i, _decoded(block))
         rest = [target for target in targets if target not in done]
-        part = _Part("", model, rest, partial(whole_pass, calibration))
+        part = _Part("", model, rest, partial(whole_pass, calibration), sharing)
         _finish(model, part, len(blocks), calibration, state, report, bar)
 
 
@@ -112,12 +115,17 @@ def _inside(block: nn.Module, targets: list[Target]) -> list[Target]:
 
 
 def _block_part(
-    name: str, index: int, block: nn.Module, targets: list[Target], stream: BlockStream
+    name: str,
+    index: int,
+    block: nn.Module,
+    targets: list[Target],
+    stream: BlockStream,
+    sharing: set[str],
 ) -> _Part:
     def passes(module: nn.Module) -> Pass:
         return partial(stream.run, index, module)
 
-    return _Part(name, block, _inside(block, targets), passes)
+    return _Part(name, block, _inside(block, targets), passes, sharing)
 
 
 def _finish(
@@ -192,7 +200,8 @@ def _scale_inputs(
     if not wanted:
         return
     names = {module: part.full(name) for name, module in work.named_modules()}
-    folds = find_folds(work, groups, wanted, batches)
+    fixed = {module for module, name in names.items() if name in part.sharing}
+    folds = find_folds(work, groups, wanted, batches, fixed)
     statistics = collect([group for group, _ in folds], batches)
     for (group, fold), inputs in zip(folds, statistics, strict=True):
         (method,) = methods(group)

@@ -71,13 +71,18 @@ class Fold:
 
 
 def find_folds(
-    module: nn.Module, groups: list[InputGroup], wanted: list[InputGroup], batches: Pass
+    module: nn.Module,
+    groups: list[InputGroup],
+    wanted: list[InputGroup],
+    batches: Pass,
+    fixed: set[nn.Module],
 ) -> list[tuple[InputGroup, Fold]]:
     """For each wanted group the place that takes its scales, as far as there is one.
 
     Args:
         groups: all groups of linear layers with a common input inside ``module``, in call order.
         batches: gives what runs ``module``; the first batch is used, its output is compared.
+        fixed: modules that must stay as they are, since others hold their parameters too.
     """
     _, run = next(iter(batches()))
     expected = run()
@@ -85,7 +90,7 @@ def find_folds(
     for group in wanted:
         earlier = [layer for g in groups[: groups.index(group)] for layer in g.linears]
         for fold in _candidates(module, group, earlier):
-            if _keeps(fold, run, expected):
+            if fixed.isdisjoint((fold.producer, *fold.consumers)) and _keeps(fold, run, expected):
                 folds.append((group, fold))
                 break
     return folds

@@ -14,6 +14,7 @@ from effllm.quantization.calibration import Batch, Calibration
 from effllm.quantization.collecting import Pass, collect, trace_inputs, whole_pass
 from effllm.quantization.folding import Fold, find_folds
 from effllm.quantization.statistics import InputStatistics
+from effllm.quantization.targets import sharing_modules
 
 _SMALLEST = 1e-5
 
@@ -56,6 +57,7 @@ def smooth_(
         for module, name in names.items()
         if type(module) is nn.Linear and (filter_fn is None or filter_fn(module, name))
     }
+    fixed = {model.get_submodule(name) for name in sharing_modules(model)}
     folded: dict[str, list[str]] = {}
 
     def smooth_part(module: nn.Module, batches: Pass) -> None:
@@ -63,7 +65,7 @@ def smooth_(
         wanted = [group for group in groups if chosen.intersection(group.linears)]
         if not wanted:
             return
-        folds = find_folds(module, groups, wanted, batches)
+        folds = find_folds(module, groups, wanted, batches, fixed)
         found = collect([group for group, _ in folds], batches)
         for (_, fold), inputs in zip(folds, found, strict=True):
             fold.apply(smoothing_scales(fold, inputs, alpha))

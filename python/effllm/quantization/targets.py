@@ -78,6 +78,16 @@ def _check_patterns(mixture: Mixture, names: list[str]) -> None:
             )
 
 
+def sharing_modules(model: nn.Module) -> set[str]:
+    """Names of the modules with a parameter that another module holds as well."""
+    shared = _shared_weights(model)
+    return {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if any(_storage_key(p) in shared for p in module.parameters(recurse=False))
+    }
+
+
 def _shared_weights(model: nn.Module) -> set[tuple[int, int]]:
     """Keys of the parameters that two different modules hold."""
     owners: dict[tuple[int, int], int] = defaultdict(int)
