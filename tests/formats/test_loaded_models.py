@@ -105,6 +105,17 @@ def test_save_pretrained_is_refused(loaded: Loaded, tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
+def test_save_pretrained_of_a_model_quantised_in_place_is_refused(
+    llama: Any, tmp_path: Path
+) -> None:
+    effllm.quantize_(llama, effllm.Int4Config(32), progress=False)
+    with pytest.raises(ValueError, match=r"use effllm\.save\(model, path\)"):
+        llama.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.safetensors"))
+    effllm.save(llama, tmp_path / "right")
+    assert effllm.load(tmp_path / "right", progress=False).effllm_report.layers
+
+
 def test_save_pretrained_of_a_gguf_file_is_refused(llama: Any, tmp_path: Path) -> None:
     effllm.save(llama, tmp_path / "a.gguf", "gguf-q4_0", progress=False)
     model = effllm.load(tmp_path / "a.gguf", progress=False)

@@ -52,7 +52,8 @@ def quantize_(
 
     A layer whose weight is shared with another module (a head tied to the embedding) is left as it
     is, and so are subclasses of ``nn.Linear``, whose forward may do more. Each layer is swapped in
-    one assignment: after an error or Ctrl-C the model still runs, in part quantised.
+    one assignment: after an error or Ctrl-C the model still runs, in part quantised. A model of
+    transformers is saved by ``effllm.save`` from then on; its ``save_pretrained`` raises.
 
     Raises:
         ValueError: a layer cannot be quantised (the message names it), ``model`` itself is an
@@ -72,6 +73,7 @@ def quantize_(
         data = Calibration.of(calibration)
         run_state = None if state is None else RunState(state)
         quantise_with_calibration(model, targets, data, run_state, report, progress)
+        _refuse_plain_saving(model)
         return report
     for target in targets:
         if target.method.needs_calibration:
@@ -82,7 +84,17 @@ def quantize_(
     if state is not None:
         raise ValueError("effllm.quantize_: state is of runs with calibration, got none")
     _quantise_by_weights(model, targets, report, progress)
+    _refuse_plain_saving(model)
     return report
+
+
+def _refuse_plain_saving(model: nn.Module) -> None:
+    """``save_pretrained`` would write packed tensors that no config tells how to read."""
+    if hasattr(model, "save_pretrained"):
+        # Imported here, as it imports transformers, which such a model comes from.
+        from effllm.integrations.quantizer import refuse_save_pretrained
+
+        refuse_save_pretrained(model)
 
 
 def _quantise_by_weights(
