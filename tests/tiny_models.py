@@ -45,3 +45,12 @@ def llama() -> Any:
 
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(IDS).logits
+    return out

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from formats_zoo import Zoo, edit_config, write_checkpoint, write_tensors
+from tiny_models import logits
 from torch import nn
 
 import effllm
@@ -23,7 +24,6 @@ from effllm.nn import Int4Linear
 
 transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
 
-IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])
 UP = "model.layers.1.mlp.up_proj"
 
 KINDS = [
@@ -54,12 +54,6 @@ def always() -> Iterator[None]:
 
 def from_pretrained(folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(IDS).logits
-    return out
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.id)

@@ -13,13 +13,12 @@ import pytest
 import torch
 from formats_zoo import Written, Zoo, edit_config, write_checkpoint, write_config, write_tensors
 from safetensors.torch import load_file
+from tiny_models import IDS, logits
 from torch import nn
 
 import effllm
 from effllm.formats import inspect
 from effllm.nn import Int4Linear
-
-IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])
 
 
 def zoo() -> list[Zoo]:
@@ -62,12 +61,6 @@ def zoo() -> list[Zoo]:
         Zoo("pack-quantized", bits=8),
         Zoo("pack-quantized", head=True, shards=2),
     ]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(IDS).logits
-    return out
 
 
 @pytest.mark.parametrize("kind", zoo(), ids=lambda kind: kind.id)

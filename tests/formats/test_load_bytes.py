@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from bytes_zoo import Blockwise, Bytes, Int8, Kind, Sparse
+from compressed_tensors_package import load_what_it_writes
 from formats_zoo import write_checkpoint, write_tensors
+from tiny_models import logits
 from torch import nn
 
 import effllm
@@ -19,7 +21,6 @@ from effllm.formats.bitsandbytes import kernel_group_size
 from effllm.integrations import use_quantizer
 from effllm.nn import Lut4Linear
 
-IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])
 Q = "model.layers.1.self_attn.q_proj"
 BF16 = torch.bfloat16
 
@@ -76,12 +77,6 @@ def odd_size(kind: Kind, odd: bool) -> int:
     """Of the MLP, N of two layers and K of one. 2:4 is of four input channels each."""
     fours = "sparse-24-bitmask" in (kind.format, getattr(kind, "sparsity", None))
     return (92 if fours else 91) if odd else 96
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(IDS).logits
-    return out
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.id)
@@ -260,16 +255,11 @@ def test_weights_that_the_blocks_of_the_fp8_quantiser_do_not_fit(
 def test_we_read_what_compressed_tensors_writes(
     format: str, type_: str, strategy: str, symmetric: bool, llama: Any, tmp_path: Path
 ) -> None:
-    package = pytest.importorskip("compressed_tensors", reason="needs the extra effllm[formats]")
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-        QuantizationStatus,
-        apply_quantization_config,
-    )
-
-    weights = QuantizationArgs(
+    load_what_it_writes(
+        llama,
+        tmp_path,
+        format,
+        (2e-3, 4e-3),
         num_bits=8,
         type=type_,
         symmetric=symmetric,
@@ -277,27 +267,3 @@ def test_we_read_what_compressed_tensors_writes(
         group_size=32 if strategy == "group" else None,
         block_structure=[16, 32] if strategy == "block" else None,
     )
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=format)
-    config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        ignore=["lm_head"],
-        format=format,
-        quantization_status=QuantizationStatus.FROZEN,
-    )
-    model = llama.to(torch.bfloat16)
-    apply_quantization_config(model, config, show_progress=False)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            module.weight_scale.data.copy_(torch.rand(module.weight_scale.shape) * 2e-3 + 2e-3)
-            if not symmetric:
-                zeros = torch.randint(-128, 128, module.weight_zero_point.shape)
-                module.weight_zero_point.data.copy_(zeros)
-    compressor = package.ModelCompressor(quantization_config=config)
-    compressor.compress_model(model)
-    model.save_pretrained(tmp_path)
-    compressor.update_config(tmp_path)
-    ours = effllm.load(tmp_path, progress=False)
-    compressor.decompress_model(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            assert torch.equal(ours.get_submodule(name).weight, module.weight), name

@@ -12,12 +12,12 @@ import pytest
 import torch
 from bytes_zoo import Blockwise, Bytes
 from formats_zoo import Zoo, write_checkpoint
+from tiny_models import IDS, logits
 from torch import nn
 
 import effllm
 from effllm.nn.packed_linear import PackedLinear
 
-IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])
 UP = "model.layers.0.mlp.up_proj"
 BF16 = torch.bfloat16
 
@@ -27,12 +27,6 @@ PACKED = [
     Blockwise("nf4", nested=True, bias=True, shards=2),
     Blockwise("fp4", dtype=BF16, head=True, tied=True, shards=3),
 ]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(IDS).logits
-    return out
 
 
 Loaded = Callable[[], Any]

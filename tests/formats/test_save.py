@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors_package import load_what_it_writes
 from formats_zoo import Zoo, write_checkpoint
 from safetensors.torch import load_file
+from tiny_models import IDS
 from torch import nn
 
 import effllm
@@ -20,7 +22,6 @@ from effllm.formats.saving import SaveFormat, save
 from effllm.formats.shards import ShardWriter
 from effllm.nn import Int4Linear, Lut4Linear
 
-IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])
 FORMATS: list[SaveFormat] = ["compressed-tensors", "gptq_v2", "awq"]
 
 
@@ -253,47 +254,17 @@ def test_we_read_what_compressed_tensors_writes(
     symmetric: bool, strategy: str, bits: int, llama: Any, tmp_path: Path
 ) -> None:
     """Quantised, compressed and saved by the package, then its own dense weights."""
-    package = pytest.importorskip("compressed_tensors", reason="needs the extra effllm[formats]")
-    from compressed_tensors.quantization import (
-        QuantizationArgs,
-        QuantizationConfig,
-        QuantizationScheme,
-        QuantizationStatus,
-        apply_quantization_config,
-    )
-
     if strategy == "tensor" and not symmetric:
         pytest.skip("the package stores no zero points of such weights")
-    weights = QuantizationArgs(
+    ours = load_what_it_writes(
+        llama,
+        tmp_path,
+        "pack-quantized",
+        (0.02, 0.04),
         num_bits=bits,
         symmetric=symmetric,
         strategy=strategy,
         group_size=32 if strategy == "group" else None,
     )
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format="pack-quantized")
-    config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        ignore=["lm_head"],
-        format="pack-quantized",
-        quantization_status=QuantizationStatus.FROZEN,
-    )
-    model = llama.to(torch.bfloat16)
-    apply_quantization_config(model, config, show_progress=False)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            scale = torch.rand(module.weight_scale.shape) * 0.02 + 0.02
-            module.weight_scale.data.copy_(scale)
-            if not symmetric:
-                zeros = torch.randint(-(1 << bits - 1), 1 << bits - 1, scale.shape)
-                module.weight_zero_point.data.copy_(zeros)
-    compressor = package.ModelCompressor(quantization_config=config)
-    compressor.compress_model(model)
-    model.save_pretrained(tmp_path)
-    compressor.update_config(tmp_path)
-    ours = load(tmp_path, progress=False)
-    compressor.decompress_model(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            assert torch.equal(ours.get_submodule(name).weight, module.weight), name
     kinds = {Int4Linear} if bits <= 4 else {nn.Linear}
     assert {type(layer.mlp.up_proj) for layer in ours.model.layers} == kinds

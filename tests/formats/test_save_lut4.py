@@ -11,6 +11,7 @@ import torch
 from bytes_zoo import Blockwise
 from formats_zoo import write_checkpoint, write_tensors
 from safetensors.torch import load_file
+from tiny_models import logits
 from torch import nn
 
 import effllm
@@ -19,17 +20,10 @@ from effllm.formats.bitsandbytes import FP4, encode, quant_type
 from effllm.nn import Lut4Linear
 from effllm.quantization.codebook import NF4
 
-IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])
 BF16 = torch.bfloat16
 
 # What the codes 0..7 stand for; 8..15 are the same with a minus.
 FP4_TWELFTHS = [0, 1 / 16, 8, 12, 4, 6, 2, 3]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(IDS).logits
-    return out
 
 
 def lut4(model: Any, codebook: torch.Tensor | str = "nf4", group_size: int = 32) -> Any:

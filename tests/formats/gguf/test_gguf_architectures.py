@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from rounded_models import rounded
+from tiny_models import logits
 
 import effllm
 from effllm.formats import CheckpointError
@@ -17,8 +19,6 @@ from effllm.formats.gguf import (
     GgufFile,
     TensorType,
     config_metadata,
-    dequantize,
-    quantize,
     read_config,
     write_model,
 )
@@ -26,7 +26,6 @@ from effllm.formats.gguf.architecture import slots
 from effllm.nn import Int4Linear, Lut4Linear
 
 MakeModel = Callable[..., Any]
-IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]])
 TANH = "gelu_pytorch_tanh"
 
 # model type -> architecture in the file, changes to the config
@@ -48,22 +47,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("llama", {"sliding_window": None}),
 }
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(IDS).logits
-    return out
-
-
-def rounded(model: Any, kind: TensorType) -> Any:
-    """The same model with every matrix rounded as the file stores it."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                raw = quantize(parameter, kind)
-                parameter.copy_(dequantize(raw, kind, tuple(parameter.shape)))
-    return model
 
 
 def interleaved(weight: Any, heads: int) -> Any:

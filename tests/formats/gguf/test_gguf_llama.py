@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_models import logits
 
 import effllm
 from effllm.formats.gguf import (
@@ -31,7 +32,6 @@ from effllm.formats.gguf.rope import rope_freqs
 from effllm.nn import Int4Linear
 
 NEEDS_GGUF = "needs the extra effllm[formats] (gguf)"
-IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]])
 MakeLlama = Callable[..., Any]
 
 LLAMA3 = {
@@ -60,12 +60,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama3 rope": {"rope_parameters": LLAMA3},
     "yarn": {"rope_parameters": YARN},
 }
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(IDS).logits
-    return out
 
 
 def save(model: Any, path: Path, kind: TensorType = TensorType.F32, **metadata: Any) -> GgufFile:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from rounded_models import rounded
 
 import effllm
 from effllm.cli import main
 from effllm.formats import CheckpointError, inspect
-from effllm.formats.gguf import TensorType, dequantize, quantize, write_model
+from effllm.formats.gguf import TensorType, write_model
 from effllm.nn import Int4Linear
 
 MakeLlama = Callable[..., Any]
@@ -21,16 +22,6 @@ IDS = torch.arange(24).view(2, 12) * 7 % 101
 
 def save(model: Any, path: Path, kind: TensorType) -> None:
     write_model(path, model, kind)
-
-
-def rounded(model: Any, kind: TensorType) -> Any:
-    """The same model with every matrix rounded as the file stores it."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                raw = quantize(parameter, kind)
-                parameter.copy_(dequantize(raw, kind, tuple(parameter.shape)))
-    return model
 
 
 @pytest.mark.parametrize("bias", [False, True])
