@@ -2,7 +2,6 @@
 // kernels a call takes. A group's products are of exact integers, its scale is applied to their
 // sum.
 #include <cstdint>
-#include <type_traits>
 
 #include "gemm/int4_gemm_sm90.h"
 #include "gemm/packed_gemm_direct_sm90.cuh"

@@ -1,7 +1,6 @@
 // int4_gemm for up to 32 tokens: the Weights of packed_gemm_narrow_sm90.cuh. Products are of exact
 // integers (q - zero).
 #include <cstdint>
-#include <type_traits>
 
 #include "gemm/int4_gemm_sm90.h"
 #include "gemm/packed_gemm_narrow_sm90.cuh"

@@ -1,6 +1,7 @@
 // Which kernel int4_gemm takes on Hopper, and how its work is cut: host code alone. What bounds the
 // kernels stands in their own files.
 #include <algorithm>
+#include <optional>
 
 #include "common/math.h"
 #include "cuda/launch.h"
@@ -13,12 +14,12 @@ namespace {
 // Microseconds that the kernel for up to 8 tokens takes, within some 10 % of what an H100 took:
 // what every launch costs, a multiprocessor's codes and scales, and x, of which each has all.
 double int4_gemm_direct_time(const Int4GemmParams& params, int num_sms) {
-  constexpr double kStart = 2.9, kCodesPerMicrosecond = 45e3, kXPerMicrosecond = 45e3;
+  constexpr double kStart = 2.9, kCodesPerMicrosecond = 45e3, kXBytesPerMicrosecond = 45e3;
   const auto turns =
       static_cast<double>(ceil_div<int64_t>(ceil_div<int64_t>(params.n, 16), num_sms));
   const auto k = static_cast<double>(params.k);
   return kStart + turns * 16 * k / kCodesPerMicrosecond +
-         2 * static_cast<double>(params.m) * k / kXPerMicrosecond;
+         2 * static_cast<double>(params.m) * k / kXBytesPerMicrosecond;
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

@@ -10,7 +10,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 
 #include "cuda/launch.h"
 #include "gemm/int4_gemm.h"

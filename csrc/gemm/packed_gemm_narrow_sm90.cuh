@@ -30,9 +30,8 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
+#include <cstddef>
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 
 #include "common/math.h"

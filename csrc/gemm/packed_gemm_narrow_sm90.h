@@ -12,7 +12,7 @@
 
 namespace effllm {
 
-inline constexpr int kPackedGemmNarrowTileK = 64;  // columns of a tile of the two others
+inline constexpr int kPackedGemmNarrowTileK = 64;  // columns of a tile
 
 // A CTA's tile, the stages of its ring, each of an even number of 64-column tiles, and how many
 // CTAs share a multiprocessor: as many bytes of codes in flight as they leave room for.
