@@ -13,11 +13,11 @@
 
 namespace effllm {
 
-// A row-major matrix of 16-bit floats [rows, cols], 16-byte aligned with rows of 16-byte multiples,
-// read in boxes of `box_rows` x 64 elements that land in shared memory as 128-byte rows under the
-// 128-byte swizzle.
+// A matrix of 16-bit floats [rows, cols], 16-byte aligned, its rows `row_stride` elements apart, a
+// multiple of 8; read in boxes of `box_rows` x 64 elements that land in shared memory as 128-byte
+// rows under the 128-byte swizzle.
 inline CUtensorMap make_tensor_map(const void* data, DType dtype, int64_t rows, int64_t cols,
-                                   int box_rows, const char* op) {
+                                   int64_t row_stride, int box_rows, const char* op) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -30,7 +30,7 @@ inline CUtensorMap make_tensor_map(const void* data, DType dtype, int64_t rows, 
 
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(cols) * 2};
+  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(row_stride) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   const auto type =

@@ -61,7 +61,8 @@ struct Config {
   static constexpr int kXBytes = kTokens * kTileK * 2;
   static constexpr int kCodeBytes = kStrips * kTileBytes;
   static constexpr int kRingBytes = kStages * (kXBytes + kCodeBytes);
-  static constexpr int kOutStripBytes = kTokens * kInt4StripRows * 2;
+  static constexpr int kOutTokens = kTokens;  // stored in one turn
+  static constexpr int kOutStripBytes = kOutTokens * kInt4StripRows * 2;
   static constexpr int kOutBytes = kStrips * kOutStripBytes;
   static constexpr int kGroupBytes = kRows * static_cast<int>(sizeof(uint2));
   static constexpr int kSmemBytes = 1024 + kRingBytes + kOutBytes + kStages * kGroupBytes;
@@ -343,8 +344,10 @@ template <class InT, int kShape, bool kExactScales>
 void launch(const Int4GemmParams& params, const Int4GemmWidePlan& plan, cudaStream_t stream) {
   using C = Config<InT, kShape, kExactScales>;
   Args args{params, {}, {}, {}, 0};
-  args.x_map = make_tensor_map(params.x, params.dtype, params.m, params.k, C::kTokens, kOp);
-  args.out_map = make_tensor_map(params.out, params.dtype, params.m, params.n, C::kTokens, kOp);
+  args.x_map =
+      make_tensor_map(params.x, params.dtype, params.m, params.k, params.k, C::kTokens, kOp);
+  args.out_map =
+      make_tensor_map(params.out, params.dtype, params.m, params.n, params.n, C::kTokens, kOp);
   TileSchedule& schedule = args.schedule;
   schedule.row_tiles = static_cast<int>(ceil_div<int64_t>(params.n, C::kRows));
   schedule.token_tiles = static_cast<int>(ceil_div<int64_t>(params.m, C::kTokens));

@@ -379,10 +379,10 @@ template <class C>
 void launch_packed_gemm_narrow(const typename C::Params& params, const PackedGemmNarrowPlan& plan,
                                cudaStream_t stream) {
   const PackedGemmNarrowSplit split(params, C::kDims, plan.k_slices);
-  const typename C::Args args{
-      params,
-      make_tensor_map(params.x, params.dtype, params.m, params.k, C::kTokens, C::Weights::kOp),
-      plan.k_slices, split.tiles_per_slice, split.group_tiles};
+  const typename C::Args args{params,
+                              make_tensor_map(params.x, params.dtype, params.m, params.k, params.k,
+                                              C::kTokens, C::Weights::kOp),
+                              plan.k_slices, split.tiles_per_slice, split.group_tiles};
   const Launch launch{C::Weights::kOp,
                       dim3(static_cast<unsigned>(split.blocks * plan.k_slices)),
                       dim3(C::kThreads),

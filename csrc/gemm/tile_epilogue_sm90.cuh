@@ -32,11 +32,11 @@ template <class C>
 using Accumulators = float[C::kRowBlocks][C::kTokens / 2];
 
 // A whole tile: adds the bias, rounds, and leaves it to TMA, which one thread of each warpgroup
-// starts. Its box is a strip, [token][row], under the 128-byte swizzle.
-template <class C>
-__device__ __forceinline__ void store_tile(const PackedGemmParams& params,
-                                           const CUtensorMap& out_map, uint8_t* out_smem,
-                                           const TileSchedule::Work& work,
+// starts. Its box is a strip of C::kOutTokens tokens, [token][row], under the 128-byte swizzle; a
+// tile of more tokens goes out in turns. Params have n and a bias.
+template <class C, class Params>
+__device__ __forceinline__ void store_tile(const Params& params, const CUtensorMap& out_map,
+                                           uint8_t* out_smem, const TileSchedule::Work& work,
                                            const Accumulators<C>& sums) {
   using InT = typename C::InT;
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -46,38 +46,47 @@ __device__ __forceinline__ void store_tile(const PackedGemmParams& params,
     if (params.bias == nullptr || row >= params.n) return 0.0f;
     return device_load_float(params.bias, params.bias_dtype, row * params.stride_bias);
   };
-  ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);  // the tile before has been read
+  float bias[C::kRowBlocks][2];
 #pragma unroll
   for (int block = 0; block < C::kRowBlocks; ++block) {
     const int row = first_row + block * kInt4StripRows + warp * 16 + lane / 4;
-    const float bias[2] = {row_bias(row), row_bias(row + 8)};
-    // Lane i points at a token's 16 bytes of 8 rows: tokens i % 8 and, for i >= 16, those 8 on.
-    const int chunk = 2 * warp + lane / 8 % 2;
-    uint8_t* out = out_smem + (first_strip + block) * C::kOutStripBytes +
-                   (lane / 16 * 8 + lane % 8) * 128 + ((chunk ^ (lane % 8)) << 4);
-#pragma unroll
-    for (int i = 0; i < C::kTokens / 16; ++i) {
-      const float* sum = &sums[block][8 * i];
-      uint32_t matrices[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        matrices[j] = ptx::pack_pair<InT>(sum[2 * j] + bias[j % 2], sum[2 * j + 1] + bias[j % 2]);
-      }
-      ptx::stmatrix_x4_trans(out + i * 16 * 128, matrices);
-    }
+    bias[block][0] = row_bias(row), bias[block][1] = row_bias(row + 8);
   }
-  ptx::fence_async_proxy();
-  ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);
-  if (threadIdx.x % 128 == 0) {
+#pragma unroll
+  for (int first = 0; first < C::kTokens; first += C::kOutTokens) {
+    if (first > 0 && threadIdx.x % 128 == 0) ptx::bulk_wait_read();
+    ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);  // what was there has been read
 #pragma unroll
     for (int block = 0; block < C::kRowBlocks; ++block) {
-      const int row = first_row + block * kInt4StripRows;
-      if (row < params.n) {
-        ptx::tma_store_2d(&out_map, out_smem + (first_strip + block) * C::kOutStripBytes, row,
-                          work.token_tile * C::kTokens);
+      // Lane i points at a token's 16 bytes of 8 rows: tokens i % 8 and, for i >= 16, those 8 on.
+      const int chunk = 2 * warp + lane / 8 % 2;
+      uint8_t* out = out_smem + (first_strip + block) * C::kOutStripBytes +
+                     (lane / 16 * 8 + lane % 8) * 128 + ((chunk ^ (lane % 8)) << 4);
+#pragma unroll
+      for (int i = 0; i < C::kOutTokens / 16; ++i) {
+        const float* sum = &sums[block][first / 2 + 8 * i];
+        uint32_t matrices[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float row = bias[block][j % 2];
+          matrices[j] = ptx::pack_pair<InT>(sum[2 * j] + row, sum[2 * j + 1] + row);
+        }
+        ptx::stmatrix_x4_trans(out + i * 16 * 128, matrices);
       }
     }
-    ptx::bulk_commit();
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);
+    if (threadIdx.x % 128 == 0) {
+#pragma unroll
+      for (int block = 0; block < C::kRowBlocks; ++block) {
+        const int row = first_row + block * kInt4StripRows;
+        if (row < params.n) {
+          ptx::tma_store_2d(&out_map, out_smem + (first_strip + block) * C::kOutStripBytes, row,
+                            work.token_tile * C::kTokens + first);
+        }
+      }
+      ptx::bulk_commit();
+    }
   }
 }
 

@@ -11,15 +11,25 @@
 
 namespace effllm {
 
+struct TileIdx {
+  int row, token;
+};
+
+// The tile-th of all. A group of so many token tiles runs together: their x and W then meet in L2.
+__device__ __forceinline__ TileIdx grouped_tile(int tile, int row_tiles, int token_tiles) {
+  constexpr int kGroupTokenTiles = 8;
+  const int group = tile / (kGroupTokenTiles * row_tiles) * kGroupTokenTiles;
+  const int group_size = min(kGroupTokenTiles, token_tiles - group);
+  const int in_group = tile - group * row_tiles;
+  return {in_group / group_size, group + in_group % group_size};
+}
+
 struct TileSchedule {
   struct Work {
     int row_tile, token_tile;
     int first_k_tile, num_k_tiles;  // at least one: there are no more slices than tiles of K
     bool split;
   };
-
-  // Of a group of so many token tiles the tiles run together: their x and W then meet in L2.
-  static constexpr int kGroupTokenTiles = 8;
 
   int row_tiles, token_tiles, k_tiles;
   int whole_tiles;  // a multiple of the grid, or all
@@ -40,11 +50,9 @@ struct TileSchedule {
       const int first = slice_begin(cta % slices);
       work = {0, 0, first, slice_begin(cta % slices + 1) - first, true};
     }
-    const int group = tile / (kGroupTokenTiles * row_tiles) * kGroupTokenTiles;
-    const int group_size = min(kGroupTokenTiles, token_tiles - group);
-    const int in_group = tile - group * row_tiles;
-    work.token_tile = group + in_group % group_size;
-    work.row_tile = in_group / group_size;
+    const TileIdx idx = grouped_tile(tile, row_tiles, token_tiles);
+    work.row_tile = idx.row;
+    work.token_tile = idx.token;
     return true;
   }
 

@@ -23,6 +23,17 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
           : "memory");
 }
 
+// Arrives at the barrier that CTA `rank` has where this CTA has `barrier`. Says nothing about this
+// thread's writes: released to the whole cluster they would cost a fence of the GPU.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 address;\n"
+      "mapa.shared::cluster.u32 address, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [address];}" ::"r"(smem_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 // What CTA `rank` has where this CTA has `pointer`.
 __device__ __forceinline__ float load_cluster_smem(const float* pointer, uint32_t rank) {
   float value;

@@ -49,6 +49,19 @@ __device__ __forceinline__ void tma_load_2d(void* dst, const CUtensorMap* map, u
       : "memory");
 }
 
+// The same into every CTA of the cluster that `ranks` has a bit for, at the address, and completing
+// on the barrier, that `dst` and `barrier` are in this one.
+__device__ __forceinline__ void tma_load_2d_multicast(void* dst, const CUtensorMap* map,
+                                                      uint64_t* barrier, int x, int y,
+                                                      uint16_t ranks, uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(
+          smem_address(dst)),
+      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "h"(ranks), "l"(l2_policy)
+      : "memory");
+}
+
 // The other way; elements outside the tensor are not written. Finished as bulk_wait says.
 __device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void* src, int x,
                                              int y) {

@@ -1,5 +1,6 @@
 """The ops of effllm as documented Python functions; each is also ``torch.ops.effllm.<name>``."""
 
+from .dense_gemm import dense_gemm
 from .int4_gemm import int4_gemm
 from .int4_pack import int4_pack
 from .int4_unpack import int4_unpack
@@ -7,4 +8,12 @@ from .kv_append import kv_append
 from .lut4_gemm import lut4_gemm
 from .paged_attention import paged_attention
 
-__all__ = ["int4_gemm", "int4_pack", "int4_unpack", "kv_append", "lut4_gemm", "paged_attention"]
+__all__ = [
+    "dense_gemm",
+    "int4_gemm",
+    "int4_pack",
+    "int4_unpack",
+    "kv_append",
+    "lut4_gemm",
+    "paged_attention",
+]
