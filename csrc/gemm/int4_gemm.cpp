@@ -129,13 +129,41 @@ void run_int4_gemm(const Int4GemmParams& params) {
   });
 }
 
+// x with its columns in the order of the codes.
+Tensor gather_columns(const Tensor& x, const Tensor& perm) {
+  const View from = as_view(x, "x");
+  const int64_t k = from.size(-1), rows = k == 0 ? 0 : from.numel() / k;
+  const int32_t* source = as_view(perm, "perm").data_as<int32_t>();
+  for (int64_t idx = 0; idx < k; ++idx) {
+    if (source[idx] < 0 || source[idx] >= k) {
+      fail("int4_gemm", "perm must be a permutation of 0 .. K - 1 = " + std::to_string(k - 1) +
+                            ", got " + std::to_string(source[idx]) + " at " + std::to_string(idx));
+    }
+  }
+  Tensor ordered = new_empty_like_rows(x, k);
+  dispatch_float(from.dtype, [&](auto element) {
+    using T = decltype(element);
+    const T* in = from.data_as<T>();
+    T* out = static_cast<T*>(ordered.mutable_data_ptr());
+    for (int64_t row = 0; row < rows; ++row, in += k, out += k) {
+      for (int64_t idx = 0; idx < k; ++idx) out[idx] = in[source[idx]];
+    }
+  });
+  return ordered;
+}
+
 Tensor int4_gemm_cpu(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                      const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias,
-                     int64_t group_size) {
+                     const std::optional<Tensor>& perm, int64_t group_size) {
   const Tensor x_rows = torch::stable::contiguous(x);
-  Int4GemmParams params =
-      check_int4_gemm(as_view(x_rows, "x"), as_view(qweight, "qweight"), as_view(scales, "scales"),
-                      as_view(zeros, "zeros"), as_view(bias, "bias"), group_size);
+  Int4GemmParams params = check_int4_gemm(as_view(x_rows, "x"), as_view(qweight, "qweight"),
+                                          as_view(scales, "scales"), as_view(zeros, "zeros"),
+                                          as_view(bias, "bias"), as_view(perm, "perm"), group_size);
+  Tensor ordered;  // lives as long as params point into it
+  if (perm) {
+    ordered = gather_columns(x_rows, *perm);
+    params.x = ordered.const_data_ptr();
+  }
   Tensor out = new_empty_like_rows(x, params.n);
   params.out = out.mutable_data_ptr();
   run_int4_gemm(params);
@@ -147,8 +175,7 @@ Tensor int4_gemm_cpu(const Tensor& x, const Tensor& qweight, const Tensor& scale
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NS, m) {
   m.def(
       "int4_gemm(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros=None, Tensor? bias=None, "
-      "*, "
-      "int group_size) -> Tensor");
+      "Tensor? perm=None, *, int group_size) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NS, CPU, m) { m.impl("int4_gemm", TORCH_BOX(&int4_gemm_cpu)); }

@@ -1,6 +1,7 @@
 #include "common/torch.h"
 #include "cuda/launch.h"
 #include "cuda/vec.cuh"
+#include "gemm/gather_columns.h"
 #include "gemm/int4_gemm.h"
 #include "gemm/int4_gemm_sm90.h"
 #include "gemm/packed_gemm_sm80.cuh"
@@ -43,28 +44,40 @@ struct Int4Weights {
 
 namespace {
 
-// A wgmma kernel where the GPU has it and it takes the shapes, else the one that takes all.
-void launch(const Int4GemmParams& params, int device, cudaStream_t stream) {
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device, "int4_gemm") == 9 &&
-      launch_int4_gemm_sm90(params, device, stream)) {
-    return;
+constexpr const char* kOp = "int4_gemm";
+
+// A kernel for Hopper where the GPU is one and it takes the arguments, else the one that takes all
+// but permuted columns: for it, and for the tensor memory accelerator, x is put in order first.
+// Gathered in the load, each of the 2-byte elements of a tile would be a sector of 32 bytes.
+void launch(Int4GemmParams params, const Tensor& x, cudaStream_t stream) {
+  const int device = x.get_device_index();
+  const bool is_hopper = device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp) == 9;
+  if (is_hopper && launch_int4_gemm_sm90(params, device, stream)) return;
+  Tensor ordered;  // freed on return: the allocator keeps the stream's order
+  if (params.perm != nullptr) {
+    ordered = new_empty(x, {params.m, params.k}, params.dtype);
+    launch_gather_columns(
+        kOp, {params.m, params.k, params.x, params.perm, ordered.mutable_data_ptr()}, stream);
+    params.x = ordered.const_data_ptr();
+    params.perm = nullptr;
+    if (is_hopper && launch_int4_gemm_sm90(params, device, stream)) return;
   }
-  launch_packed_gemm_sm80<Int4Weights>("int4_gemm", params, stream);
+  launch_packed_gemm_sm80<Int4Weights>(kOp, params, stream);
 }
 
 Tensor int4_gemm_cuda(const Tensor& x, const Tensor& qweight, const Tensor& scales,
                       const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias,
-                      int64_t group_size) {
+                      const std::optional<Tensor>& perm, int64_t group_size) {
   const Tensor x_rows = torch::stable::contiguous(x);
-  Int4GemmParams params =
-      check_int4_gemm(as_view(x_rows, "x"), as_view(qweight, "qweight"), as_view(scales, "scales"),
-                      as_view(zeros, "zeros"), as_view(bias, "bias"), group_size);
+  Int4GemmParams params = check_int4_gemm(as_view(x_rows, "x"), as_view(qweight, "qweight"),
+                                          as_view(scales, "scales"), as_view(zeros, "zeros"),
+                                          as_view(bias, "bias"), as_view(perm, "perm"), group_size);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor out = new_empty_like_rows(x, params.n);
   if (out.numel() == 0) return out;
   params.out = out.mutable_data_ptr();
 
-  launch(params, x.get_device_index(), current_cuda_stream(x));
+  launch(params, x_rows, current_cuda_stream(x));
   return out;
 }
 

@@ -2,11 +2,15 @@
 //
 //   x, qweight, scales, bias, out   as in packed_gemm.h; scales are required
 //   zeros   uint8 [N, ceil(K/g)], any strides; none means 8
+//   perm    int32 [K], a permutation; none means columns in order
+//
+// With `perm`, as GPTQ's act-order leaves weights, column k of q, z and s goes with x[...,
+// perm[k]]. The CPU raises on an entry out of range, the GPU, which cannot raise, clamps it.
 //
 // Products are of exact integers (q - z) and the scale is applied in fp32 to each group's sum, so
 // the only roundings are those of an fp32 accumulation and of the final cast. On sm_90 that holds
-// up to 32 tokens; for more, each weight (q - z) * s is rounded once to the type of x before it is
-// multiplied, which is what a dense layer over the dequantised weight does.
+// up to 32 tokens; for more, each weight (q - z) * s may be rounded once to the type of x before it
+// is multiplied, which is what a dense layer over the dequantised weight does.
 //
 // The CPU multiplies bf16 x by dot products of bf16 pairs where the processor has them (AVX-512
 // BF16), else, and x of other types always, in fp32. q - z is exact in bf16, too: the products are
@@ -29,7 +33,8 @@ struct Int4GemmParams : PackedGemmParams {
 // Everything but `out`; x must be contiguous.
 inline Int4GemmParams check_int4_gemm(const View& x, const View& qweight, const View& scales,
                                       const std::optional<View>& zeros,
-                                      const std::optional<View>& bias, int64_t group_size) {
+                                      const std::optional<View>& bias,
+                                      const std::optional<View>& perm, int64_t group_size) {
   Check check("int4_gemm");
   Sym n("N"), k("K");
   check_packed_x(check, x, k, group_size);
@@ -38,6 +43,7 @@ inline Int4GemmParams check_int4_gemm(const View& x, const View& qweight, const 
   check_packed_qweight(check, qweight, *n, *k);
   if (zeros) check(*zeros).dtype({DType::kUInt8}).shape({n, groups});
   if (bias) check(*bias).dtype(kFloatDTypes).shape({n});
+  if (perm) check(*perm).dtype({DType::kInt32}).shape({k}).last_stride_one();
 
   Int4GemmParams params{};
   set_packed_params(params, x, qweight, scales, bias, *n, group_size);
@@ -46,6 +52,7 @@ inline Int4GemmParams check_int4_gemm(const View& x, const View& qweight, const 
     params.stride_zeros_n = zeros->stride(0);
     params.stride_zeros_g = zeros->stride(1);
   }
+  if (perm) params.perm = perm->data_as<int32_t>();
   return params;
 }
 

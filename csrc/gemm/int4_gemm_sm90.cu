@@ -66,7 +66,7 @@ Int4GemmWidePlan plan_int4_gemm_wide(int64_t m, int64_t n, int64_t k, int num_sm
       }
       if (time < best_time) {
         best_time = time;
-        best = {index, static_cast<int>(slices), static_cast<int>(ctas)};
+        best = {index, static_cast<int>(slices), static_cast<int>(ctas), time / 1000};
       }
     }
   }
@@ -79,24 +79,33 @@ bool launch_int4_gemm_sm90(const Int4GemmParams& params, int device, cudaStream_
   const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device, "int4_gemm");
   // The others work on tiles of 64 columns.
   const bool whole_tile_groups = params.group_size >= kInt4GemmTileK || params.num_groups == 1;
-  if (params.m > kPackedGemmNarrowTokens && whole_tile_groups && params.n % 8 == 0 &&
-      is_aligned(params.out)) {
-    static PerDevice<Int4GemmResidency> residency;
-    const auto plan = plan_int4_gemm_wide(params.m, params.n, params.k, num_sms,
-                                          residency.get(device, int4_gemm_wide_residency));
-    launch_int4_gemm_wide_sm90(params, plan, stream);
-    return true;
+  // Only the kernel for few tokens gathers x while it loads it.
+  if (params.perm != nullptr) {
+    return params.m <= kInt4GemmDirectTokens &&
+           launch_int4_gemm_direct_sm90(params, num_sms, stream);
   }
-  static PerDevice<PackedGemmNarrowResidency> residency;
+  static PerDevice<PackedGemmNarrowResidency> narrow_residency;
   std::optional<PackedGemmNarrowPlan> narrow;
   if (whole_tile_groups) {
-    narrow =
-        plan_packed_gemm_narrow(params, num_sms, residency.get(device, int4_gemm_narrow_residency));
+    narrow = plan_packed_gemm_narrow(params, num_sms,
+                                     narrow_residency.get(device, int4_gemm_narrow_residency));
   }
   if (params.m <= kInt4GemmDirectTokens &&
       (!narrow || int4_gemm_direct_time(params, num_sms) < narrow->time) &&
       launch_int4_gemm_direct_sm90(params, num_sms, stream)) {
     return true;
+  }
+  if (params.m > kPackedGemmNarrowTokens && whole_tile_groups && params.n % 8 == 0 &&
+      is_aligned(params.out)) {
+    // The other model was fitted to fewer tokens; where it says so much less, it is right.
+    constexpr double kMargin = 1.5;
+    static PerDevice<Int4GemmResidency> wide_residency;
+    const auto wide = plan_int4_gemm_wide(params.m, params.n, params.k, num_sms,
+                                          wide_residency.get(device, int4_gemm_wide_residency));
+    if (!narrow || narrow->time + kMargin > wide.time) {
+      launch_int4_gemm_wide_sm90(params, wide, stream);
+      return true;
+    }
   }
   if (narrow) launch_int4_gemm_narrow_sm90(params, *narrow, stream);
   return narrow.has_value();

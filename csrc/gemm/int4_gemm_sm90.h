@@ -1,7 +1,8 @@
 // int4_gemm on Hopper: the host side, for code compiled for any architecture. Three kernels:
 //
 //   direct  up to 8 tokens: codes from memory into registers, mma.sync; bound by bytes
-//   narrow  up to 32 tokens: wgmma, many small CTAs, each a slice of a strip of W; bound by bytes
+//   narrow  up to 32 tokens, on small layers up to 128: wgmma, many small CTAs, each a slice of a
+//           strip of W; bound by bytes
 //   wide    more: wgmma, a persistent kernel over large tiles; bound by the tensor cores
 #pragma once
 
@@ -17,8 +18,8 @@
 
 namespace effllm {
 
-// Launches one of them if it takes these arguments. Not taken: rows of x that TMA cannot read, and
-// groups of 32 for more than 8 tokens.
+// Launches one of them if it takes these arguments. Not taken: rows of x that TMA cannot read, and,
+// for more than 8 tokens, groups of 32 and permuted x.
 bool launch_int4_gemm_sm90(const Int4GemmParams& params, int device, cudaStream_t stream);
 
 // Up to 8 tokens. False if it does not take the arguments: K too short, x too large, scales of
@@ -58,6 +59,7 @@ void launch_int4_gemm_narrow_sm90(const Int4GemmParams& params, const PackedGemm
 struct Int4GemmWidePlan {
   size_t shape;
   int k_slices, ctas;
+  double time;  // microseconds that it is thought to take
 };
 
 Int4GemmWidePlan plan_int4_gemm_wide(int64_t m, int64_t n, int64_t k, int num_sms,

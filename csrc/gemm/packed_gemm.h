@@ -24,8 +24,9 @@ namespace effllm {
 
 struct PackedGemmParams {
   int64_t m, n, k, group_size, num_groups;
-  DType dtype;    // of x and out
-  const void* x;  // [M, K], contiguous
+  DType dtype;          // of x and out
+  const void* x;        // [M, K], contiguous
+  const int32_t* perm;  // [K]: column k of the codes goes with column perm[k] of x; null: k
   const int32_t* qweight;
   int64_t stride_qweight_strip;
   const void* scales;  // null: all 1

@@ -80,6 +80,7 @@ struct PackedGemmDirect {
     int slice_steps, longer_slices;  // the first `longer_slices` warps have a step more
     int whole_steps;                 // a step after these has one tile of 64 columns
     int x_row_bytes;  // of a warp's columns of one token, padded so that 8 rows take all banks
+    int x_bytes;      // of all warps' columns
   };
 
   struct Step {
@@ -195,6 +196,53 @@ __device__ __forceinline__ void load_activations(const typename C::Args& args,
   ptx::cp_async_commit();
 }
 
+// Where x is permuted any warp may want any column: all rows first come as they are.
+template <class C>
+__device__ __forceinline__ void stage_activations(const typename C::Args& args, uint8_t* staged) {
+  const auto* x = static_cast<const uint8_t*>(args.params.x);
+  const int bytes = args.tokens * static_cast<int>(args.params.k) * 2;
+#pragma unroll 1
+  for (int byte = 16 * threadIdx.x; byte < bytes; byte += 16 * C::kThreads) {
+    ptx::cp_async_16(staged + byte, x + byte, true);
+  }
+  ptx::cp_async_commit();
+}
+
+// This warp's columns of staged rows, as load_activations leaves them.
+template <class C>
+__device__ __forceinline__ void gather_activations(const typename C::Args& args,
+                                                   const DirectSlice& slice, const uint8_t* staged,
+                                                   uint8_t* smem) {
+  constexpr int kAhead = 4;  // entries of perm are a memory's latency away: so many at once
+  const int begin = slice.begin * C::kStepK, cols = slice.steps() * C::kStepK;
+  const auto k = static_cast<int>(args.params.k);
+#pragma unroll 1
+  for (int first = 2 * (threadIdx.x % 32); first < cols; first += kAhead * 64) {
+    int from[kAhead][2];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int col = begin + min(first + 64 * i, cols - 2);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) from[i][j] = args.params.perm[min(col + j, k - 1)];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int col = first + 64 * i;
+      if (col >= cols) break;
+      const bool valid = begin + col < k;  // as is col + 1: K is even
+      const auto* row = reinterpret_cast<const uint16_t*>(staged);
+      const uint16_t* low = row + min(max(from[i][0], 0), k - 1);
+      const uint16_t* high = row + min(max(from[i][1], 0), k - 1);
+      uint8_t* to = smem + 2 * col;
+#pragma unroll 1
+      for (int token = 0; token < args.tokens; ++token) {
+        *reinterpret_cast<uint32_t*>(to) = valid ? *low | static_cast<uint32_t>(*high) << 16 : 0;
+        low += k, high += k, to += args.x_row_bytes;
+      }
+    }
+  }
+}
+
 // sums += scale * weights * x over one step. `x`: this lane's row of ldmatrix; `columns_left`: up
 // to the end of K.
 template <class C>
@@ -202,6 +250,7 @@ __device__ __forceinline__ void multiply(const typename C::Params& params,
                                          const typename C::Step& step, typename C::Weights& weights,
                                          const uint8_t* x, int columns_left, float (&sums)[4]) {
   constexpr int kWords = C::kStepK / 16, kGroupWords = kWords / C::Weights::kGroups;
+  const int first_column = 2 * static_cast<int>(threadIdx.x % 4);  // of this lane in a fragment
   const uint32_t words[kWords] = {step.codes[0].x, step.codes[0].y, step.codes[0].z,
                                   step.codes[0].w, step.codes[1].x, step.codes[1].y,
                                   step.codes[1].z, step.codes[1].w};
@@ -218,7 +267,7 @@ __device__ __forceinline__ void multiply(const typename C::Params& params,
         uint32_t a[4];
         weights.fragment(words[word + i], a);
         if (C::Weights::kZeroPastK && columns_left < C::kStepK) {
-          zero_past_k(a, columns_left - 16 * (word + i) - 2 * (threadIdx.x % 4));
+          zero_past_k(a, columns_left - 16 * (word + i) - first_column);
         }
         ptx::mma_m16n8k16<typename C::InT>(partial[i], a, b[2 * i], b[2 * i + 1]);
       }
@@ -289,12 +338,21 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::grid_launch_dependents();
 
   uint8_t* const x_smem = smem + C::kSumBytes + warp * args.tokens * args.x_row_bytes;
-  load_activations<C>(args, slice, x_smem);
+  uint8_t* const staged = smem + C::kSumBytes + args.x_bytes;
+  if (args.params.perm == nullptr) {
+    load_activations<C>(args, slice, x_smem);
+  } else {
+    stage_activations<C>(args, staged);
+  }
   typename C::Step steps[C::kDepth] = {};
   loader.enter_block();
 #pragma unroll
   for (auto& step : steps) loader.load(step);
   ptx::cp_async_wait<0>();
+  if (args.params.perm != nullptr) {
+    ptx::named_barrier_sync<0, C::kThreads>();
+    gather_activations<C>(args, slice, staged, x_smem);
+  }
   __syncwarp();
 
   const int num_blocks =
@@ -354,7 +412,9 @@ std::optional<DirectPlan<C>> plan_packed_gemm_direct(const typename C::Params& p
     return std::nullopt;
   }
   const int64_t x_row_bytes = ceil_div<int64_t>(steps, C::kWarps) * C::kStepK * 2 + 16;
-  const int64_t smem_bytes = C::kSumBytes + C::kWarps * params.m * x_row_bytes;
+  const int64_t x_bytes = C::kWarps * params.m * x_row_bytes;
+  const int64_t staged_bytes = params.perm == nullptr ? 0 : params.m * params.k * 2;
+  const int64_t smem_bytes = C::kSumBytes + x_bytes + staged_bytes;
   if (smem_bytes > kMaxSmemBytes) return std::nullopt;
 
   DirectPlan<C> plan{{params}, 0, 0};
@@ -364,6 +424,7 @@ std::optional<DirectPlan<C>> plan_packed_gemm_direct(const typename C::Params& p
   plan.args.longer_slices = static_cast<int>(steps % C::kWarps);
   plan.args.whole_steps = static_cast<int>(ceil_div<int64_t>(params.k, 64) / 2);
   plan.args.x_row_bytes = static_cast<int>(x_row_bytes);
+  plan.args.x_bytes = static_cast<int>(x_bytes);
   plan.ctas = std::min(plan.args.blocks, num_sms);
   plan.smem_bytes = static_cast<int>(std::max(smem_bytes, kMinSmemBytes));
   return plan;

@@ -38,10 +38,15 @@ std::optional<PackedGemmNarrowPlan> plan_packed_gemm_narrow(
           std::min<int64_t>(shape.ctas_per_sm, kSmemPerSm / (split.smem_bytes + kSmemPerCta));
       if (fitting == 0) continue;
       // Clusters of two CTAs per multiprocessor are what the driver was asked about.
-      const int64_t resident =
-          std::max<int64_t>(1, residency[static_cast<size_t>(slices - 1)] * fitting / 2);
-      const int64_t ctas = std::min(split.blocks, resident) * slices;
-      const int64_t ctas_per_sm = std::min(fitting, ceil_div<int64_t>(ctas, num_sms));
+      const int64_t resident_at_two =
+          std::max<int64_t>(1, residency[static_cast<size_t>(slices - 1)]);
+      const int64_t resident = std::max<int64_t>(1, resident_at_two * fitting / 2);
+      // As few to a multiprocessor as let all clusters of a round run: those of many CTAs fit into
+      // its group of multiprocessors less often than their number says.
+      const int64_t clusters = std::min(split.blocks, resident);
+      const int64_t ctas_per_sm =
+          std::min(fitting, std::max(ceil_div<int64_t>(clusters * slices, num_sms),
+                                     ceil_div(clusters * 2, resident_at_two)));
       const double cta = kCta + kReduceSlice * slices + (slices > 1 ? kReduce : 0.0);
       const double tile = shape.lone_tile + shape.other_tile * static_cast<double>(ctas_per_sm - 1);
       const double longest = static_cast<double>(ceil_div(split.blocks, resident)) *

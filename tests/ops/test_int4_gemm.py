@@ -136,8 +136,48 @@ def test_dequantize_is_what_the_op_multiplies_by() -> None:
     assert_close_to_reference(found, expected, expected)
 
 
+PERMUTED = replace(CASE, perm=True)
+
+
+@pytest.mark.parametrize(("m", "k"), [(5, 2112), (20, 2112), (3, 200)])
+def test_permuted_columns_are_a_permuted_x_to_the_bit(m: int, k: int, device: str) -> None:
+    case = replace(PERMUTED, m=m, k=k)
+    (x, *weights, perm), kwargs = case.make(device)
+    expected = int4_gemm(x[..., perm.long()], *weights, **kwargs)
+    assert_equal(int4_gemm(x, *weights, perm, **kwargs), expected)
+    wide = hostile.normal(m, 2 * k, dtype=x.dtype, seed=3).to(device)[:, ::2]
+    expected = int4_gemm(wide[..., perm.long()], *weights, **kwargs)
+    assert_equal(int4_gemm(wide, *weights, perm, **kwargs), expected)
+
+
+def test_gradient_through_permuted_columns(device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    (x, *weights, perm), kwargs = replace(PERMUTED, dtype=dtype).make(device)
+    eye = torch.eye(192, dtype=torch.float64, device=device)
+    weight = int4_gemm_ref(eye, *weights[:3], None, perm, **kwargs).T
+    grad = torch.randn(6, 72, device=device, dtype=dtype)
+    int4_gemm(x.requires_grad_(), *weights, perm, **kwargs).backward(grad)
+    assert_close_to_reference(x.grad, grad.double() @ weight, grad @ weight.to(dtype))
+
+
+@pytest.mark.parametrize("entry", [-1, 192, 2**31 - 1])
+@pytest.mark.parametrize("m", [3, 20])
+def test_entries_of_perm_out_of_range(m: int, entry: int, device: str) -> None:
+    """The CPU raises; the GPU, which cannot, reads the nearest column there is."""
+    (x, *weights, perm), kwargs = replace(PERMUTED, m=m).make(device)
+    perm[17] = entry
+    if device == "cpu":
+        with pytest.raises(
+            RuntimeError, match=f"perm must be a permutation of 0 .. K - 1 = 191, got {entry} at 17"
+        ):
+            int4_gemm(x, *weights, perm, **kwargs)
+    else:
+        expected = int4_gemm(x, *weights, perm.clamp(0, 191), **kwargs)
+        assert_equal(int4_gemm(x, *weights, perm, **kwargs), expected)
+
+
 def wrong(index: int, tensor: Tensor) -> list[Any]:
-    args = list(CASE.make("cpu")[0])
+    args = list(PERMUTED.make("cpu")[0])
     args[index] = tensor
     return args
 
@@ -156,6 +196,8 @@ ERRORS = [
         wrong(3, torch.ones(72, 2, dtype=torch.uint8)),
         r"zeros must be .* = \[72, 3\], got \[72, 2\]",
     ),
+    (wrong(5, torch.arange(192)), r"perm must be int32, got int64"),
+    (wrong(5, torch.arange(191).int()), r"perm must be \[K\] = \[192\], got \[191\]"),
 ]
 
 
@@ -164,6 +206,12 @@ def test_errors(args: list[Any], message: str, device: str) -> None:
     moved = [arg.to(device) for arg in args]
     with pytest.raises(RuntimeError, match=f"effllm::int4_gemm: {message}"):
         int4_gemm(*moved, group_size=64)
+
+
+def test_perm_must_be_dense(device: str) -> None:
+    (*args, perm), kwargs = PERMUTED.make(device)
+    with pytest.raises(RuntimeError, match=r"perm must have stride 1 .* got strides \[2\]"):
+        int4_gemm(*args, torch.stack([perm, perm], 1)[:, 0], **kwargs)
 
 
 def test_bool_is_not_a_bias() -> None:

@@ -120,10 +120,14 @@ class Int4Linear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., K]`` fp16 or bf16 (fp32 too on the CPU) -> ``[..., N]`` of x's dtype."""
-        if self.perm is not None:
-            x = x.index_select(-1, self.perm)
         return ops.int4_gemm(
-            x, self.qweight, self.scales, self.zeros, self.bias, group_size=self.group_size
+            x,
+            self.qweight,
+            self.scales,
+            self.zeros,
+            self.bias,
+            self.perm,
+            group_size=self.group_size,
         )
 
     def extra_repr(self) -> str:
