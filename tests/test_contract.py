@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from effllm import _load
 from effllm.testing.case import Args, Case, Kwargs
 from effllm.testing.compare import assert_equal
-from effllm.testing.run import as_tuple, bind, check_values, results_of
+from effllm.testing.run import as_tuple, bind, check_values, results_of, tensors_of
 
 REPO = Path(__file__).resolve().parents[1]
 NAMESPACE = _load.status().namespace
@@ -182,24 +182,34 @@ def layout_faults(fake: tuple[Any, ...], real: tuple[Any, ...]) -> list[str]:
     return faults
 
 
+def tracking(argument: Tensor | list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
+    """The argument anew with gradients, of a list those of its last tensor; and that tensor."""
+    if isinstance(argument, Tensor):
+        tensor = argument.detach().clone().requires_grad_()
+        return tensor, tensor
+    *others, last = argument
+    tensor = last.detach().clone().requires_grad_()
+    return [*others, tensor], tensor
+
+
 def gradient_of(op: Any, args: Args, kwargs: Kwargs, name: str) -> Tensor | str:
-    """The gradient of one float argument, or the text of the error that refuses it.
+    """The gradient of one float argument, of a list its last tensor's, or the error that refuses it.
 
     Fails if there is neither: a training loop would silently not train the argument. torch itself
     only warns then.
     """
     bound = bind(op._schema, args, kwargs)
-    bound[name] = bound[name].detach().clone().requires_grad_()
+    bound[name], tracked_input = tracking(bound[name])
     try:
         results = [r for r in as_tuple(op(**bound)) if isinstance(r, Tensor)]
         tracked = [r.double().sum() for r in results if r.requires_grad]
         assert tracked, f"{op.name()}: no result depends on {name} as far as autograd knows"
         total = sum(tracked[1:], tracked[0])
-        (gradient,) = torch.autograd.grad(total, bound[name], allow_unused=True)
+        (gradient,) = torch.autograd.grad(total, tracked_input, allow_unused=True)
     except RuntimeError as error:
         return str(error)
     assert gradient is not None, f"{op.name()}: the gradient of {name} is lost without an error"
-    assert gradient.shape == bound[name].shape
+    assert gradient.shape == tracked_input.shape
     return gradient
 
 
@@ -208,7 +218,7 @@ def float_tensors(schema: Any, args: Args, kwargs: Kwargs) -> list[str]:
     return [
         name
         for name, value in bound.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
+        if any(tensor.is_floating_point() and tensor.numel() > 0 for tensor in tensors_of(value))
     ]
 
 
@@ -292,7 +302,7 @@ def test_gradients_come_or_are_refused(op: str, case: Case, device: str) -> None
             continue
         # The backward has to hold under tracing too, so opcheck sees the argument that has one.
         bound = bind(schema, args, kwargs)
-        bound[name] = bound[name].detach().clone().requires_grad_()
+        bound[name], _ = tracking(bound[name])
         torch.library.opcheck(overload(op), (), bound)
 
 

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "common/check.h"
@@ -87,6 +88,28 @@ inline View as_mutable_view(const Tensor& tensor, const char* name) {
   View view = as_view(tensor, name);
   view.data = tensor.mutable_data_ptr();
   return view;
+}
+
+// The views of a list argument, named "outs[0]", "outs[1]", ...
+struct ViewList {
+  ViewList() = default;
+  ViewList(const ViewList&) = delete;  // the views point into `names`
+  ViewList(ViewList&&) = default;
+
+  std::vector<std::string> names;
+  std::vector<View> views;
+};
+
+inline ViewList as_views(const std::vector<Tensor>& tensors, const std::string& name,
+                         View (*view_of)(const Tensor&, const char*) = as_view) {
+  ViewList list;
+  for (size_t idx = 0; idx < tensors.size(); ++idx) {
+    list.names.push_back(name + "[" + std::to_string(idx) + "]");
+  }
+  for (size_t idx = 0; idx < tensors.size(); ++idx) {
+    list.views.push_back(view_of(tensors[idx], list.names[idx].c_str()));
+  }
+  return list;
 }
 
 // A contiguous, uninitialised tensor on the device of `like`.

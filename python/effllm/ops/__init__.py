@@ -6,6 +6,7 @@ from .int4_pack import int4_pack
 from .int4_unpack import int4_unpack
 from .kv_append import kv_append
 from .lut4_gemm import lut4_gemm
+from .merge_states import merge_states
 from .paged_attention import paged_attention
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "int4_unpack",
     "kv_append",
     "lut4_gemm",
+    "merge_states",
     "paged_attention",
 ]

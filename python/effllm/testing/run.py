@@ -21,6 +21,12 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
+def tensors_of(arguments: Any) -> list[Tensor]:
+    """All tensors among arguments, those in lists included, in order."""
+    leaves = torch.utils._pytree.tree_leaves(arguments)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 def schema_of(op: str) -> Any:
     """The schema of ``torch.ops.effllm.<op>``."""
     return getattr(_load.ops, op).default._schema
@@ -39,7 +45,7 @@ def results_of(
     returned = as_tuple(function(*args, **kwargs))
     bound = bind(schema, args, kwargs)
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    return tuple(bound[name] for name in written) + returned
+    return (*tensors_of([bound[name] for name in written]), *returned)
 
 
 def check_values(function: Callable[..., Any], case: Case, device: str | torch.device) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from effllm.testing.case import Args, Case, Kwargs
+from effllm.testing.run import tensors_of
 
 Call = Callable[[], object]
 
@@ -68,11 +69,7 @@ def input_sets(
     """Enough sets of the case's arguments, differently seeded, not to fit the L2 cache."""
     sets = [case.make(device, 0)]
     # A cache is far larger than the bytes that one call touches.
-    storage = sum(
-        value.untyped_storage().nbytes()
-        for value in (*sets[0][0], *sets[0][1].values())
-        if isinstance(value, torch.Tensor)
-    )
+    storage = sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(sets[0]))
     num_sets = min(
         math.ceil(total_bytes / max(case.bytes(), 1)), MAX_SETS, MAX_SET_BYTES // max(storage, 1)
     )
@@ -162,10 +159,7 @@ def read_calls(sets: Sequence[tuple[Args, Kwargs]]) -> tuple[list[Call], int]:
 
     They begin in the middle of the rotation: a read of what was just used would find it cached.
     """
-    storages = [
-        max((v.untyped_storage() for v in args if isinstance(v, torch.Tensor)), key=len)
-        for args, _ in sets
-    ]
+    storages = [max((t.untyped_storage() for t in tensors_of(args)), key=len) for args, _ in sets]
     words = [torch.empty(0, dtype=torch.int64).set_(s, 0, (len(s) // 8,), (1,)) for s in storages]
     middle = len(words) // 2
     return [w.sum for w in words[middle:] + words[:middle]], words[0].nbytes
