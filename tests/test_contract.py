@@ -193,7 +193,7 @@ def tracking(argument: Tensor | list[Tensor]) -> tuple[Tensor | list[Tensor], Te
 
 
 def gradient_of(op: Any, args: Args, kwargs: Kwargs, name: str) -> Tensor | str:
-    """The gradient of one float argument, of a list its last tensor's, or the error that refuses it.
+    """The gradient of a float argument, of a list its last tensor's, or the text that refuses it.
 
     Fails if there is neither: a training loop would silently not train the argument. torch itself
     only warns then.

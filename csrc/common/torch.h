@@ -112,6 +112,12 @@ inline ViewList as_views(const std::vector<Tensor>& tensors, const std::string& 
   return list;
 }
 
+inline std::vector<int64_t> element_bytes_of(const std::vector<Tensor>& tensors) {
+  std::vector<int64_t> bytes;
+  for (const Tensor& tensor : tensors) bytes.push_back(static_cast<int64_t>(tensor.element_size()));
+  return bytes;
+}
+
 // A contiguous, uninitialised tensor on the device of `like`.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, as_scalar_type(dtype));

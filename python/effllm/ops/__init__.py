@@ -1,5 +1,6 @@
 """The ops of effllm as documented Python functions; each is also ``torch.ops.effllm.<name>``."""
 
+from .block_copy import block_copy
 from .dense_gemm import dense_gemm
 from .int4_gemm import int4_gemm
 from .int4_pack import int4_pack
@@ -10,6 +11,7 @@ from .merge_states import merge_states
 from .paged_attention import paged_attention
 
 __all__ = [
+    "block_copy",
     "dense_gemm",
     "int4_gemm",
     "int4_pack",
