@@ -6,49 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-from torch import Tensor
+from filled_cache import HKV, LAYERS, D, contents, feed, make_cache, state, write
 
 from effllm import ops
-from effllm.cache import OutOfPages, PagedBatch, PagedKVCache
-
-LAYERS, HKV, D = 2, 2, 8
-
-
-def make_cache(device: str = "cpu", **sizes: Any) -> PagedKVCache:
-    sizes = {"max_batch": 4, "max_seq_len": 20, "page_size": 4, "dtype": torch.float32} | sizes
-    return PagedKVCache(LAYERS, HKV, D, device=device, **sizes)
-
-
-def state(cache: PagedKVCache) -> object:
-    """Everything that a failed call must leave alone."""
-    pool = cache.pool
-    counts = [(pool.ref_count(p), pool.is_committed(p)) for p in range(pool.num_pages)]
-    return dict(cache._seqs), counts, pool.num_free, cache.page_table.tolist()
-
-
-def write(cache: PagedKVCache, batch: PagedBatch, values: Tensor) -> None:
-    """Stores value t (fp32 [T]) as the keys, and its negative as the values, of token t."""
-    rows = values[:, None, None].expand(-1, HKV, D).to(cache.k[0].device, cache.k[0].dtype)
-    for layer in range(cache.num_layers):
-        k, v = cache.k[layer], cache.v[layer]
-        ops.kv_append(rows + layer, -rows - layer, k, v, batch.slot_mapping)
-
-
-def contents(cache: PagedKVCache, seq_id: int, layer: int = 0) -> list[float]:
-    """The stored values of a sequence, read through its pages; they agree over heads and dims."""
-    pages = torch.tensor(cache.pages(seq_id), dtype=torch.int64)
-    k, v = (t[layer].cpu()[pages].flatten(0, 1)[: cache.length(seq_id)] for t in (cache.k, cache.v))
-    assert torch.equal(k, -v)
-    assert torch.equal(k, k[:, :1, :1].expand_as(k))
-    return (k[:, 0, 0] - layer).tolist()
-
-
-def feed(cache: PagedKVCache, seq_id: int, values: list[float]) -> None:
-    write(cache, cache.step([(seq_id, len(values))]), torch.tensor(values))
-
+from effllm.cache import OutOfPages, paged
 
 # ---- the step ------------------------------------------------------------------------------------
 
@@ -243,6 +204,31 @@ def test_reset_forgets_sequences_and_prefixes() -> None:
 # ---- errors --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("failing", ["block_copy", "index_tensors"])
+def test_a_step_that_runs_out_of_device_memory_changes_nothing(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache()
+    a = cache.add()
+    feed(cache, a, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    b = cache.fork(a)
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    before = state(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops if failing == "block_copy" else paged, failing, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.step([(a, 1), (b, 1)])
+    if failing == "block_copy":
+        assert state(cache) == before
+    assert (cache.length(a), cache.length(b)) == (6, 6)
+    write(cache, cache.step([(a, 1), (b, 1)]), torch.tensor([7.0, 8.0]))
+    assert contents(cache, a) == [1, 2, 3, 4, 5, 6, 7]
+    assert contents(cache, b) == [1, 2, 3, 4, 5, 6, 8]
+
+
 def test_out_of_pages_changes_nothing() -> None:
     cache = make_cache(num_pages=5)
     a = cache.add()
@@ -315,167 +301,3 @@ def test_other_errors_state_what_is_wrong() -> None:
 def test_constructor_checks(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_cache(**sizes)
-
-
-# ---- against references --------------------------------------------------------------------------
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Random life of a small cache: every sequence must always read back what it was fed.
-
-    The stored value of a token is a number given to its whole prefix, as a model's keys depend on
-    the whole prefix; so a wrongly shared or overwritten page shows.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cache = make_cache(num_pages=10, page_size=2, max_seq_len=9, max_batch=4)
-        self.tokens: dict[int, list[int]] = {}
-        self.numbers: dict[tuple[int, ...], float] = {}
-
-    token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=6)
-    some = precondition(lambda self: len(self.tokens) > 0)
-    room = precondition(lambda self: len(self.tokens) < 5)
-
-    def values(self, tokens: list[int], start: int) -> list[float]:
-        prefixes = [tuple(tokens[: i + 1]) for i in range(start, len(tokens))]
-        return [self.numbers.setdefault(p, float(len(self.numbers))) for p in prefixes]
-
-    def pick(self, data: st.DataObject) -> int:
-        return int(data.draw(st.sampled_from(sorted(self.tokens))))
-
-    def check(self) -> None:
-        for seq, tokens in self.tokens.items():
-            assert contents(self.cache, seq) == self.values(tokens, 0)
-        held = {page for seq in self.tokens for page in self.cache.pages(seq)}
-        assert 0 not in held
-        pool = self.cache.pool
-        assert pool.num_free == pool.num_pages - 1 - len(held)
-
-    @room
-    @rule(tokens=token_lists)
-    def add(self, tokens: list[int]) -> None:
-        seq = self.cache.add(tokens)
-        self.tokens[seq] = tokens[: self.cache.length(seq)]
-        assert len(self.tokens[seq]) < len(tokens)
-        self.check()
-        self.step_all({seq: tokens[len(self.tokens[seq]) :]})
-
-    @some
-    @rule(data=st.data())
-    def step(self, data: st.DataObject) -> None:
-        seqs = data.draw(st.lists(st.sampled_from(sorted(self.tokens)), max_size=4, unique=True))
-        self.step_all({seq: data.draw(self.token_lists.map(lambda t: t[:3])) for seq in seqs})
-
-    def step_all(self, new: dict[int, list[int]]) -> None:
-        before = state(self.cache)
-        items = [(seq, len(tokens)) for seq, tokens in new.items()]
-        try:
-            batch = self.cache.step(items)
-        except (OutOfPages, ValueError):  # the pool or max_seq_len
-            assert state(self.cache) == before
-            return
-        values: list[float] = []
-        for seq, tokens in new.items():
-            start = len(self.tokens[seq])
-            self.tokens[seq] = self.tokens[seq] + tokens
-            values += self.values(self.tokens[seq], start)
-        write(self.cache, batch, torch.tensor(values))
-        self.check()
-
-    @some
-    @rule(data=st.data())
-    def commit(self, data: st.DataObject) -> None:
-        seq = self.pick(data)
-        self.cache.commit(seq, self.tokens[seq])
-
-    @some
-    @rule(data=st.data())
-    def crop(self, data: st.DataObject) -> None:
-        seq = self.pick(data)
-        length = data.draw(st.integers(0, len(self.tokens[seq])))
-        self.cache.crop(seq, length)
-        self.tokens[seq] = self.tokens[seq][:length]
-        self.check()
-
-    @some
-    @room
-    @rule(data=st.data())
-    def fork(self, data: st.DataObject) -> None:
-        seq = self.pick(data)
-        self.tokens[self.cache.fork(seq)] = self.tokens[seq]
-        self.check()
-
-    @some
-    @rule(data=st.data())
-    def reorder(self, data: st.DataObject) -> None:
-        seqs = sorted(self.tokens)
-        source = [data.draw(st.integers(0, len(seqs) - 1)) for _ in seqs]
-        self.cache.reorder(seqs, source)
-        self.tokens = {seq: self.tokens[seqs[i]] for seq, i in zip(seqs, source, strict=True)}
-        self.check()
-
-    @some
-    @rule(data=st.data())
-    def free(self, data: st.DataObject) -> None:
-        seq = self.pick(data)
-        self.cache.free(seq)
-        del self.tokens[seq]
-        self.check()
-
-
-CacheMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-TestCacheMachine = CacheMachine.TestCase
-
-
-def test_attention_over_steps_equals_one_dense_pass(device: str, nan_memory: None) -> None:
-    """Chunked prefill, decode, a fork and a prefix hit, with NaN in every slot never written."""
-    torch.manual_seed(1)
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    cache = make_cache(device, dtype=dtype, max_seq_len=32)
-    q, k, v = (torch.randn(2, 14, heads, D, dtype=dtype, device=device) for heads in (4, HKV, HKV))
-    # Two sequences that agree in their first ten tokens.
-    for t in (q, k, v):
-        t[1, :10] = t[0, :10]
-    group = 4 // HKV
-    dense = torch.nn.functional.scaled_dot_product_attention(
-        q.double().transpose(1, 2),
-        k.double().transpose(1, 2).repeat_interleave(group, 1),
-        v.double().transpose(1, 2).repeat_interleave(group, 1),
-        is_causal=True,
-    ).transpose(1, 2)
-
-    def run(items: list[tuple[int, int, int]]) -> None:
-        """Feeds (sequence, row of the data, tokens) and compares the outputs of these tokens."""
-        starts = [cache.length(seq) for seq, _, _ in items]
-        batch = cache.step([(seq, n) for seq, _, n in items])
-
-        def new(t: Tensor) -> Tensor:
-            return torch.cat(
-                [t[row, s : s + n] for (_, row, n), s in zip(items, starts, strict=True)]
-            )
-
-        ops.kv_append(new(k), new(v), cache.k[1], cache.v[1], batch.slot_mapping)
-        out, _ = ops.paged_attention(
-            new(q),
-            cache.k[1],
-            cache.v[1],
-            batch.page_table,
-            batch.seq_lens,
-            batch.cu_seqlens_q,
-            max_seqlen_q=batch.max_seqlen_q,
-        )
-        tolerance = 1e-5 if dtype == torch.float32 else 2e-3
-        torch.testing.assert_close(out.double(), new(dense), atol=tolerance, rtol=tolerance)
-
-    tokens = list(range(14))
-    a = cache.add(tokens)
-    run([(a, 0, 7)])
-    run([(a, 0, 3)])
-    cache.commit(a, tokens[:10])
-    b = cache.fork(a)
-    run([(b, 1, 2), (a, 0, 1)])
-    run([(a, 0, 3), (b, 1, 2)])
-    c = cache.add(tokens)
-    assert cache.length(c) == 8
-    run([(c, 0, 6)])

@@ -17,14 +17,16 @@ T new tokens, P page size, NP pages, MAXP pages per sequence, HKV heads, D head 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ops
 from .._host import BlockPool
 from .batch import PagedBatch, index_tensors
+from .swap import from_host, to_host
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class _Sequence:
     length: int = 0  # tokens in the cache
     committed: int = 0  # leading pages that this sequence has offered for reuse
     salt: str | bytes = b""
+    # The content while it is swapped out, one tensor per cache; there are no pages then.
+    host: tuple[Tensor, ...] = field(default=(), compare=False)
 
 
 class PagedKVCache:
@@ -43,7 +47,8 @@ class PagedKVCache:
     Sequences are named by an int that is never reused. All bookkeeping is on the host; the device
     only sees `page_table` and `seq_lens`, which keep their addresses for life (CUDA graphs).
     Pages are shared between sequences through prefix reuse and `fork`, and copied when a sequence
-    appends to a page that somebody else can see. A call that fails changes nothing.
+    appends to a page that somebody else can see. A sequence that waits can be swapped out to host
+    memory. A call that fails changes nothing.
     """
 
     def __init__(
@@ -119,7 +124,7 @@ class PagedKVCache:
         return self._get(seq_id).length
 
     def pages(self, seq_id: int) -> tuple[int, ...]:
-        """Pages of the sequence in order, reserved ones included."""
+        """Pages of the sequence in order, reserved ones included; none while it is swapped out."""
         return self._get(seq_id).pages
 
     def free(self, seq_id: int) -> None:
@@ -141,7 +146,7 @@ class PagedKVCache:
                 f"PagedKVCache.reorder: needs distinct sequences and as many indices below {n}, "
                 f"got {list(seq_ids)} and {list(source)}"
             )
-        old = [self._get(seq_id) for seq_id in seq_ids]
+        old = [self._on_device(seq_id) for seq_id in seq_ids]
         new = [self._snapshot(seq_ids[i]) for i in source]
         # Retain first: a page dropped by one sequence may be taken over by another.
         self.pool.retain([page for seq in new for page in seq.pages])
@@ -154,7 +159,7 @@ class PagedKVCache:
 
         Pages past the new length go back to the pool, reserved ones included.
         """
-        seq = self._get(seq_id)
+        seq = self._on_device(seq_id)
         if not 0 <= length <= seq.length:
             raise ValueError(
                 f"PagedKVCache.crop: length must be in [0, {seq.length}], got {length}"
@@ -175,7 +180,7 @@ class PagedKVCache:
         after the kernels that write these pages were launched on the stream that will read them.
         Costs nothing when no new page is full.
         """
-        seq, size = self._get(seq_id), self.page_size
+        seq, size = self._on_device(seq_id), self.page_size
         full = seq.length // size
         if len(tokens) < full * size:
             raise ValueError(
@@ -186,6 +191,42 @@ class PagedKVCache:
             parent = seq.pages[i - 1] if i else 0
             self.pool.commit(seq.pages[i], tokens[i * size : (i + 1) * size], parent, seq.salt)
         self._seqs[seq_id] = replace(seq, committed=full)
+
+    def swap_out(self, seq_id: int) -> None:
+        """Moves the sequence to host memory and gives up its pages, reserved ones too.
+
+        It keeps id and length; until `swap_in` it can only be asked for these, and freed. Pages
+        that it shares are copied as well: others keep them, and they stay findable as prefixes.
+        From a GPU nothing is waited for; use one stream for steps and swaps. Does nothing if it is
+        out.
+        """
+        seq = self._get(seq_id)
+        if seq.host:
+            return
+        content = seq.pages[: self._pages_for(seq.length)]
+        host = to_host(self._caches, content) if content else ()
+        self._seqs[seq_id] = replace(seq, pages=(), committed=0, host=host)
+        self.pool.release(seq.pages)
+
+    def swap_in(self, seq_id: int) -> None:
+        """Brings a sequence back into pages of its own. Does nothing if it is in.
+
+        OutOfPages when the pool has too few; the sequence then stays in host memory.
+        """
+        seq = self._get(seq_id)
+        if not seq.host:
+            return
+        pages = self.pool.allocate(self._pages_for(seq.length))
+        try:
+            from_host(seq.host, self._caches, pages)
+        except BaseException:
+            self.pool.release(pages)
+            raise
+        self._seqs[seq_id] = replace(seq, pages=tuple(pages), host=())
+
+    def is_swapped_out(self, seq_id: int) -> bool:
+        """Whether the sequence is in host memory."""
+        return bool(self._get(seq_id).host)
 
     def reset(self) -> None:
         """Drops every sequence and every reusable page, as after a change of the weights."""
@@ -227,9 +268,6 @@ class PagedKVCache:
         self._reserve(items)
 
         starts = [self._seqs[seq_id].length for seq_id, _ in items]
-        for seq_id, n in items:
-            seq = self._seqs[seq_id]
-            self._seqs[seq_id] = replace(seq, length=seq.length + n)
         padding = rows - len(items)
         self._write_rows([self._seqs[seq_id].pages for seq_id, _ in items] + [()] * padding)
         seq_lens, *rest = index_tensors(self._host_table, self.page_size, starts, counts, padding)
@@ -238,6 +276,9 @@ class PagedKVCache:
         cu_seqlens_q, slot_mapping, positions = (
             tensor.to(self.seq_lens.device, non_blocking=True) for tensor in rest
         )
+        for seq_id, n in items:  # last: what came before may have run out of device memory
+            seq = self._seqs[seq_id]
+            self._seqs[seq_id] = replace(seq, length=seq.length + n)
         return PagedBatch(
             page_table=self.page_table[:rows],
             seq_lens=self.seq_lens[:rows],
@@ -254,6 +295,17 @@ class PagedKVCache:
             raise IndexError(f"PagedKVCache: no sequence {seq_id}")
         return self._seqs[seq_id]
 
+    def _on_device(self, seq_id: int) -> _Sequence:
+        seq = self._get(seq_id)
+        if seq.host:
+            raise ValueError(f"PagedKVCache: sequence {seq_id} is swapped out: swap_in comes first")
+        return seq
+
+    @property
+    def _caches(self) -> list[Tensor]:
+        """All tensors that hold a page's content, pages first."""
+        return [*self.k, *self.v]
+
     def _insert(self, seq: _Sequence) -> int:
         seq_id = self._next_id
         self._next_id += 1
@@ -265,7 +317,7 @@ class PagedKVCache:
 
     def _snapshot(self, seq_id: int) -> _Sequence:
         """The sequence without reserved pages: those have one owner by design."""
-        seq = self._get(seq_id)
+        seq = self._on_device(seq_id)
         return replace(seq, pages=seq.pages[: self._pages_for(seq.length)])
 
     def _reserve(self, items: Sequence[tuple[int, int]]) -> None:
@@ -275,7 +327,7 @@ class PagedKVCache:
         holders: dict[int, int] = {}
         plan: list[tuple[int, bool, int]] = []  # (seq_id, copy the last page?, pages to append)
         for seq_id, n in items:
-            seq = self._get(seq_id)
+            seq = self._on_device(seq_id)
             if n < 0 or seq.length + n > self.max_seq_len:
                 raise ValueError(
                     f"PagedKVCache: sequence {seq_id} has {seq.length} tokens, cannot add {n}: "
@@ -289,10 +341,11 @@ class PagedKVCache:
                 holders[page] = left - copy
             grow = max(0, self._pages_for(seq.length + n) - len(seq.pages))
             plan.append((seq_id, copy, grow))
-        fresh = iter(self.pool.allocate(sum(copy + grow for _, copy, grow in plan)))
+        taken = self.pool.allocate(sum(copy + grow for _, copy, grow in plan))
 
-        # Apply: nothing can fail any more.
+        fresh = iter(taken)
         moves: list[tuple[int, int]] = []  # (page, its copy)
+        new: dict[int, _Sequence] = {}
         for seq_id, copy, grow in plan:
             if not copy and not grow:
                 continue
@@ -303,12 +356,17 @@ class PagedKVCache:
                 moves.append((pages[last], next(fresh)))
                 pages[last] = moves[-1][1]
             pages += [next(fresh) for _ in range(grow)]
-            self._seqs[seq_id] = replace(seq, pages=tuple(pages))
+            new[seq_id] = replace(seq, pages=tuple(pages))
         if moves:
-            old, new = torch.tensor(moves, device=self.page_table.device).unbind(1)
-            for cache in (*self.k, *self.v):
-                cache[new] = cache[old]
-            self.pool.release([page for page, _ in moves])
+            try:
+                pairs = torch.tensor(moves).T.contiguous()
+                src, dst = pairs.to(self.page_table.device, non_blocking=True)
+                ops.block_copy(self._caches, src, dst)
+            except BaseException:
+                self.pool.release(taken)
+                raise
+        self._seqs.update(new)
+        self.pool.release([page for page, _ in moves])
 
     def _write_rows(self, rows: list[tuple[int, ...]]) -> None:
         """Shows these sequences in the page table; only rows that changed are sent."""
