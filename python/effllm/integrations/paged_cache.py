@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,9 @@ class PagedCache(Cache):
     not write: it hands the new keys on, marked, and the registered attention, which also knows the
     padding mask, appends them. Beam search and assisted decoding share pages copy-on-write.
 
+    So does ``copy.deepcopy``: fill a cache with a prompt once, and continue a copy of it for each
+    question. Copies live in the memory of the first cache until they are dropped.
+
     Raises ValueError for a model with another attention implementation (at the first token) or
     with layers other than full and sliding-window attention.
     """
@@ -41,10 +45,12 @@ class PagedCache(Cache):
         Args:
             config: the model's config.
             max_seq_len: most tokens of one sequence, prompt and generated ones.
-            max_batch: most sequences at a time, beams included; by default as many as the first
-                call brings.
+            max_batch: most sequences at a time, beams and those of copies included; by default as
+                many as the first call brings.
             page_size: tokens per page.
         """
+        self.pages: PagedKVCache | None = None
+        self._seqs: list[int] = []  # one sequence of `pages` per batch row
         self.config = config.get_text_config(decoder=True)
         others = set(getattr(self.config, "layer_types", None) or ()) - {
             "full_attention",
@@ -58,8 +64,6 @@ class PagedCache(Cache):
         self.max_seq_len = max_seq_len
         self.max_batch = max_batch
         self.page_size = page_size
-        self.pages: PagedKVCache | None = None
-        self._seqs: list[int] = []  # one sequence of `pages` per batch row
         self._real = torch.ones(0, 0, dtype=torch.bool)  # [B, S]: which columns are tokens
         self._batch: PagedBatch | None = None
         self._waiting: int | None = None  # layer whose marked keys have not been appended yet
@@ -132,11 +136,37 @@ class PagedCache(Cache):
         """Batch row i gets the content of row rows[i]; pages are shared, not copied."""
         if self.pages is None:
             return
+        if len(rows) > self.pages.max_batch:
+            raise ValueError(
+                f"effllm: PagedCache has room for max_batch={self.pages.max_batch} sequences, got "
+                f"{len(rows)}"
+            )
+        real = self._real[rows]  # first: an index out of range changes nothing
         taken = [self.pages.fork(self._seqs[row]) for row in rows]
-        for seq in self._seqs:
-            self.pages.free(seq)
-        self._seqs = taken
-        self._real = self._real[rows]
+        self._free_rows()
+        self._seqs, self._real = taken, real
+
+    def _free_rows(self) -> None:
+        if self.pages is not None:
+            for seq in self._seqs:
+                self.pages.free(seq)
+        self._seqs = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        """A cache with the same content in the same pages, which it continues on its own."""
+        copy = PagedCache(
+            self.config,
+            max_seq_len=self.max_seq_len,
+            max_batch=self.max_batch,
+            page_size=self.page_size,
+        )
+        if self.pages is not None:
+            copy.pages, copy._real = self.pages, self._real
+            copy._seqs = [self.pages.fork(seq) for seq in self._seqs]
+        return copy
+
+    def __del__(self) -> None:
+        self._free_rows()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._take_rows(beam_idx.tolist())
@@ -160,9 +190,8 @@ class PagedCache(Cache):
 
     def reset(self) -> None:
         """Forgets every sequence; the memory stays."""
-        if self.pages is not None:
-            self.pages.reset()
-        self._seqs, self._batch, self._waiting = [], None, None
+        self._free_rows()
+        self._batch, self._waiting = None, None
         self._real = self._real.new_ones(0, 0)
 
 
@@ -175,7 +204,8 @@ class _PagedLayer(CacheLayerMixin):
 
     def __init__(self, cache: PagedCache, layer: int) -> None:
         super().__init__()
-        self._cache = cache
+        # Weak: a cycle would keep the pages of a dropped copy until the next garbage collection.
+        self._cache = weakref.proxy(cache)
         self._layer = layer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -184,13 +214,13 @@ class _PagedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        return self._cache.hand_on(key_states, value_states, self._layer)
+        return cast(PagedCache, self._cache).hand_on(key_states, value_states, self._layer)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.num_columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self._cache.num_columns
+        return cast(PagedCache, self._cache).num_columns
 
     def get_max_length(self) -> int:
-        return self._cache.max_seq_len
+        return cast(PagedCache, self._cache).max_seq_len
