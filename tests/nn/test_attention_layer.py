@@ -1,0 +1,217 @@
+"""nn.PagedAttention: in the place of transformers' attention, and against a dense computation."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from effllm.cache import PagedKVCache
+from effllm.integrations.context import PagedContext
+from effllm.nn import PagedAttention
+
+
+class Replacement(nn.Module):
+    """A transformers attention module with its projections and norms, but our attention."""
+
+    def __init__(self, original: Any, config: Any) -> None:
+        super().__init__()
+        self.original = original
+        self.layer = original.layer_idx
+        self.attention = PagedAttention(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            original.head_dim,
+            scale=original.scaling,
+            window=getattr(original, "sliding_window", None),
+            softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        effllm: PagedContext,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        ours = self.original
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, ours.head_dim))
+            for projection in (ours.q_proj, ours.k_proj, ours.v_proj)
+        )
+        if hasattr(ours, "q_norm"):
+            q, k = ours.q_norm(q), ours.k_norm(k)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        return ours.o_proj(self.attention(q.flatten(2), k, v, effllm, self.layer).squeeze(0)), None
+
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+MODELS = {
+    "llama-mha": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama-gqa": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "llama-mqa": ("LlamaConfig", {"num_key_value_heads": 1}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 4,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": 4,
+            "attn_logit_softcapping": 2.0,
+            "query_pre_attn_scalar": 25,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_the_place_of_transformers_attention(name: str) -> None:
+    """Two sequences: chunks of a prompt and single tokens, against one eager pass over each."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
+    config_name, options = MODELS[name]
+    config = getattr(transformers, config_name)(**COMMON, **options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("eager")
+    sequences = [torch.randint(1, 97, (n,)) for n in (11, 7)]
+    with torch.no_grad():
+        expected = [model(input_ids=tokens[None]).logits[0] for tokens in sequences]
+
+    for layer in model.model.layers:
+        layer.self_attn = Replacement(layer.self_attn, config)
+    cache = PagedKVCache(
+        2,
+        config.num_key_value_heads,
+        model.model.layers[0].self_attn.original.head_dim,
+        max_batch=2,
+        max_seq_len=16,
+        page_size=4,
+        dtype=torch.float32,
+    )
+    seqs = [cache.add(), cache.add()]
+    for counts in ((6, 2), (1, 4), (1, 0), (3, 1)):
+        starts = [cache.length(seq) for seq in seqs]
+        chosen = [row for row in range(2) if counts[row]]
+        batch = cache.step([(seqs[row], counts[row]) for row in chosen])
+        parts = [slice(starts[row], starts[row] + counts[row]) for row in chosen]
+        with torch.no_grad():
+            logits = model(
+                input_ids=torch.cat([sequences[r][p] for r, p in zip(chosen, parts, strict=True)])[
+                    None
+                ],
+                position_ids=batch.positions[None],
+                effllm=PagedContext(cache, batch),
+                use_cache=False,
+            ).logits[0]
+        wanted = torch.cat([expected[r][p] for r, p in zip(chosen, parts, strict=True)])
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def stepped(
+    device: str, dtype: torch.dtype, num_kv_heads: int, num_tokens: int = 6
+) -> tuple[PagedKVCache, PagedContext]:
+    cache = PagedKVCache(
+        2, num_kv_heads, 32, max_batch=1, max_seq_len=8, page_size=4, dtype=dtype, device=device
+    )
+    return cache, PagedContext(cache, cache.step([(cache.add(), num_tokens)]))
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_values_of_packed_projections(num_kv_heads: int, device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    _, context = stepped(device, dtype, num_kv_heads)
+    qkv = torch.randn(6, (4 + 2 * num_kv_heads) * 32).to(device, dtype)
+    q, k, v = qkv.split([4 * 32, num_kv_heads * 32, num_kv_heads * 32], dim=1)
+    attention = PagedAttention(4, num_kv_heads, 32, scale=0.2)
+    flat = attention(q, k, v, context, layer=1)
+    exact = nn.functional.scaled_dot_product_attention(
+        *(x.double().unflatten(-1, (-1, 32)).transpose(0, 1) for x in (q, k, v)),
+        is_causal=True,
+        scale=0.2,
+        enable_gqa=True,
+    ).transpose(0, 1)
+    tolerance = 1e-5 if device == "cpu" else 2e-2
+    torch.testing.assert_close(flat.double(), exact.flatten(1), atol=tolerance, rtol=tolerance)
+    # By heads, and with a batch dimension of 1: the same numbers in the shape of q.
+    by_heads = [x.unflatten(-1, (-1, 32)) for x in (q, k, v)]
+    assert torch.equal(attention(*by_heads, context, layer=0), flat.view(6, 4, 32))
+    assert torch.equal(attention(q[None], k[None], v[None], context, layer=0), flat[None])
+
+
+def test_it_holds_no_state() -> None:
+    attention = PagedAttention(8, 2, 64, window=100, softcap=30.0)
+    assert not attention.state_dict()
+    assert not list(attention.parameters())
+    for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+        assert repr(other) == "PagedAttention(8, 2, head_dim=64, window=100, softcap=30.0)"
+    assert repr(PagedAttention(8, 2, 64)) == "PagedAttention(8, 2, head_dim=64)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 6, "num_kv_heads": 4}, "multiple of num_kv_heads, got 6 and 4"),
+        ({"num_kv_heads": 0}, "multiple of num_kv_heads, got 8 and 0"),
+        ({"head_dim": 60}, "head_dim must be a multiple of 8 up to 256, got 60"),
+        ({"head_dim": 264}, "head_dim must be a multiple of 8 up to 256, got 264"),
+        ({"head_dim": 0}, "head_dim must be a multiple of 8 up to 256, got 0"),
+        ({"window": 0}, "window must be at least 1 or None, got 0"),
+    ],
+)
+def test_constructor_errors(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"PagedAttention: .*{message}"):
+        PagedAttention(**{"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, **arguments})
+
+
+def test_wrong_heads_are_named() -> None:
+    _, context = stepped("cpu", torch.float32, 2)
+    attention = PagedAttention(4, 2, 32)
+    q, k = torch.ones(6, 128), torch.ones(6, 64)
+    with pytest.raises(ValueError, match=r"k must be \[..., 64\] or \[..., 2, 32\], got"):
+        attention(q, q, k, context, 0)
+    with pytest.raises(ValueError, match=r"q must be \[..., 128\] or \[..., 4, 32\], got"):
+        attention(k, k, k, context, 0)
+    with pytest.raises(RuntimeError, match=r"slot_mapping must be \[T\] = \[5\], got \[6\]"):
+        attention(q[:5], k[:5], k[:5], context, 0)
+
+
+def test_a_backward_pass_raises() -> None:
+    _, context = stepped("cpu", torch.float32, 2)
+    q = torch.ones(6, 128, requires_grad=True)
+    out = PagedAttention(4, 2, 32)(q, torch.ones(6, 64), torch.ones(6, 64), context, 0)
+    with pytest.raises(RuntimeError, match="paged_attention is an inference op"):
+        out.sum().backward()
+
+
+def test_compiles_without_graph_breaks() -> None:
+    _, context = stepped("cpu", torch.float32, 2)
+    attention = PagedAttention(4, 2, 32)
+    q, k = torch.randn(6, 128), torch.randn(6, 64)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, k, context, 0), attention(q, k, k, context, 0))
