@@ -90,6 +90,18 @@ inline View as_mutable_view(const Tensor& tensor, const char* name) {
   return view;
 }
 
+// A contiguous, uninitialised tensor on the device of `like`.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, as_scalar_type(dtype));
+}
+
+// [..., n] for x [..., K]: the output of a linear layer.
+inline Tensor new_empty_like_rows(const Tensor& x, int64_t n) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+  return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, x.scalar_type());
+}
+
 // The views of a list argument, named "outs[0]", "outs[1]", ...
 struct ViewList {
   ViewList() = default;
@@ -116,18 +128,6 @@ inline std::vector<int64_t> element_bytes_of(const std::vector<Tensor>& tensors)
   std::vector<int64_t> bytes;
   for (const Tensor& tensor : tensors) bytes.push_back(static_cast<int64_t>(tensor.element_size()));
   return bytes;
-}
-
-// A contiguous, uninitialised tensor on the device of `like`.
-inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, as_scalar_type(dtype));
-}
-
-// [..., n] for x [..., K]: the output of a linear layer.
-inline Tensor new_empty_like_rows(const Tensor& x, int64_t n) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = n;
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, x.scalar_type());
 }
 
 // torch's threads, for loops in headers that shall not see torch.

@@ -45,7 +45,7 @@ def results_of(
     returned = as_tuple(function(*args, **kwargs))
     bound = bind(schema, args, kwargs)
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    return (*tensors_of([bound[name] for name in written]), *returned)
+    return (*tensors_of([bound.get(name) for name in written]), *returned)
 
 
 def check_values(function: Callable[..., Any], case: Case, device: str | torch.device) -> None:
