@@ -294,7 +294,7 @@ def test_what_cannot_be_honoured_raises(llama: Any) -> None:
     module = SimpleNamespace(is_causal=True)
     for name, value in [
         ("output_attentions", True),
-        ("s_aux", torch.ones(4)),
+        ("sinks", torch.ones(4)),
         ("position_bias", torch.ones(1, 4, 3, 3)),
     ]:
         with pytest.raises(ValueError, match=f"cannot honour {name}"):

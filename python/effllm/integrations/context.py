@@ -8,6 +8,7 @@ from torch import Tensor
 
 from effllm import ops
 from effllm.cache import PagedBatch, PagedKVCache
+from effllm.integrations.sinks import apply_sinks
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,18 @@ class PagedContext:
         scale: float | None = None,
         window: int | None = None,
         softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Appends k, v ``[T, HKV, D]`` to the layer's pages and attends q ``[T, HQ, D]`` to them.
 
         Causal. ``scale`` defaults to D ** -0.5, ``window`` counts the keys seen including the
-        token's own, ``softcap`` 0 is off. Returns ``[T, HQ, D]``.
+        token's own, ``softcap`` 0 is off, ``sinks`` ``[HQ]`` are logits that take part in the
+        softmax without a value. Returns ``[T, HQ, D]``.
         """
         batch, k_cache, v_cache = self.batch, self.cache.k[layer], self.cache.v[layer]
         # Cached keys carry no gradient. Nothing gets lost: the backward of attention raises.
         ops.kv_append(k.detach(), v.detach(), k_cache, v_cache, batch.slot_mapping)
-        out, _ = ops.paged_attention(
+        out, lse = ops.paged_attention(
             q,
             k_cache,
             v_cache,
@@ -51,4 +54,4 @@ class PagedContext:
             window=window,
             softcap=softcap,
         )
-        return out
+        return apply_sinks(out, lse, sinks)

@@ -29,14 +29,14 @@ from transformers.masking_utils import (
 from effllm import ops
 from effllm.integrations.context import PagedContext
 from effllm.integrations.paged_cache import PagedCache
+from effllm.integrations.sinks import apply_sinks
 
 __all__ = ["PagedCache", "PagedContext", "effllm_attention", "effllm_mask"]
 
 # Keywords with which some models change the scores; None and False mean "not used".
 _UNSUPPORTED = {
     "output_attentions": "attention weights are never formed",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks of another kind than s_aux",
     "position_bias": "a position bias",
     "head_mask": "a head mask",
     "cu_seq_lens_q": "packed sequences; use PagedContext",
@@ -57,13 +57,15 @@ def effllm_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     effllm: PagedContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [B, HQ, S, D], key and value [B, HKV, SK, D] -> (out [B, S, HQ, D], None).
 
-    ``attention_mask`` is what ``effllm_mask`` returned: bool [B, SK] or None. Raises ValueError
-    for what paged attention cannot honour (dropout, 4-D masks, sinks, ...).
+    ``attention_mask`` is what ``effllm_mask`` returned: bool [B, SK] or None. ``s_aux`` [HQ] are
+    attention sinks. Raises ValueError for what paged attention cannot honour (dropout, 4-D masks,
+    a position bias, ...).
     """
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
@@ -75,6 +77,7 @@ def effllm_attention(
         "scale": scaling,
         "window": sliding_window,
         "softcap": softcap or 0.0,
+        "sinks": s_aux,
     }
 
     if effllm is not None:
@@ -118,6 +121,7 @@ def _attend_in_place(
     mask: Tensor | None,
     lens_q: Tensor,
     max_seqlen_q: int,
+    sinks: Tensor | None,
     **options: Any,
 ) -> Tensor:
     """q [T, HQ, D] against key and value [B, HKV, SK, D] seen as B pages of SK tokens."""
@@ -131,7 +135,7 @@ def _attend_in_place(
         order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
         key = key[:, :, :columns].take_along_dim(order, dim=2)
         value = value[:, :, :columns].take_along_dim(order, dim=2)
-    out, _ = ops.paged_attention(
+    out, lse = ops.paged_attention(
         q,
         _as_pages(key),
         _as_pages(value),
@@ -141,7 +145,7 @@ def _attend_in_place(
         max_seqlen_q=max_seqlen_q,
         **options,
     )
-    return out
+    return apply_sinks(out, lse, sinks)
 
 
 def _as_pages(x: Tensor) -> Tensor:

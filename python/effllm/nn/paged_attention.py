@@ -63,7 +63,16 @@ class PagedAttention(nn.Module):
         self.window = window
         self.softcap = softcap
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: PagedContext, layer: int) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: PagedContext,
+        layer: int,
+        *,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """The attention of the T new tokens of a step, packed in the order of its items.
 
         Args:
@@ -71,6 +80,8 @@ class PagedAttention(nn.Module):
             k, v: the same with HKV heads; slices of a packed qkv projection are not copied.
             context: the cache and its current step.
             layer: whose pages.
+            sinks: ``[HQ]``, any float dtype: a logit per head that takes part in the softmax and
+                has no value (gpt-oss).
 
         Returns:
             In the shape of q. Inference only: the backward pass raises.
@@ -86,6 +97,7 @@ class PagedAttention(nn.Module):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            sinks=sinks,
         )
         return out.view(q.shape)
 
