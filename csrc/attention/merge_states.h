@@ -1,11 +1,12 @@
 // merge_states: one attention result out of results over disjoint sets of keys.
 //
-//   outs  S tensors [T, HQ, D]    softmax-weighted means of values; any strides, stride(-1) == 1
-//   lses  S tensors [T, HQ] fp32  natural logarithm of each row's sum of exponentials; any strides
-//   out   [T, HQ, D]              what attention over all the keys gives, in the dtype of outs
-//   lse   [T, HQ] fp32            and its lse
+//   outs  [T, HQ, D] each    softmax-weighted means of values; any strides with stride(-1) == 1
+//   lses  [T, HQ] fp32 each  natural logarithm of each row's sum of exponentials; any strides
+//   out   [T, HQ, D]         what attention over all the keys gives, in the dtype of outs
+//   lse   [T, HQ] fp32       and its lse
 //
-//   out = sum_s w_s out_s / sum_s w_s,  lse = max_s lse_s + ln sum_s w_s,  w_s = e^(lse_s - max)
+//   out = sum_i w_i outs_i / sum_i w_i,  lse = max + ln sum_i w_i,
+//   with w_i = e^(lses_i - max), max = max_i lses_i
 //
 // An lse of -inf says that the state has no keys: its row of out is not looked at and may be
 // anything. A row without keys in any state is 0 with lse -inf. An lse that is NaN or +inf makes

@@ -80,7 +80,7 @@ def merge_states_ref(
     outs: Sequence[Tensor], lses: Sequence[Tensor], *, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch: a softmax over the states, in ``dtype``, as are the results."""
-    states = torch.stack([lse.to(dtype) for lse in lses])  # [S, T, HQ]
+    states = torch.stack([lse.to(dtype) for lse in lses])  # [states, T, HQ]
     lse = states.logsumexp(0)
     # Rows without keys: any finite number in place of -inf makes all their weights 0.
     weights = torch.exp(states - lse.masked_fill(lse == -math.inf, 0.0))[..., None]
