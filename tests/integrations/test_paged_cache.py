@@ -13,6 +13,7 @@ from tiny_models import llama_config
 from torch import Tensor
 
 from effllm import ops
+from effllm.cache import OutOfPages
 
 transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
 
@@ -166,6 +167,36 @@ def test_a_copy_of_an_unused_cache(llama: Any) -> None:
     options = {"input_ids": IDS[2:], "max_new_tokens": 6, "do_sample": False}
     expected = generate(llama, "eager", None, **options)
     assert torch.equal(generate(llama, "effllm", own, **options), expected)
+
+
+def test_running_out_of_pages_changes_nothing(llama: Any) -> None:
+    name = keyword(llama.forward)
+    llama.set_attn_implementation("effllm")
+    cache = PagedCache(llama.config, max_seq_len=16, max_batch=1, page_size=4)
+
+    def forward(to: PagedCache, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return llama(input_ids=ids, **{name: to}).logits
+
+    # A first step that fails leaves no rows behind.
+    for ids, error in ((IDS[1:, -4:], "max_batch=1"), (IDS[2:].repeat(1, 2), "max_seq_len is 16")):
+        with pytest.raises(ValueError, match=error):
+            forward(cache, ids)
+        assert cache.get_seq_length() == 0
+    prompt, rest = IDS[2:, :6], IDS[2:, 6:]
+    forward(cache, prompt)
+    # Four pages in all: two hold the prompt, a copy needs one for its own last page.
+    others = [copy.deepcopy(cache) for _ in range(2)]
+    first = forward(others[0], rest)
+    with pytest.raises(OutOfPages, match="needed 2 pages, found 0 free"):
+        forward(others[1], rest)
+    assert (others[1].get_seq_length(), cache.get_seq_length()) == (6, 6)
+    del others[0]
+    assert torch.equal(forward(others[0], rest), first)
+    llama.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = llama(input_ids=IDS[2:]).logits[:, 6:]
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_do_not_exist_or_do_not_fit_change_nothing(llama: Any) -> None:

@@ -127,9 +127,14 @@ class PagedCache(Cache):
             )
         counts = real[:, seen:].sum(1).tolist()
         # A row whose new columns are all padding takes no part in this step.
-        self._batch = self.pages.step(
-            [(s, n) for s, n in zip(self._seqs, counts, strict=True) if n]
-        )
+        try:
+            self._batch = self.pages.step(
+                [(s, n) for s, n in zip(self._seqs, counts, strict=True) if n]
+            )
+        except BaseException:
+            if seen == 0:
+                self.reset()  # the next call may bring another batch
+            raise
         self._real = real
 
     def _take_rows(self, rows: list[int]) -> None:
