@@ -1,13 +1,26 @@
-// Merges the partial results of the splits of decode attention.
+// Merges the parts that CTAs have of one pair (sequence, KV head): the last one to be done does it.
 //
-// Roofline: bytes, but small: 4 * D + 4 per row and split, written shortly before and found in L2.
-// What counts is latency: a CTA per row, its warps read every fourth split each, all loads at once.
+// Roofline: bytes, but small: 4 * D + 8 per row and part, written shortly before and found in L2.
+// What counts is latency: a row is a warp's, and it has sixteen parts on the way at a time.
+//
+// The memory is new in each call and holds anything, and nobody clears it beforehand: a counter of
+// arrivals counts only while it bears a mark. The CTA of the first part sets that before it loads
+// its first key, the last one to arrive takes it away. An arrival that does not find the mark, as
+// that CTA is late, has counted nothing and tries again; CTAs start in the order of their numbers,
+// and the first part's is the lowest, so it waits for a CTA that runs.
+//
+//   first part's CTA    mark, 0    loads and products    part 0 -> memory    + 1
+//   the others                     loads and products    part p -> memory    + 1    = all: merges
+//
+// No finished call leaves a mark behind, in memory that then serves the next one or a graph's next
+// replay. Other contents have it by chance only: 1 in 2^48, on top of a CTA that is late.
 #pragma once
 
 #include <cstdint>
 
 #include "attention/decode_split.cuh"
 #include "attention/online_softmax.cuh"
+#include "ptx/atomic.cuh"
 #include "ptx/cvt.cuh"
 
 namespace effllm {
@@ -21,79 +34,122 @@ __device__ __forceinline__ void store_output(const PagedAttentionArgs& args, int
                                               ptx::pack_pair<Element>(value.z, value.w));
 }
 
-inline constexpr int kCombineWarps = 4;
+inline constexpr int kArrivalBits = 16;
+inline constexpr uint64_t kArrivalMark = uint64_t{0xE57A9D34C86B} << kArrivalBits;
+inline constexpr int kMaxShares = (1 << kArrivalBits) - 1;
 
-// Outputs weighted by 2^(lse2 - maximum) and added in a fixed order: that of the splits within a
-// warp, then that of the warps.
+// The parts of one row tile of a pair.
 template <class Config>
-__global__ void __launch_bounds__(kCombineWarps * 32)
-    combine_kernel(const __grid_constant__ PagedAttentionArgs args) {
-  __shared__ float output_smem[kCombineWarps][Config::kHeadDim];
-  const auto num_kv_heads = static_cast<int>(args.num_kv_heads);
-  const int head_dim = static_cast<int>(args.head_dim);
-  const int warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  int block = static_cast<int>(blockIdx.x);
-  const int row = block % Config::kRows;
-  block /= Config::kRows;
-  const int row_tile = block % args.num_row_tiles;
-  block /= args.num_row_tiles;
-  const int kv_head = block % num_kv_heads, seq_idx = block / num_kv_heads;
+class PartialResults {
+ public:
+  __device__ __forceinline__ PartialResults(const PagedAttentionArgs& args, const DecodePart& part,
+                                            int row_tile)
+      : args_(args), part_(part), row_tile_(row_tile) {}
 
-  const Sequence sequence(args, seq_idx);
-  const DecodeTile<Config> tile(args, sequence, row_tile);
-  if (tile.first_row + row >= tile.num_rows) return;
-  const int64_t partial = partial_row<Config>(args, seq_idx, kv_head, row_tile) + row;
-  const float* lse2 = args.partial_lse + partial;
-
-  // Every warp finds the row's maximum and sum of weights for itself.
-  SoftmaxRow total;
-  for (int split = lane_idx; split < tile.num_active_splits; split += 32) {
-    total.maximum = fmaxf(total.maximum, lse2[split * Config::kRows]);
+  // By one thread of the CTA that has the first part.
+  __device__ __forceinline__ void open() const {
+    ptx::store_relaxed(args_.arrivals + cta_of(0), kArrivalMark);
   }
+
+  // By one thread of each CTA, after all have written: whether the parts of all CTAs can be read.
+  __device__ __forceinline__ bool arrive_last() const {
+    uint64_t* const arrivals = args_.arrivals + cta_of(0);
+    uint64_t before;
+    do {
+      before = ptx::atomic_add_acq_rel(arrivals, 1);
+    } while (before >> kArrivalBits != kArrivalMark >> kArrivalBits);
+    if (before + 1 != kArrivalMark + part_.num_parts) return false;
+    ptx::store_relaxed(arrivals, 0);
+    return true;
+  }
+
+  // Index of a row of part `idx`. Of the two places of a CTA one is for a pair's first part: of
+  // several parts, a share has at most one that is and one that is not.
+  __device__ __forceinline__ int64_t row(int idx, int row_in_tile) const {
+    return (cta_of(idx) * 2 + (idx == 0)) * Config::kRows + row_in_tile;
+  }
+
+  // By a warp: outputs weighted by 2^(maximum - maximum of all) and added in the order of the
+  // parts, whichever came last.
+  __device__ __forceinline__ void merge(int row_in_tile, int64_t out_row) const {
+    constexpr int kBatch = 16;  // loads of a lane that are on the way together
+    const int lane_idx = static_cast<int>(threadIdx.x % 32);
+    const int head_dim = static_cast<int>(args_.head_dim);
+    const int num_parts = part_.num_parts;
+    for (int dim = lane_idx * 4; dim - lane_idx * 4 < head_dim; dim += 32 * 4) {
+      float4 values[kBatch];
+      const auto load_batch = [&](int first) {
 #pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    total.maximum = fmaxf(total.maximum, __shfl_xor_sync(~0u, total.maximum, lanes));
-  }
-  for (int split = lane_idx; split < tile.num_active_splits; split += 32) {
-    total.sum += ptx::exp2_approx(lse2[split * Config::kRows] - total.maximum);
-  }
+        for (int i = 0; i < kBatch; ++i) {
+          values[i] = first + i < num_parts && dim < head_dim
+                          ? load_values(first + i, row_in_tile, dim)
+                          : float4{};
+        }
+      };
+      // The first values are on the way before their weights are known.
+      float2 softmax = load_softmax(lane_idx, row_in_tile);
+      load_batch(0);
+      SoftmaxRow total;
+      total.maximum = softmax.x;
+      for (int idx = lane_idx + 32; idx < num_parts; idx += 32) {
+        total.maximum = fmaxf(total.maximum, load_softmax(idx, row_in_tile).x);
+      }
 #pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    total.sum += __shfl_xor_sync(~0u, total.sum, lanes);
-  }
-
-  for (int dim = lane_idx * 4; dim < head_dim; dim += 32 * 4) {
-    float4 sum = {};
-#pragma unroll 8
-    for (int split = warp_idx; split < tile.num_active_splits; split += kCombineWarps) {
-      const float weight = ptx::exp2_approx(lse2[split * Config::kRows] - total.maximum);
-      const auto value = *reinterpret_cast<const float4*>(
-          args.partial_out + (partial + split * Config::kRows) * head_dim + dim);
-      sum.x += weight * value.x;
-      sum.y += weight * value.y;
-      sum.z += weight * value.z;
-      sum.w += weight * value.w;
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        total.maximum = fmaxf(total.maximum, __shfl_xor_sync(~0u, total.maximum, lanes));
+      }
+      float4 sum = {};
+      for (int first = 0; first < num_parts; first += kBatch) {
+        if (first > 0) {
+          softmax = load_softmax(first + lane_idx, row_in_tile);
+          load_batch(first);
+        }
+        const float of_lane = ptx::exp2_approx(softmax.x - total.maximum);
+        if (lane_idx < kBatch) total.sum += of_lane * softmax.y;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const float weight = __shfl_sync(~0u, of_lane, i);
+          if (first + i >= num_parts) break;
+          sum.x += weight * values[i].x;
+          sum.y += weight * values[i].y;
+          sum.z += weight * values[i].z;
+          sum.w += weight * values[i].w;
+        }
+      }
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        total.sum += __shfl_xor_sync(~0u, total.sum, lanes);
+      }
+      const float inverse = total.inverse_sum();
+      if (dim < head_dim) {
+        store_output<typename Config::Element>(
+            args_, out_row, dim,
+            {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse});
+      }
+      if (dim == 0) args_.lse[out_row] = total.lse2() * kLn2;
     }
-    *reinterpret_cast<float4*>(&output_smem[warp_idx][dim]) = sum;
   }
-  __syncthreads();
 
-  const float inverse = total.inverse_sum();
-  const int64_t out_row = output_row(args, sequence, kv_head, tile.first_row + row);
-  for (int dim = threadIdx.x * 4; dim < head_dim; dim += kCombineWarps * 32 * 4) {
-    float4 sum = {};
-#pragma unroll
-    for (int warp = 0; warp < kCombineWarps; ++warp) {
-      const auto value = *reinterpret_cast<const float4*>(&output_smem[warp][dim]);
-      sum.x += value.x;
-      sum.y += value.y;
-      sum.z += value.z;
-      sum.w += value.w;
-    }
-    store_output<typename Config::Element>(
-        args, out_row, dim, {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse});
+ private:
+  __device__ __forceinline__ int64_t cta_of(int idx) const {
+    return int64_t{part_.first_share + idx} * args_.num_row_tiles + row_tile_;
   }
-  if (threadIdx.x == 0) args.lse[out_row] = total.lse2() * kLn2;
-}
+
+  // Past L1: other CTAs wrote it.
+  __device__ __forceinline__ float2 load_softmax(int idx, int row_in_tile) const {
+    const auto* softmax = reinterpret_cast<const float2*>(args_.partial_softmax);
+    return idx < part_.num_parts ? __ldcg(softmax + row(idx, row_in_tile))
+                                 : make_float2(kNoMaximum, 0.f);
+  }
+
+  __device__ __forceinline__ float4 load_values(int idx, int row_in_tile, int dim) const {
+    return __ldcg(reinterpret_cast<const float4*>(args_.partial_out +
+                                                  row(idx, row_in_tile) * args_.head_dim + dim));
+  }
+
+  const PagedAttentionArgs& args_;
+  const DecodePart& part_;
+  const int row_tile_;
+};
 
 }  // namespace effllm

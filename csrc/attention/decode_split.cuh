@@ -1,5 +1,14 @@
-// How decode attention is cut into CTAs: row tiles of packed rows, and splits of the keys they see.
-// The host chooses their number from bounds, the kernels cut the true lengths.
+// How decode attention is shared out to CTAs. Each CTA finds its share by itself from the lengths
+// in device memory: nothing is planned ahead, so that a CUDA graph follows its lengths.
+//
+//   pairs (sequence, KV head)   | 0,0      | 0,1      | 1,0  | 1,1  | 3,0                  | 3,1 ..
+//   blocks of kBlockKeys keys   |. b b b b b . b b b b b . b b b . b b b . b b b b b b b b b . b b
+//   shares, equally long        |      0      |      1      |      2      |      3      |     ..
+//
+// All blocks that some query sees stand in one row, and each share is a piece of it. A pair begins
+// with empty places, for what a CTA pays to start on it; one without keys has no place at all.
+// Where about the same size of share lets no CTA have parts of two pairs, pairs are rounded up to
+// whole shares instead: one sequence is then cut evenly, and sequences of one length alike.
 #pragma once
 
 #include <cstdint>
@@ -15,71 +24,206 @@ struct PagedDecodeConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = 8;       // packed rows of a CTA
   static constexpr int kTileKeys = 16;  // keys of a warp's step
-  static constexpr int kWarps = 4;
+  // Eight warps fill a multiprocessor's registers (of D = 64, half of them). One CTA has them all,
+  // as what CTAs leave behind must be merged, at a price per CTA; but shared memory is for four.
+  static constexpr int kWarps = kHeadDim <= 128 ? 8 : 4;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kCtasPerSm = kHeadDim == 64 ? 4 : 2;  // by registers
+  static constexpr int kCtasPerSm = kHeadDim == 128 ? 1 : 2;
   // V arrives while the scores are computed, and the next K while V is used. K and V of D = 256
   // together do not fit into the registers of a thread: there the other warps hide the latency.
   static constexpr bool kOverlapLoads = kHeadDim <= 128;
-  // What a split has at least: a tile for every warp.
-  static constexpr int kSplitKeys = kWarps * kTileKeys;
+  // What shares are made of; the least that is worth a CTA, a tile for every warp; and the price of
+  // beginning with other keys, in blocks.
+  static constexpr int kBlockKeys = 64;
+  static constexpr int kMinBlocks = kWarps * kTileKeys / kBlockKeys;
+  static constexpr int kStartBlocks = 128 / kBlockKeys;
   static_assert(kHeadDim % 64 == 0, "a lane owns whole chunks of V");
 };
 
-// The row tile of a CTA and the keys its rows see, cut into parts of whole tiles.
+// The row tile of a CTA and the keys its rows see.
 template <class Config>
 struct DecodeTile {
   int first_row, num_rows;  // num_rows counts the whole (sequence, KV head)
   KeyRange keys;
-  int keys_per_split, num_active_splits;
 
   __device__ __forceinline__ DecodeTile(const PagedAttentionArgs& args, const Sequence& sequence,
                                         int row_tile)
       : first_row(row_tile * Config::kRows),
         num_rows(sequence.num_queries * args.group),
-        keys{0, 0},
-        keys_per_split(0),
-        num_active_splits(0) {
-    if (first_row >= num_rows) return;
+        keys{0, 0} {
+    if (empty()) return;
     const int last_row = min(first_row + Config::kRows, num_rows) - 1;
     keys = sequence.visible_keys(args, args.group_divisor.quotient(first_row),
                                  args.group_divisor.quotient(last_row));
-    const int num_keys = keys.end - keys.begin;
-    keys_per_split = round_up(ceil_div(num_keys, args.num_splits), Config::kSplitKeys);
-    num_active_splits = num_keys > 0 ? ceil_div(num_keys, keys_per_split) : 0;
   }
 
-  __device__ __forceinline__ KeyRange split(int split_idx) const {
-    const int begin = keys.begin + split_idx * keys_per_split;
-    return {begin, min(begin + keys_per_split, keys.end)};
-  }
+  __device__ __forceinline__ bool empty() const { return first_row >= num_rows; }
 };
 
-// Index of a row's partial results: split 0 of its tile, row 0.
-template <class Config>
-__device__ __forceinline__ int64_t partial_row(const PagedAttentionArgs& args, int seq_idx,
-                                               int kv_head, int row_tile) {
-  const int64_t tile =
-      (int64_t{seq_idx} * args.num_kv_heads + kv_head) * args.num_row_tiles + row_tile;
-  return tile * args.num_splits * Config::kRows;
-}
+// What a share has of a pair: blocks [begin, end), none if it has but an empty place.
+struct DecodePart {
+  int seq_idx, kv_head;
+  int begin, end;
+  int idx, num_parts, first_share;  // share first_share + i has part i
+};
 
-// How many parts the keys of a (sequence, KV head, row tile) are cut into, so that the GPU's last
-// wave of CTAs is not mostly idle. `max_keys` bounds the lengths, which only the device knows; the
-// kernel makes fewer parts of a shorter sequence.
+// The pairs of one share, from the last to the first: the CTA that has a pair's first part thus
+// begins with it. Row tiles of the same keys have the same shares, side by side, and meet in L2.
+// A warp computes it, its lanes look at a sequence each, and leaves it in shared memory for all: it
+// would cost registers otherwise.
 template <class Config>
-int select_num_splits(int64_t num_tiles, int64_t num_sms, int64_t max_keys) {
-  const int64_t slots = num_sms * Config::kCtasPerSm;
-  constexpr int64_t kMaxSplits = 128;
-  // Start, merge and drain of a CTA, in the time of as many keys.
-  constexpr int64_t kOverheadKeys = 128;
-  int64_t best_splits = 1, best_cost = INT64_MAX;
-  for (int64_t splits = 1; splits <= kMaxSplits; ++splits) {
-    const int64_t keys = round_up<int64_t>(ceil_div(max_keys, splits), Config::kSplitKeys);
-    const int64_t cost = ceil_div(num_tiles * splits, slots) * (keys + kOverheadKeys);
-    if (cost < best_cost) best_cost = cost, best_splits = splits;
+class DecodeSchedule {
+ public:
+  __device__ __forceinline__ void start(const PagedAttentionArgs& args, int share_idx) {
+    choose_share_size(args);
+    share_idx_ = share_idx;
+    begin_ = share_idx * share_size_;
+    find_last_pair(args);
+    cut_part();
   }
-  return static_cast<int>(best_splits);
-}
+
+  // Whether there is a part; `advance` goes to the next one.
+  __device__ __forceinline__ bool valid() const { return num_blocks_ > 0; }
+  __device__ __forceinline__ const DecodePart& part() const { return part_; }
+
+  __device__ __forceinline__ void advance(const PagedAttentionArgs& args) {
+    const bool share_done = pair_begin_ <= begin_;
+    if (share_done) {
+      num_blocks_ = 0;
+    } else if (part_.kv_head > 0) {
+      --part_.kv_head;
+    } else {
+      find_sequence_before(args);
+    }
+    pair_begin_ -= places(num_blocks_);
+    cut_part();
+  }
+
+ private:
+  __device__ __forceinline__ static int lane_idx() { return static_cast<int>(threadIdx.x % 32); }
+
+  // Blocks of the keys that a sequence's queries see.
+  __device__ __forceinline__ static unsigned count_blocks(const PagedAttentionArgs& args,
+                                                          int seq_idx) {
+    if (seq_idx < 0 || seq_idx >= args.num_seqs) return 0;
+    const KeyRange keys = Sequence(args, seq_idx).seen_keys(args);
+    return ceil_div<unsigned>(keys.end - keys.begin, Config::kBlockKeys);
+  }
+
+  // Places of a pair of so many blocks.
+  __device__ __forceinline__ unsigned places(unsigned num_blocks) const {
+    if (num_blocks == 0) return 0;
+    return whole_shares_ ? round_up(num_blocks, static_cast<unsigned>(share_size_))
+                         : lead_ + num_blocks;
+  }
+
+  __device__ __forceinline__ void choose_share_size(const PagedAttentionArgs& args) {
+    const int64_t num_shares = args.num_shares, num_kv_heads = args.num_kv_heads;
+    int64_t blocks = 0, pairs = 0;
+    for (int first = 0; first < args.num_seqs; first += 32) {
+      const unsigned of_lane = count_blocks(args, first + lane_idx());
+      blocks += __reduce_add_sync(~0u, of_lane);
+      pairs += __popc(__ballot_sync(~0u, of_lane > 0));
+    }
+    blocks *= num_kv_heads, pairs *= num_kv_heads;
+    constexpr int64_t kMinBlocks = Config::kMinBlocks, kStartBlocks = Config::kStartBlocks;
+    share_size_ = max(ceil_div(blocks + kStartBlocks * pairs, num_shares), kMinBlocks);
+    whole_shares_ = pairs <= num_shares && count_parts(args) <= num_shares;
+    if (!whole_shares_ && pairs < num_shares) {
+      // With this size it is certain: rounding adds less than one part for each pair.
+      const int64_t enough = ceil_div(blocks, num_shares - pairs);
+      whole_shares_ = enough <= share_size_ + kStartBlocks;
+      if (whole_shares_) share_size_ = max(enough, share_size_);
+    }
+    lead_ = whole_shares_ ? 0 : kStartBlocks;
+  }
+
+  // Parts of all pairs if none shares a CTA with another.
+  __device__ __forceinline__ int64_t count_parts(const PagedAttentionArgs& args) const {
+    int64_t parts = 0;
+    for (int first = 0; first < args.num_seqs; first += 32) {
+      const auto of_lane = static_cast<unsigned>(
+          ceil_div<int64_t>(count_blocks(args, first + lane_idx()), share_size_));
+      parts += __reduce_add_sync(~0u, of_lane);
+    }
+    return parts * args.num_kv_heads;
+  }
+
+  // The pair that holds the share's last place, or the last pair of all if that is before.
+  __device__ __forceinline__ void find_last_pair(const PagedAttentionArgs& args) {
+    const int lane = lane_idx();
+    const int64_t num_kv_heads = args.num_kv_heads;
+    // Heads of a sequence are alike: places are counted for one of them.
+    const int64_t last_place = (begin_ + share_size_ - 1) / num_kv_heads;
+    int64_t places_before = 0;
+    num_blocks_ = 0;
+    for (int first = 0; first < args.num_seqs && places_before <= last_place; first += 32) {
+      const unsigned blocks = count_blocks(args, first + lane);
+      const unsigned of_lane = places(blocks);
+      unsigned up_to_lane = of_lane;
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        const unsigned below = __shfl_up_sync(~0u, up_to_lane, lanes);
+        if (lane >= lanes) up_to_lane += below;
+      }
+      // The last sequence of these 32 that begins in the share or before.
+      const unsigned begun =
+          __ballot_sync(~0u, of_lane > 0 && places_before + up_to_lane - of_lane <= last_place);
+      if (begun != 0) {
+        const int lane_of_last = 31 - __clz(static_cast<int>(begun));
+        part_.seq_idx = first + lane_of_last;
+        num_blocks_ = __shfl_sync(~0u, blocks, lane_of_last);
+        pair_begin_ =
+            (places_before + __shfl_sync(~0u, up_to_lane - of_lane, lane_of_last)) * num_kv_heads;
+      }
+      places_before += __shfl_sync(~0u, up_to_lane, 31);
+    }
+    if (num_blocks_ == 0) return;
+    const int64_t of_pair = places(num_blocks_);
+    part_.kv_head =
+        static_cast<int>(min((begin_ + share_size_ - 1 - pair_begin_) / of_pair, num_kv_heads - 1));
+    pair_begin_ += int64_t{part_.kv_head} * of_pair;
+    if (pair_begin_ + of_pair <= begin_) num_blocks_ = 0;  // all pairs end before this share
+  }
+
+  // To the last pair of the nearest sequence before this one that has keys, if there is one.
+  __device__ __forceinline__ void find_sequence_before(const PagedAttentionArgs& args) {
+    num_blocks_ = 0;
+    for (int end = part_.seq_idx; end > 0 && num_blocks_ == 0; end -= 32) {
+      const unsigned blocks = count_blocks(args, end - 1 - lane_idx());
+      const unsigned with_keys = __ballot_sync(~0u, blocks > 0);
+      if (with_keys == 0) continue;
+      const int lane_of_nearest = __ffs(static_cast<int>(with_keys)) - 1;
+      part_.seq_idx = end - 1 - lane_of_nearest;
+      num_blocks_ = __shfl_sync(~0u, blocks, lane_of_nearest);
+    }
+    part_.kv_head = static_cast<int>(args.num_kv_heads) - 1;
+  }
+
+  // Of the current pair: what this share has of it.
+  __device__ __forceinline__ void cut_part() {
+    const int64_t first_block = pair_begin_ + lead_;
+    const auto clamp = [this](int64_t block) {
+      return static_cast<int>(block < 0 ? 0 : block > num_blocks_ ? num_blocks_ : block);
+    };
+    part_.begin = clamp(begin_ - first_block);
+    part_.end = clamp(begin_ + share_size_ - first_block);
+    part_.idx = 0, part_.num_parts = 1;
+    if (part_.end - part_.begin == num_blocks_) return;
+    part_.first_share = static_cast<int>(first_block / share_size_);
+    part_.idx = share_idx_ - part_.first_share;
+    part_.num_parts =
+        static_cast<int>((first_block + num_blocks_ - 1) / share_size_) - part_.first_share + 1;
+  }
+
+  DecodePart part_;
+  bool whole_shares_;   // pairs are rounded up to whole shares
+  int lead_;            // empty places at the beginning of a pair
+  int64_t share_size_;  // places of a share
+  int share_idx_;
+  int64_t begin_;       // first place of this share
+  int64_t pair_begin_;  // first place of the current pair
+  int num_blocks_;      // of the current pair; 0: there is none
+};
 
 }  // namespace effllm

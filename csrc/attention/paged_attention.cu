@@ -28,21 +28,29 @@ constexpr int64_t kMaxDecodeRows = 32;
 
 template <class Config>
 void decode(PagedAttentionArgs args, const Tensor& q, cudaStream_t stream) {
-  const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index(), kOp);
+  const int device = q.get_device_index();
+  const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device, kOp);
+  const int capability = device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp);
   args.num_row_tiles =
       static_cast<int32_t>(ceil_div<int64_t>(args.group * args.max_seqlen_q, Config::kRows));
-  const int64_t tiles = args.num_seqs * args.num_kv_heads * args.num_row_tiles;
+  // As many CTAs as run together, or as parts that are worth one.
+  const int64_t resident =
+      std::clamp<int64_t>(num_sms * Config::kCtasPerSm / args.num_row_tiles, 1, kMaxShares);
   const int64_t max_keys =
       std::min(args.max_pages_per_seq * args.page_size, args.window + args.max_seqlen_q);
-  args.num_splits = select_num_splits<Config>(tiles, num_sms, max_keys);
-  Tensor partial;  // freed on return: the allocator keeps the stream's order
-  if (args.num_splits > 1) {
-    const int64_t rows = tiles * args.num_splits * Config::kRows;
-    partial = new_empty(q, {rows * (args.head_dim + 1)}, DType::kFloat32);
-    args.partial_out = static_cast<float*>(partial.mutable_data_ptr());
-    args.partial_lse = args.partial_out + rows * args.head_dim;
-  }
-  launch_paged_decode<Config>(args, stream);
+  const int64_t parts_per_pair = std::clamp<int64_t>(
+      ceil_div<int64_t>(max_keys, Config::kMinBlocks * Config::kBlockKeys), 1, resident);
+  const int64_t parts = args.num_seqs * args.num_kv_heads * parts_per_pair;
+  args.num_shares = static_cast<int32_t>(std::min(parts, resident));
+
+  const int64_t ctas = int64_t{args.num_shares} * args.num_row_tiles;
+  const int64_t rows = ctas * 2 * Config::kRows;
+  // Freed on return: the allocator keeps the stream's order.
+  const Tensor workspace = new_empty(q, {rows * (args.head_dim + 2) + ctas * 2}, DType::kFloat32);
+  args.partial_out = static_cast<float*>(workspace.mutable_data_ptr());
+  args.partial_softmax = args.partial_out + rows * args.head_dim;
+  args.arrivals = reinterpret_cast<uint64_t*>(args.partial_softmax + rows * 2);
+  launch_paged_decode<Config>(args, capability >= 9, stream);
 }
 
 template <class Element, int kHeadDim>

@@ -15,34 +15,41 @@
 //                                  2c + 9; byte_perm pairs two keys of one dim: even dims are
 //                                  rows g of the fragment, odd dims rows g + 8
 //
-//   split s of a row tile:  keys  [ tile | tile | tile | ... ]    16 keys each
+//   part of a row tile:     keys  [ tile | tile | tile | ... ]    16 keys each
 //                           warp      0      1      2   ...  0 ..
 //
-// Warps merge in shared memory, splits in a second kernel (combine.cuh), both in a fixed order.
+// Warps merge in shared memory, parts in the CTA that is done last (combine.cuh), both in a fixed
+// order. Who has which part says decode_split.cuh.
+//
+// For one sequence time is latency, and hides little: launch, lengths, page table, keys, values,
+// merge. So the kernel may be launched before the one ahead is done, and asks for lengths and page
+// table to come to L2 until then; a warp has a tile of K and of V on the way at any time, of D =
+// 128 64 KiB per multiprocessor, where 3 TB/s over 132 of them at 0.8 us need 18 KiB; and there are
+// no more CTAs than multiprocessors, so that little has to be merged.
 #pragma once
 
-#include <algorithm>
-#include <climits>
 #include <cstdint>
-#include <string>
 
 #include "attention/combine.cuh"
 #include "attention/decode_split.cuh"
 #include "attention/online_softmax.cuh"
 #include "cuda/launch.h"
+#include "ptx/grid.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/load.cuh"
 #include "ptx/mma.cuh"
 
 namespace effllm {
 
-// The warps' results, merged after the loop.
+// What the CTA works on, and the warps' results, merged after the loop.
 template <class Config>
 struct PagedDecodeStorage {
+  DecodeSchedule<Config> schedule;
   // Rows are padded by 16 bytes against bank conflicts.
   float output[Config::kWarps][Config::kRows][Config::kHeadDim + 4];
   float maximum[Config::kWarps][Config::kRows];
   float sum[Config::kWarps][Config::kRows];
+  bool is_last;  // this CTA merges the parts
 };
 
 template <class Config>
@@ -72,9 +79,10 @@ class PagedDecode {
     load_queries();
   }
 
-  // One warp's share of the keys of a split.
+  // One warp's share of the keys of a part.
   __device__ __forceinline__ void run(KeyRange keys) {
     constexpr int kStride = Config::kWarps * Config::kTileKeys;
+    prefetch_page_row(keys);
     int key = keys.begin + threadIdx.x / 32 * Config::kTileKeys;
     if (key < keys.end) load_keys(key, keys.end);
     for (; key < keys.end; key += kStride) {
@@ -111,6 +119,15 @@ class PagedDecode {
 
  private:
   __device__ __forceinline__ bool has_chunk(int chunk) const { return chunk * 8 < args_.head_dim; }
+
+  // The keys' entries of the page table into L2, 32 of them by each thread: of small pages there
+  // are many, and what a warp reads of them is not what it has read in the step before.
+  __device__ __forceinline__ void prefetch_page_row(KeyRange keys) const {
+    const auto entry = args_.page_size_divisor.quotient(keys.begin) + threadIdx.x * 32;
+    if (keys.begin < keys.end && entry <= args_.page_size_divisor.quotient(keys.end - 1)) {
+      ptx::prefetch_l2(sequence_.page_row + entry);
+    }
+  }
 
   __device__ __forceinline__ void load_queries() {
     const int row = tile_.first_row + group_lane_;
@@ -250,8 +267,8 @@ class PagedDecode {
   float output_[kDimTiles][4] = {};
 };
 
-// Four dims of one row: the warps' shares in the order of the warps. `total` gets the row's
-// softmax.
+// Four dims of one row: the warps' shares in the order of the warps, not yet divided by the sum of
+// weights. `total` gets the row's softmax.
 template <class Config>
 __device__ __forceinline__ float4 merge_warps(const PagedDecodeStorage<Config>& smem, int row,
                                               int dim, SoftmaxRow& total) {
@@ -269,73 +286,137 @@ __device__ __forceinline__ float4 merge_warps(const PagedDecodeStorage<Config>& 
     sum.z += factor * value.z;
     sum.w += factor * value.w;
   }
-  const float inverse = total.inverse_sum();
-  return {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse};
+  return sum;
+}
+
+// Lengths and, if it is not large, the page table into L2. Allowed while the kernel ahead may still
+// write them: nothing is read.
+template <class Config>
+__device__ __forceinline__ void prefetch_tables(const PagedAttentionArgs& args) {
+  constexpr int64_t kLineInts = 128 / sizeof(int32_t), kMaxTableInts = 64 * 1024;
+  const int64_t idx = (int64_t{blockIdx.x} * Config::kThreads + threadIdx.x) * kLineInts;
+  if (idx < args.num_seqs) {
+    ptx::prefetch_l2(args.seq_lens + idx);
+    ptx::prefetch_l2(args.cu_seqlens_q + idx);
+  }
+  const int64_t table = (args.num_seqs - 1) * args.stride_page_table_seq + args.max_pages_per_seq;
+  if (idx < table && table <= kMaxTableInts) ptx::prefetch_l2(args.page_table + idx);
+}
+
+// One CTA's part of a row tile. What the loop does not need is read again after it, from shared
+// memory: registers are for keys and values on the way.
+template <class Config>
+__device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
+                                            PagedDecodeStorage<Config>& smem, int row_tile) {
+  using Element = typename Config::Element;
+  const DecodePart& part = smem.schedule.part();
+  const Sequence sequence(args, part.seq_idx);
+  const DecodeTile<Config> tile(args, sequence, row_tile);
+  if (part.begin == part.end || tile.empty()) return;
+  const bool whole = part.num_parts == 1;
+  const PartialResults<Config> partial(args, part, row_tile);
+  if (!whole && part.idx == 0 && threadIdx.x == 0) partial.open();
+  {
+    const KeyRange seen = sequence.seen_keys(args);
+    const auto num_keys = static_cast<int>(
+        min(int64_t{part.end} * Config::kBlockKeys, int64_t{seen.end} - seen.begin));
+    PagedDecode<Config> decode(args, sequence, tile, part.kv_head);
+    decode.run({max(seen.begin + part.begin * Config::kBlockKeys, tile.keys.begin),
+                min(seen.begin + num_keys, tile.keys.end)});
+    decode.store(smem);
+  }
+  __syncthreads();
+
+  const int num_rows = min(tile.num_rows - tile.first_row, Config::kRows);
+  const int dim_quads = static_cast<int>(args.head_dim) / 4;
+  for (int i = threadIdx.x; i < num_rows * dim_quads; i += Config::kThreads) {
+    const int row = i / dim_quads, dim = i % dim_quads * 4;
+    SoftmaxRow total;
+    float4 value = merge_warps(smem, row, dim, total);
+    if (whole) {
+      const int64_t out_row = output_row(args, sequence, part.kv_head, tile.first_row + row);
+      const float inverse = total.inverse_sum();
+      value = {value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse};
+      store_output<Element>(args, out_row, dim, value);
+      if (dim == 0) args.lse[out_row] = total.lse2() * kLn2;
+    } else {
+      const int64_t partial_row = partial.row(part.idx, row);
+      *reinterpret_cast<float4*>(args.partial_out + partial_row * args.head_dim + dim) = value;
+      if (dim == 0) {
+        reinterpret_cast<float2*>(args.partial_softmax)[partial_row] = {total.maximum, total.sum};
+      }
+    }
+  }
+  if (whole) return;
+
+  __syncthreads();
+  if (threadIdx.x == 0) smem.is_last = partial.arrive_last();
+  __syncthreads();
+  if (!smem.is_last) return;
+  for (int row = threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
+    partial.merge(row, output_row(args, sequence, part.kv_head, tile.first_row + row));
+  }
+}
+
+// Clears the tokens that have no row tile: those that no CTA computes, and all of sequences without
+// a visible key. These are dealt out to the CTAs one by one.
+template <class Element>
+__device__ __forceinline__ void clear_keyless_tokens(const PagedAttentionArgs& args) {
+  for (int64_t seq_idx = blockIdx.x; seq_idx < args.num_seqs; seq_idx += gridDim.x) {
+    const Sequence sequence(args, static_cast<int>(seq_idx));
+    const KeyRange seen = sequence.seen_keys(args);
+    const bool keyless = seen.begin == seen.end;
+    const bool all_owned = sequence.first_token + sequence.num_queries == sequence.end_token &&
+                           (seq_idx > 0 || sequence.first_token == 0) &&
+                           (seq_idx + 1 < args.num_seqs || sequence.end_token == args.num_tokens);
+    if (!keyless && all_owned) continue;
+    for (int kv_head = 0; kv_head < args.num_kv_heads; ++kv_head) {
+      clear_unowned_tokens<Element>(args, sequence, static_cast<int>(seq_idx), kv_head);
+      if (keyless) {
+        clear_tokens<Element>(args, sequence.first_token,
+                              sequence.first_token + sequence.num_queries, kv_head);
+      }
+    }
+  }
 }
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     paged_decode_kernel(const __grid_constant__ PagedAttentionArgs args) {
-  using Element = typename Config::Element;
   __shared__ PagedDecodeStorage<Config> smem;
-  const auto num_kv_heads = static_cast<int>(args.num_kv_heads);
-  int block = static_cast<int>(blockIdx.x);
-  const int row_tile = block % args.num_row_tiles;  // row tiles of the same keys run side by side
-  block /= args.num_row_tiles;
-  const int split_idx = block % args.num_splits;
-  block /= args.num_splits;
-  const int kv_head = block % num_kv_heads, seq_idx = block / num_kv_heads;
+  prefetch_tables<Config>(args);
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
 
-  const Sequence sequence(args, seq_idx);
-  if (split_idx == 0 && row_tile == 0) {
-    clear_unowned_tokens<Element>(args, sequence, seq_idx, kv_head);
+  const auto num_row_tiles = static_cast<unsigned>(args.num_row_tiles);
+  const auto row_tile = static_cast<int>(blockIdx.x % num_row_tiles);
+  if (threadIdx.x < 32) {
+    DecodeSchedule<Config> schedule;
+    schedule.start(args, static_cast<int>(blockIdx.x / num_row_tiles));
+    if (threadIdx.x == 0) smem.schedule = schedule;
   }
-  const DecodeTile<Config> tile(args, sequence, row_tile);
-  // Without splits the CTA also writes rows that see no key.
-  const bool has_work = split_idx < tile.num_active_splits || args.num_splits == 1;
-  if (tile.first_row >= tile.num_rows || !has_work) return;
-
-  PagedDecode<Config> decode(args, sequence, tile, kv_head);
-  decode.run(tile.split(split_idx));
-  decode.store(smem);
+  clear_keyless_tokens<typename Config::Element>(args);  // by the other warps in the meantime
   __syncthreads();
-
-  const int dim_quads = static_cast<int>(args.head_dim) / 4;
-  const int64_t partial =
-      partial_row<Config>(args, seq_idx, kv_head, row_tile) + split_idx * Config::kRows;
-  for (int i = threadIdx.x; i < Config::kRows * dim_quads; i += Config::kThreads) {
-    const int row = i / dim_quads, dim = i % dim_quads * 4;
-    if (tile.first_row + row >= tile.num_rows) break;
-    SoftmaxRow total;
-    const float4 value = merge_warps(smem, row, dim, total);
-    if (args.num_splits > 1) {
-      *reinterpret_cast<float4*>(args.partial_out + (partial + row) * args.head_dim + dim) = value;
-      if (dim == 0) args.partial_lse[partial + row] = total.lse2();
-    } else {
-      const int64_t out_row = output_row(args, sequence, kv_head, tile.first_row + row);
-      store_output<Element>(args, out_row, dim, value);
-      if (dim == 0) args.lse[out_row] = total.lse2() * kLn2;
+  while (smem.schedule.valid()) {
+    decode_part(args, smem, row_tile);
+    __syncthreads();  // all have done with shared memory
+    if (threadIdx.x < 32) {
+      DecodeSchedule<Config> schedule = smem.schedule;
+      schedule.advance(args);
+      __syncwarp();
+      if (threadIdx.x == 0) smem.schedule = schedule;
     }
+    __syncthreads();
   }
 }
 
-// `args` has num_row_tiles, num_splits and, for more than one split, the partial results' memory.
+// `args` has num_row_tiles, num_shares and the memory of partial results.
 template <class Config>
-void launch_paged_decode(const PagedAttentionArgs& args, cudaStream_t stream) {
-  const int64_t tiles = args.num_seqs * args.num_kv_heads * args.num_row_tiles;
-  const int64_t blocks = tiles * std::max<int64_t>(args.num_splits, Config::kRows);
-  if (blocks > INT_MAX) {
-    fail("paged_attention",
-         "the number of tiles must be below 2^31, got " + std::to_string(blocks));
-  }
-  const Launch decode{"paged_attention", dim3(static_cast<unsigned>(tiles * args.num_splits)),
-                      dim3(Config::kThreads), 0, stream};
-  decode(paged_decode_kernel<Config>, args);
-  if (args.num_splits > 1) {
-    const Launch combine{"paged_attention", dim3(static_cast<unsigned>(tiles * Config::kRows)),
-                         dim3(kCombineWarps * 32), 0, stream};
-    combine(combine_kernel<Config>, args);
-  }
+void launch_paged_decode(const PagedAttentionArgs& args, bool early_start, cudaStream_t stream) {
+  const auto ctas = static_cast<unsigned>(args.num_shares * args.num_row_tiles);
+  const Launch launch{"paged_attention", dim3(ctas), dim3(Config::kThreads), 0, stream, 1,
+                      early_start};
+  launch(paged_decode_kernel<Config>, args);
 }
 
 }  // namespace effllm

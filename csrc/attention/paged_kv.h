@@ -44,9 +44,12 @@ struct PagedAttentionArgs : PagedAttentionParams {
   FastDivisor page_size_divisor, group_divisor;
   int32_t group;          // query heads per KV head
   int32_t num_row_tiles;  // tiles that cover group * max_seqlen_q rows
-  int32_t num_splits;  // parts that the keys of a row tile are cut into, > 1: see the decode kernel
-  float* partial_out;  // [B, HKV, num_row_tiles, num_splits, rows of a tile, D]
-  float* partial_lse;  // [B, HKV, num_row_tiles, num_splits, rows of a tile], base 2
+  // Of the decode kernel: shares of the keys, CTAs per row tile, and what these leave for the CTA
+  // that merges the parts of a row tile.
+  int32_t num_shares;
+  float* partial_out;      // [num_shares, num_row_tiles, 2, rows of a tile, D]
+  float* partial_softmax;  // [num_shares, num_row_tiles, 2, rows of a tile, 2]: maximum and sum
+  uint64_t* arrivals;      // [num_shares, num_row_tiles]
 };
 
 // Page and slot of one key. Page ids are clamped: a wrong one reads a wrong page, never other

@@ -55,6 +55,11 @@ struct Sequence {
                                                    int last_query) const {
     return {visible_keys(args, first_query).begin, visible_keys(args, last_query).end};
   }
+
+  // All keys that some query sees.
+  __device__ __forceinline__ KeyRange seen_keys(const PagedAttentionArgs& args) const {
+    return num_queries > 0 ? visible_keys(args, 0, num_queries - 1) : KeyRange{0, 0};
+  }
 };
 
 // Row `row` of (sequence, KV head) in [T * HQ]: the index into lse, and into out by D.

@@ -1,0 +1,127 @@
+// A warp on the CPU, for headers that are made of CUDA's keywords and warp functions: 32 lanes take
+// turns, each running until it waits for what the others have to say. In place of CUDA's header.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+struct Index {
+  unsigned x;
+};
+
+namespace warp {
+
+inline constexpr int kLanes = 32;
+
+struct Lane {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(64 * 1024);
+  bool done;
+  unsigned exchanges;  // so far; two rounds of words are never mixed up
+};
+
+inline std::array<Lane, kLanes> lanes;
+inline std::array<std::array<uint32_t, kLanes>, 2> words;
+inline ucontext_t caller;
+inline std::function<void()> work;
+inline Index current;
+
+inline void next_lane() {
+  const unsigned from = current.x;
+  do {
+    current.x = (current.x + 1) % kLanes;
+    if (current.x == from && lanes[from].done) swapcontext(&lanes[from].context, &caller);
+  } while (lanes[current.x].done);
+  if (current.x != from) swapcontext(&lanes[from].context, &lanes[current.x].context);
+}
+
+// Shows a word to all lanes, and returns those of all once they have shown theirs.
+inline const std::array<uint32_t, kLanes>& exchange(uint32_t word) {
+  Lane& lane = lanes[current.x];
+  auto& round = words[lane.exchanges % 2];
+  round[current.x] = word;
+  const unsigned count = ++lane.exchanges;
+  const auto is_missing = [count](const Lane& other) { return other.exchanges < count; };
+  while (std::any_of(lanes.begin(), lanes.end(), is_missing)) {
+    if (std::any_of(lanes.begin(), lanes.end(), [](const Lane& other) { return other.done; })) {
+      std::printf("a lane waits for one that has returned\n");
+      std::exit(1);
+    }
+    next_lane();
+  }
+  return round;
+}
+
+inline void run_lane() {
+  work();
+  lanes[current.x].done = true;
+  next_lane();
+}
+
+// Runs `body` once in every lane.
+inline void run(const std::function<void()>& body) {
+  work = body;
+  for (Lane& lane : lanes) {
+    lane.done = false, lane.exchanges = 0;
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = lane.stack.data();
+    lane.context.uc_stack.ss_size = lane.stack.size();
+    makecontext(&lane.context, run_lane, 0);
+  }
+  current.x = 0;
+  swapcontext(&caller, &lanes[0].context);
+}
+
+}  // namespace warp
+
+#define threadIdx (warp::current)
+inline constexpr Index blockDim{warp::kLanes};
+
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return std::bit_cast<T>(warp::exchange(std::bit_cast<uint32_t>(value))[lane]);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned, T value, int lanes) {
+  const int lane = static_cast<int>(threadIdx.x);
+  return std::bit_cast<T>(
+      warp::exchange(std::bit_cast<uint32_t>(value))[lane < lanes ? lane : lane - lanes]);
+}
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const auto& votes = warp::exchange(vote);
+  unsigned ballot = 0;
+  for (int lane = 0; lane < warp::kLanes; ++lane) ballot |= votes[lane] << lane;
+  return ballot;
+}
+
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  unsigned sum = 0;
+  for (const uint32_t word : warp::exchange(value)) sum += word;
+  return sum;
+}
+
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
+inline int __ffs(int bits) {
+  return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;
+}
+
+using std::max;
+using std::min;
