@@ -75,10 +75,12 @@ template <class Config>
 class DecodeSchedule {
  public:
   __device__ __forceinline__ void start(const PagedAttentionArgs& args, int share_idx) {
-    choose_share_size(args);
+    // The lengths are looked up once where 32 sequences are all.
+    const unsigned of_first = count_blocks(args, lane_idx());
+    choose_share_size(args, of_first);
     share_idx_ = share_idx;
     begin_ = share_idx * share_size_;
-    find_last_pair(args);
+    find_last_pair(args, of_first);
     cut_part();
   }
 
@@ -110,6 +112,12 @@ class DecodeSchedule {
     return ceil_div<unsigned>(keys.end - keys.begin, Config::kBlockKeys);
   }
 
+  // The same, of this lane's sequence from `first` on.
+  __device__ __forceinline__ static unsigned count_blocks(const PagedAttentionArgs& args, int first,
+                                                          unsigned of_first) {
+    return first == 0 ? of_first : count_blocks(args, first + lane_idx());
+  }
+
   // Places of a pair of so many blocks.
   __device__ __forceinline__ unsigned places(unsigned num_blocks) const {
     if (num_blocks == 0) return 0;
@@ -117,18 +125,19 @@ class DecodeSchedule {
                          : lead_ + num_blocks;
   }
 
-  __device__ __forceinline__ void choose_share_size(const PagedAttentionArgs& args) {
+  __device__ __forceinline__ void choose_share_size(const PagedAttentionArgs& args,
+                                                    unsigned of_first) {
     const int64_t num_shares = args.num_shares, num_kv_heads = args.num_kv_heads;
     int64_t blocks = 0, pairs = 0;
     for (int first = 0; first < args.num_seqs; first += 32) {
-      const unsigned of_lane = count_blocks(args, first + lane_idx());
+      const unsigned of_lane = count_blocks(args, first, of_first);
       blocks += __reduce_add_sync(~0u, of_lane);
       pairs += __popc(__ballot_sync(~0u, of_lane > 0));
     }
     blocks *= num_kv_heads, pairs *= num_kv_heads;
     constexpr int64_t kMinBlocks = Config::kMinBlocks, kStartBlocks = Config::kStartBlocks;
     share_size_ = max(ceil_div(blocks + kStartBlocks * pairs, num_shares), kMinBlocks);
-    whole_shares_ = pairs <= num_shares && count_parts(args) <= num_shares;
+    whole_shares_ = pairs <= num_shares && count_parts(args, of_first) <= num_shares;
     if (!whole_shares_ && pairs < num_shares) {
       // With this size it is certain: rounding adds less than one part for each pair.
       const int64_t enough = ceil_div(blocks, num_shares - pairs);
@@ -139,18 +148,20 @@ class DecodeSchedule {
   }
 
   // Parts of all pairs if none shares a CTA with another.
-  __device__ __forceinline__ int64_t count_parts(const PagedAttentionArgs& args) const {
+  __device__ __forceinline__ int64_t count_parts(const PagedAttentionArgs& args,
+                                                 unsigned of_first) const {
     int64_t parts = 0;
     for (int first = 0; first < args.num_seqs; first += 32) {
       const auto of_lane = static_cast<unsigned>(
-          ceil_div<int64_t>(count_blocks(args, first + lane_idx()), share_size_));
+          ceil_div<int64_t>(count_blocks(args, first, of_first), share_size_));
       parts += __reduce_add_sync(~0u, of_lane);
     }
     return parts * args.num_kv_heads;
   }
 
   // The pair that holds the share's last place, or the last pair of all if that is before.
-  __device__ __forceinline__ void find_last_pair(const PagedAttentionArgs& args) {
+  __device__ __forceinline__ void find_last_pair(const PagedAttentionArgs& args,
+                                                 unsigned of_first) {
     const int lane = lane_idx();
     const int64_t num_kv_heads = args.num_kv_heads;
     // Heads of a sequence are alike: places are counted for one of them.
@@ -158,7 +169,7 @@ class DecodeSchedule {
     int64_t places_before = 0;
     num_blocks_ = 0;
     for (int first = 0; first < args.num_seqs && places_before <= last_place; first += 32) {
-      const unsigned blocks = count_blocks(args, first + lane);
+      const unsigned blocks = count_blocks(args, first, of_first);
       const unsigned of_lane = places(blocks);
       unsigned up_to_lane = of_lane;
 #pragma unroll
