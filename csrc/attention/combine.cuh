@@ -76,14 +76,22 @@ class PartialResults {
     const int lane_idx = static_cast<int>(threadIdx.x % 32);
     const int head_dim = static_cast<int>(args_.head_dim);
     const int num_parts = part_.num_parts;
+    const int64_t first_row = row(0, row_in_tile), second_row = row(1, row_in_tile);
+    const int64_t rows_per_part = int64_t{args_.num_row_tiles} * 2 * Config::kRows;
     for (int dim = lane_idx * 4; dim - lane_idx * 4 < head_dim; dim += 32 * 4) {
       float4 values[kBatch];
       const auto load_batch = [&](int first) {
+        // All but the first part are equally far apart.
+        const float* part =
+            args_.partial_out + dim + (second_row + (first - 1) * rows_per_part) * head_dim;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          values[i] = first + i < num_parts && dim < head_dim
-                          ? load_values(first + i, row_in_tile, dim)
-                          : float4{};
+          const float* src = first + i > 0 ? part : args_.partial_out + first_row * head_dim + dim;
+          values[i] =
+              first + i < num_parts && dim < head_dim
+                  ? __ldcg(reinterpret_cast<const float4*>(src))  // past L1, as others wrote
+                  : float4{};
+          part += rows_per_part * head_dim;
         }
       };
       // The first values are on the way before their weights are known.
@@ -140,11 +148,6 @@ class PartialResults {
     const auto* softmax = reinterpret_cast<const float2*>(args_.partial_softmax);
     return idx < part_.num_parts ? __ldcg(softmax + row(idx, row_in_tile))
                                  : make_float2(kNoMaximum, 0.f);
-  }
-
-  __device__ __forceinline__ float4 load_values(int idx, int row_in_tile, int dim) const {
-    return __ldcg(reinterpret_cast<const float4*>(args_.partial_out +
-                                                  row(idx, row_in_tile) * args_.head_dim + dim));
   }
 
   const PagedAttentionArgs& args_;

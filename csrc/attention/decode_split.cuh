@@ -77,7 +77,7 @@ class DecodeSchedule {
   __device__ __forceinline__ void start(const PagedAttentionArgs& args, int share_idx) {
     // The lengths are looked up once where 32 sequences are all.
     const unsigned of_first = count_blocks(args, lane_idx());
-    choose_share_size(args, of_first);
+    choose_shares(args, of_first);
     share_idx_ = share_idx;
     begin_ = share_idx * share_size_;
     find_last_pair(args, of_first);
@@ -121,52 +121,58 @@ class DecodeSchedule {
   // Places of a pair of so many blocks.
   __device__ __forceinline__ unsigned places(unsigned num_blocks) const {
     if (num_blocks == 0) return 0;
-    return whole_shares_ ? round_up(num_blocks, static_cast<unsigned>(share_size_))
-                         : lead_ + num_blocks;
+    return lead_ + (place_blocks_ == 1 ? num_blocks : ceil_div(num_blocks, place_blocks_));
   }
 
-  __device__ __forceinline__ void choose_share_size(const PagedAttentionArgs& args,
-                                                    unsigned of_first) {
-    const int64_t num_shares = args.num_shares, num_kv_heads = args.num_kv_heads;
-    int64_t blocks = 0, pairs = 0;
+  __device__ __forceinline__ void choose_shares(const PagedAttentionArgs& args, unsigned of_first) {
+    const auto num_shares = static_cast<uint64_t>(args.num_shares);
+    uint64_t blocks = 0, pairs = 0;
     for (int first = 0; first < args.num_seqs; first += 32) {
       const unsigned of_lane = count_blocks(args, first, of_first);
       blocks += __reduce_add_sync(~0u, of_lane);
       pairs += __popc(__ballot_sync(~0u, of_lane > 0));
     }
-    blocks *= num_kv_heads, pairs *= num_kv_heads;
-    constexpr int64_t kMinBlocks = Config::kMinBlocks, kStartBlocks = Config::kStartBlocks;
-    share_size_ = max(ceil_div(blocks + kStartBlocks * pairs, num_shares), kMinBlocks);
-    whole_shares_ = pairs <= num_shares && count_parts(args, of_first) <= num_shares;
-    if (!whole_shares_ && pairs < num_shares) {
-      // With this size it is certain: rounding adds less than one part for each pair.
-      const int64_t enough = ceil_div(blocks, num_shares - pairs);
-      whole_shares_ = enough <= share_size_ + kStartBlocks;
-      if (whole_shares_) share_size_ = max(enough, share_size_);
+    blocks *= args.num_kv_heads, pairs *= args.num_kv_heads;
+    const uint64_t all = blocks + Config::kStartBlocks * pairs;
+    const auto even = max(ceil_div(all, num_shares), uint64_t{Config::kMinBlocks});
+    // Pairs in whole shares, if these need not be much larger for it. The second size is certain to
+    // do: rounding adds less than one share for each pair.
+    lead_ = 0, share_size_ = 1;
+    if (pairs <= num_shares) {
+      place_blocks_ = static_cast<unsigned>(min(even, kMaxBlocks));
+      if (count_places(args, of_first) <= num_shares) return;
     }
-    lead_ = whole_shares_ ? 0 : kStartBlocks;
+    if (pairs < num_shares) {
+      const uint64_t enough = max(ceil_div(blocks, num_shares - pairs), even);
+      place_blocks_ = static_cast<unsigned>(min(enough, kMaxBlocks));
+      if (enough <= even + Config::kStartBlocks) return;
+    }
+    // A place is a block, or more where places would else be too many to be counted in 32 bits.
+    lead_ = Config::kStartBlocks;
+    place_blocks_ = static_cast<unsigned>(1 + (all >> 30));
+    share_size_ = static_cast<unsigned>(
+        place_blocks_ == 1 ? even
+                           : ceil_div(blocks / place_blocks_ + (1 + lead_) * pairs, num_shares));
   }
 
-  // Parts of all pairs if none shares a CTA with another.
-  __device__ __forceinline__ int64_t count_parts(const PagedAttentionArgs& args,
-                                                 unsigned of_first) const {
-    int64_t parts = 0;
+  // Of all pairs.
+  __device__ __forceinline__ uint64_t count_places(const PagedAttentionArgs& args,
+                                                   unsigned of_first) const {
+    uint64_t count = 0;
     for (int first = 0; first < args.num_seqs; first += 32) {
-      const auto of_lane = static_cast<unsigned>(
-          ceil_div<int64_t>(count_blocks(args, first, of_first), share_size_));
-      parts += __reduce_add_sync(~0u, of_lane);
+      count += __reduce_add_sync(~0u, places(count_blocks(args, first, of_first)));
     }
-    return parts * args.num_kv_heads;
+    return count * args.num_kv_heads;
   }
 
   // The pair that holds the share's last place, or the last pair of all if that is before.
   __device__ __forceinline__ void find_last_pair(const PagedAttentionArgs& args,
                                                  unsigned of_first) {
     const int lane = lane_idx();
-    const int64_t num_kv_heads = args.num_kv_heads;
+    const auto num_kv_heads = static_cast<unsigned>(args.num_kv_heads);
     // Heads of a sequence are alike: places are counted for one of them.
-    const int64_t last_place = (begin_ + share_size_ - 1) / num_kv_heads;
-    int64_t places_before = 0;
+    const unsigned last_place = (begin_ + share_size_ - 1) / num_kv_heads;
+    unsigned places_before = 0;
     num_blocks_ = 0;
     for (int first = 0; first < args.num_seqs && places_before <= last_place; first += 32) {
       const unsigned blocks = count_blocks(args, first, of_first);
@@ -190,10 +196,10 @@ class DecodeSchedule {
       places_before += __shfl_sync(~0u, up_to_lane, 31);
     }
     if (num_blocks_ == 0) return;
-    const int64_t of_pair = places(num_blocks_);
-    part_.kv_head =
-        static_cast<int>(min((begin_ + share_size_ - 1 - pair_begin_) / of_pair, num_kv_heads - 1));
-    pair_begin_ += int64_t{part_.kv_head} * of_pair;
+    const unsigned of_pair = places(num_blocks_);
+    const unsigned head = (begin_ + share_size_ - 1 - pair_begin_) / of_pair;
+    part_.kv_head = static_cast<int>(min(head, num_kv_heads - 1));
+    pair_begin_ += part_.kv_head * of_pair;
     if (pair_begin_ + of_pair <= begin_) num_blocks_ = 0;  // all pairs end before this share
   }
 
@@ -213,28 +219,32 @@ class DecodeSchedule {
 
   // Of the current pair: what this share has of it.
   __device__ __forceinline__ void cut_part() {
-    const int64_t first_block = pair_begin_ + lead_;
-    const auto clamp = [this](int64_t block) {
-      return static_cast<int>(block < 0 ? 0 : block > num_blocks_ ? num_blocks_ : block);
+    const unsigned first = pair_begin_ + lead_, last = pair_begin_ + places(num_blocks_) - 1;
+    const auto block_at = [&](unsigned place) {
+      return place <= first ? 0u : min((place - first) * place_blocks_, num_blocks_);
     };
-    part_.begin = clamp(begin_ - first_block);
-    part_.end = clamp(begin_ + share_size_ - first_block);
-    part_.idx = 0, part_.num_parts = 1;
-    if (part_.end - part_.begin == num_blocks_) return;
-    part_.first_share = static_cast<int>(first_block / share_size_);
+    part_.begin = static_cast<int>(block_at(begin_));
+    part_.end = static_cast<int>(block_at(min(begin_ + share_size_, last + 1)));
+    part_.first_share = static_cast<int>(share_of(first));
     part_.idx = share_idx_ - part_.first_share;
-    part_.num_parts =
-        static_cast<int>((first_block + num_blocks_ - 1) / share_size_) - part_.first_share + 1;
+    part_.num_parts = static_cast<int>(share_of(last)) - part_.first_share + 1;
   }
 
+  __device__ __forceinline__ unsigned share_of(unsigned place) const {
+    return share_size_ == 1 ? place : place / share_size_;
+  }
+
+  // No sequence has more: lengths are of 31 bits.
+  static constexpr uint64_t kMaxBlocks = (uint64_t{1} << 31) / Config::kBlockKeys;
+
   DecodePart part_;
-  bool whole_shares_;   // pairs are rounded up to whole shares
-  int lead_;            // empty places at the beginning of a pair
-  int64_t share_size_;  // places of a share
   int share_idx_;
-  int64_t begin_;       // first place of this share
-  int64_t pair_begin_;  // first place of the current pair
-  int num_blocks_;      // of the current pair; 0: there is none
+  unsigned lead_;          // empty places at the beginning of a pair
+  unsigned place_blocks_;  // blocks of a place
+  unsigned share_size_;    // places of a share
+  unsigned begin_;         // first place of this share
+  unsigned pair_begin_;    // first place of the current pair
+  unsigned num_blocks_;    // of the current pair; 0: there is none
 };
 
 }  // namespace effllm
