@@ -9,6 +9,9 @@
 // with empty places, for what a CTA pays to start on it; one without keys has no place at all.
 // Where about the same size of share lets no CTA have parts of two pairs, pairs are rounded up to
 // whole shares instead: one sequence is then cut evenly, and sequences of one length alike.
+//
+// No clusters, which would merge through each other's shared memory: their size is the launch's,
+// and known before the lengths are. One long sequence among short ones needs all CTAs.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +35,11 @@ struct PagedDecodeConfig {
   // V arrives while the scores are computed, and the next K while V is used. K and V of D = 256
   // together do not fit into the registers of a thread: there the other warps hide the latency.
   static constexpr bool kOverlapLoads = kHeadDim <= 128;
-  // What shares are made of; the least that is worth a CTA, a tile for every warp; and the price of
-  // beginning with other keys, in blocks.
+  // What shares are made of, and in these blocks: the least that is worth a CTA, a tile for every
+  // warp; what to load takes no longer than to merge the parts of; the price of a start.
   static constexpr int kBlockKeys = 64;
   static constexpr int kMinBlocks = kWarps * kTileKeys / kBlockKeys;
+  static constexpr int kUnsplitBlocks = 384 / kBlockKeys;
   static constexpr int kStartBlocks = 128 / kBlockKeys;
   static_assert(kHeadDim % 64 == 0, "a lane owns whole chunks of V");
 };
@@ -127,14 +131,18 @@ class DecodeSchedule {
   __device__ __forceinline__ void choose_shares(const PagedAttentionArgs& args, unsigned of_first) {
     const auto num_shares = static_cast<uint64_t>(args.num_shares);
     uint64_t blocks = 0, pairs = 0;
+    unsigned longest = 0;
     for (int first = 0; first < args.num_seqs; first += 32) {
       const unsigned of_lane = count_blocks(args, first, of_first);
       blocks += __reduce_add_sync(~0u, of_lane);
       pairs += __popc(__ballot_sync(~0u, of_lane > 0));
+      longest = max(longest, __reduce_max_sync(~0u, of_lane));
     }
     blocks *= args.num_kv_heads, pairs *= args.num_kv_heads;
     const uint64_t all = blocks + Config::kStartBlocks * pairs;
-    const auto even = max(ceil_div(all, num_shares), uint64_t{Config::kMinBlocks});
+    constexpr unsigned kUnsplitBlocks = Config::kUnsplitBlocks;
+    const uint64_t least = longest > kUnsplitBlocks ? Config::kMinBlocks : kUnsplitBlocks;
+    const uint64_t even = max(ceil_div(all, num_shares), least);
     // Pairs in whole shares, if these need not be much larger for it. The second size is certain to
     // do: rounding adds less than one share for each pair.
     lead_ = 0, share_size_ = 1;

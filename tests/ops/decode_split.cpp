@@ -67,7 +67,7 @@ const char* check(const Batch& batch) {
     if (piece.part.first_share + piece.part.idx != piece.share) return "a part's number is wrong";
     if (++places[{piece.share, piece.part.idx == 0}] > 1) return "two parts have one place";
   }
-  int64_t all_blocks = 0, pairs = 0;
+  int64_t all_blocks = 0, pairs = 0, longest = 0, split_pairs = 0;
   for (int seq_idx = 0; seq_idx < args.num_seqs; ++seq_idx) {
     const effllm::KeyRange seen = effllm::Sequence(args, seq_idx).seen_keys(args);
     const int64_t blocks = ceil_div<int64_t>(seen.end - seen.begin, Config::kBlockKeys);
@@ -83,12 +83,16 @@ const char* check(const Batch& batch) {
       }
       if (next != blocks) return "not all blocks are there, or too many";
       all_blocks += blocks, pairs += blocks > 0;
+      longest = max(longest, blocks), split_pairs += pieces.size() > 1;
     }
+  }
+  if (longest <= Config::kUnsplitBlocks && pairs <= args.num_shares && split_pairs > 0) {
+    return "short sequences are split";
   }
   // Balanced: nobody has much more than all blocks and starts evenly divided.
   const int64_t even =
       ceil_div<int64_t>(all_blocks + pairs * Config::kStartBlocks, args.num_shares);
-  const int64_t most = max<int64_t>(even, Config::kMinBlocks) + Config::kStartBlocks;
+  const int64_t most = max<int64_t>(even, Config::kUnsplitBlocks) + Config::kStartBlocks;
   for (const int64_t blocks : blocks_of_share) {
     if (blocks > most) return "a share is too large";
   }

@@ -117,6 +117,11 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   return sum;
 }
 
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const auto& values = warp::exchange(value);
+  return *std::max_element(values.begin(), values.end());
+}
+
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
 inline int __ffs(int bits) {
