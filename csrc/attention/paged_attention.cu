@@ -30,7 +30,7 @@ template <class Config>
 void decode(PagedAttentionArgs args, const Tensor& q, cudaStream_t stream) {
   const int device = q.get_device_index();
   const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device, kOp);
-  const int capability = device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp);
+  args.early_start = device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp) >= 9;
   args.num_row_tiles =
       static_cast<int32_t>(ceil_div<int64_t>(args.group * args.max_seqlen_q, Config::kRows));
   // As many CTAs as run together, or as parts that are worth one.
@@ -50,7 +50,7 @@ void decode(PagedAttentionArgs args, const Tensor& q, cudaStream_t stream) {
   args.partial_out = static_cast<float*>(workspace.mutable_data_ptr());
   args.partial_softmax = args.partial_out + rows * args.head_dim;
   args.arrivals = reinterpret_cast<uint64_t*>(args.partial_softmax + rows * 2);
-  launch_paged_decode<Config>(args, capability >= 9, stream);
+  launch_paged_decode<Config>(args, stream);
 }
 
 template <class Element, int kHeadDim>

@@ -82,7 +82,6 @@ class PagedDecode {
   // One warp's share of the keys of a part.
   __device__ __forceinline__ void run(KeyRange keys) {
     constexpr int kStride = Config::kWarps * Config::kTileKeys;
-    prefetch_page_row(keys);
     int key = keys.begin + threadIdx.x / 32 * Config::kTileKeys;
     if (key < keys.end) load_keys(key, keys.end);
     for (; key < keys.end; key += kStride) {
@@ -119,15 +118,6 @@ class PagedDecode {
 
  private:
   __device__ __forceinline__ bool has_chunk(int chunk) const { return chunk * 8 < args_.head_dim; }
-
-  // The keys' entries of the page table into L2, 32 of them by each thread: of small pages there
-  // are many, and what a warp reads of them is not what it has read in the step before.
-  __device__ __forceinline__ void prefetch_page_row(KeyRange keys) const {
-    const auto entry = args_.page_size_divisor.quotient(keys.begin) + threadIdx.x * 32;
-    if (keys.begin < keys.end && entry <= args_.page_size_divisor.quotient(keys.end - 1)) {
-      ptx::prefetch_l2(sequence_.page_row + entry);
-    }
-  }
 
   __device__ __forceinline__ void load_queries() {
     const int row = tile_.first_row + group_lane_;
@@ -303,6 +293,16 @@ __device__ __forceinline__ void prefetch_tables(const PagedAttentionArgs& args) 
   if (idx < table && table <= kMaxTableInts) ptx::prefetch_l2(args.page_table + idx);
 }
 
+// The keys' entries of the page table into L2, 32 of them by each thread: of small pages there are
+// many, and what a warp reads of them is not what it has read in the step before.
+__device__ __forceinline__ void prefetch_page_row(const PagedAttentionArgs& args,
+                                                  const Sequence& sequence, KeyRange keys) {
+  const auto entry = args.page_size_divisor.quotient(keys.begin) + threadIdx.x * 32;
+  if (keys.begin < keys.end && entry <= args.page_size_divisor.quotient(keys.end - 1)) {
+    ptx::prefetch_l2(sequence.page_row + entry);
+  }
+}
+
 // One CTA's part of a row tile. What the loop does not need is read again after it, from shared
 // memory: registers are for keys and values on the way.
 template <class Config>
@@ -320,9 +320,11 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
     const KeyRange seen = sequence.seen_keys(args);
     const auto num_keys = static_cast<int>(
         min(int64_t{part.end} * Config::kBlockKeys, int64_t{seen.end} - seen.begin));
+    const KeyRange keys{max(seen.begin + part.begin * Config::kBlockKeys, tile.keys.begin),
+                        min(seen.begin + num_keys, tile.keys.end)};
+    prefetch_page_row(args, sequence, keys);
     PagedDecode<Config> decode(args, sequence, tile, part.kv_head);
-    decode.run({max(seen.begin + part.begin * Config::kBlockKeys, tile.keys.begin),
-                min(seen.begin + num_keys, tile.keys.end)});
+    decode.run(keys);
     decode.store(smem);
   }
   __syncthreads();
@@ -410,12 +412,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   }
 }
 
-// `args` has num_row_tiles, num_shares and the memory of partial results.
+// `args` has num_row_tiles and all that is of the decode kernel.
 template <class Config>
-void launch_paged_decode(const PagedAttentionArgs& args, bool early_start, cudaStream_t stream) {
+void launch_paged_decode(const PagedAttentionArgs& args, cudaStream_t stream) {
   const auto ctas = static_cast<unsigned>(args.num_shares * args.num_row_tiles);
   const Launch launch{"paged_attention", dim3(ctas), dim3(Config::kThreads), 0, stream, 1,
-                      early_start};
+                      args.early_start};
   launch(paged_decode_kernel<Config>, args);
 }
 

@@ -47,6 +47,7 @@ struct PagedAttentionArgs : PagedAttentionParams {
   // Of the decode kernel: shares of the keys, CTAs per row tile, and what these leave for the CTA
   // that merges the parts of a row tile.
   int32_t num_shares;
+  bool early_start;        // whether the GPU can start it before the kernel ahead has finished
   float* partial_out;      // [num_shares, num_row_tiles, 2, rows of a tile, D]
   float* partial_softmax;  // [num_shares, num_row_tiles, 2, rows of a tile, 2]: maximum and sum
   uint64_t* arrivals;      // [num_shares, num_row_tiles]
