@@ -45,6 +45,7 @@ namespace effllm {
 template <class Config>
 struct PagedDecodeStorage {
   DecodeSchedule<Config> schedule;
+  int row_tile;
   // Rows are padded by 16 bytes against bank conflicts.
   float output[Config::kWarps][Config::kRows][Config::kHeadDim + 4];
   float maximum[Config::kWarps][Config::kRows];
@@ -307,15 +308,15 @@ __device__ __forceinline__ void prefetch_page_row(const PagedAttentionArgs& args
 // memory: registers are for keys and values on the way.
 template <class Config>
 __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
-                                            PagedDecodeStorage<Config>& smem, int row_tile) {
+                                            PagedDecodeStorage<Config>& smem) {
   using Element = typename Config::Element;
   const DecodePart& part = smem.schedule.part();
   const Sequence sequence(args, part.seq_idx);
-  const DecodeTile<Config> tile(args, sequence, row_tile);
+  const DecodeTile<Config> tile(args, sequence, smem.row_tile);
   if (part.begin == part.end || tile.empty()) return;
-  const bool whole = part.num_parts == 1;
-  const PartialResults<Config> partial(args, part, row_tile);
-  if (!whole && part.idx == 0 && threadIdx.x == 0) partial.open();
+  if (part.num_parts > 1 && part.idx == 0 && threadIdx.x == 0) {
+    PartialResults<Config>(args, part, smem.row_tile).open();
+  }
   {
     const KeyRange seen = sequence.seen_keys(args);
     const auto num_keys = static_cast<int>(
@@ -329,6 +330,8 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   }
   __syncthreads();
 
+  const bool whole = part.num_parts == 1;
+  const PartialResults<Config> partial(args, part, smem.row_tile);
   const int num_rows = min(tile.num_rows - tile.first_row, Config::kRows);
   const int dim_quads = static_cast<int>(args.head_dim) / 4;
   for (int i = threadIdx.x; i < num_rows * dim_quads; i += Config::kThreads) {
@@ -390,17 +393,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
 
-  const auto num_row_tiles = static_cast<unsigned>(args.num_row_tiles);
-  const auto row_tile = static_cast<int>(blockIdx.x % num_row_tiles);
   if (threadIdx.x < 32) {
+    const auto num_row_tiles = static_cast<unsigned>(args.num_row_tiles);
     DecodeSchedule<Config> schedule;
     schedule.start(args, static_cast<int>(blockIdx.x / num_row_tiles));
-    if (threadIdx.x == 0) smem.schedule = schedule;
+    if (threadIdx.x == 0) {
+      smem.schedule = schedule;
+      smem.row_tile = static_cast<int>(blockIdx.x % num_row_tiles);
+    }
   }
   clear_keyless_tokens<typename Config::Element>(args);  // by the other warps in the meantime
   __syncthreads();
   while (smem.schedule.valid()) {
-    decode_part(args, smem, row_tile);
+    decode_part(args, smem);
     __syncthreads();  // all have done with shared memory
     if (threadIdx.x < 32) {
       DecodeSchedule<Config> schedule = smem.schedule;
