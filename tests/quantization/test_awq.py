@@ -132,7 +132,8 @@ def norm_fold(k: int, heads: tuple[int, int] | None = None) -> Fold:
 def test_the_search_finds_the_least_error(symmetric: bool, bits: int) -> None:
     """Against all candidates of the paper, with outputs computed from the tokens themselves."""
     x = torch.randn(300, 64) * torch.randn(64).mul(1.5).exp()
-    weights = [torch.randn(24, 64), torch.randn(8, 64)]
+    # The second layer counts as much as the first, although its outputs are a thousandth.
+    weights = [torch.randn(24, 64), torch.randn(8, 64) * torch.rand(8, 64) * 1e-3]
     granularity = Granularity.group(32)
     config = LinearConfig(bits, granularity, symmetric)
 
@@ -140,7 +141,9 @@ def test_the_search_finds_the_least_error(symmetric: bool, bits: int) -> None:
         total = 0.0
         for weight in weights:
             dense = config.quantise(weight * scales, None).dense() / scales
-            total += float((x.double() @ (dense - weight).double().T).square().sum())
+            outputs = x.double() @ weight.double().T
+            error = (x.double() @ (dense - weight).double().T).square().sum()
+            total += float(error / outputs.square().sum())
         return total
 
     found = search_scales(

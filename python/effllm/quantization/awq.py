@@ -28,9 +28,10 @@ def search_scales(
 
     After Lin et al., AWQ (arXiv:2306.00978), section 3.2: ``s = |x|^a``, with the mean magnitude of
     each channel and the exponent for which the squared error of the outputs,
-    ``|Q(W s) (x / s) - W x|^2``, is smallest. A second family, ``|x|^a / |w|^(1-a)`` with the mean
-    of weights over their group's maximum, as in the authors' later code, is searched too. a = 0 in
-    the first is no scaling: the result is never worse by this measure.
+    ``|Q(W s) (x / s) - W x|^2``, is smallest, each layer's over that of ``W x``: queries and keys
+    may be far larger than values, and matter no more. A second family, ``|x|^a / |w|^(1-a)`` with
+    the mean of weights over their group's maximum, as in the authors' later code, is searched too.
+    a = 0 in the first is no scaling: the result is never worse by this measure.
 
     Args:
         weights: float ``[N, K]`` of all layers.
@@ -46,31 +47,35 @@ def search_scales(
         for t, w in zip(tiles, weights, strict=True)
     ]
     size = fold.gather(torch.cat(relative).mean(0))
+    energies = [inputs.output_energy(w) or 1.0 for w in weights]
     best, best_error = torch.ones_like(magnitude), torch.inf
     for step in range(steps + 1):
         power = magnitude.clamp(min=_SMALLEST) ** (step / steps)
         for scales in (power, power / size.clamp(min=_SMALLEST) ** (1 - step / steps)):
-            scales = _normal(scales, live)
+            scales = centred(scales, live)
+            columns = fold.spread(scales)
             error = sum(
-                _scaled_error(w, inputs, fold.spread(scales), grid, granularity) for w in weights
+                scaled_error(w, inputs, columns, grid, granularity) / energy
+                for w, energy in zip(weights, energies, strict=True)
             )
             if error < best_error:
                 best, best_error = scales, error
     return best
 
 
-def _normal(scales: Tensor, live: Tensor) -> Tensor:
-    """Around 1; channels that are always zero have nothing to say."""
+def centred(scales: Tensor, live: Tensor) -> Tensor:
+    """Scales ``[P]`` around 1; channels that are always zero have nothing to say."""
     if not live.any():
         return torch.ones_like(scales)
     used = scales[live]
-    centred = scales / (used.max() * used.min()).sqrt()
-    return torch.where(live, centred.clamp(_SMALLEST, 1 / _SMALLEST), torch.ones_like(scales))
+    moved = scales / (used.max() * used.min()).sqrt()
+    return torch.where(live, moved.clamp(_SMALLEST, 1 / _SMALLEST), torch.ones_like(scales))
 
 
-def _scaled_error(
+def scaled_error(
     weight: Tensor, inputs: InputStatistics, scales: Tensor, grid: Grid, granularity: Granularity
 ) -> float:
+    """The sum of ``|Q(W s) (x / s) - W x|^2`` over the tokens, for scales ``[K]``."""
     rows, columns = granularity.weight_tile(*weight.shape)
     scaled = weight.float() * scales
     tiles = to_tiles(scaled, rows, columns)

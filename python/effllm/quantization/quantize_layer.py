@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from effllm.nn.packed_linear import PackedLinear
+from torch import nn
+
+from effllm.nn.packed_linear import PackedLinear, frozen
+from effllm.quantization.folding import Fold
 from effllm.quantization.report import LayerResult
 from effllm.quantization.statistics import InputStatistics
 from effllm.quantization.targets import Target
@@ -38,3 +41,20 @@ def quantise_layer(
         output_error=output_error,
         tokens=0 if inputs is None else inputs.tokens,
     )
+
+
+def quantise_alone(target: Target, inputs: InputStatistics) -> LayerResult:
+    """The errors of a layer by itself: where its method scales inputs, as if all scales that it
+    finds for this layer could be folded away. The weight's error is then of the scaled weight.
+
+    Raises what ``quantise_layer`` raises.
+    """
+    linear, method = target.linear, target.method
+    if method.scales_inputs:
+        weight = linear.weight.detach()
+        fold = Fold(linear, [linear], (1, linear.in_features))
+        scales = method.input_scales([weight], inputs, fold)
+        linear = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        linear.weight = frozen((weight.float() * scales).to(weight.dtype))
+        inputs = inputs.scaled(scales)
+    return quantise_layer(Target(linear, target.names, method), inputs)[1]

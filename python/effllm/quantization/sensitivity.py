@@ -12,7 +12,8 @@ from effllm.quantization.blocks import BlockStream, evaluating, find_blocks
 from effllm.quantization.calibration import Batch, Calibration
 from effllm.quantization.collecting import Pass, collect, trace_inputs, whole_pass
 from effllm.quantization.method import Method
-from effllm.quantization.quantize_layer import quantise_layer
+from effllm.quantization.quantize_layer import quantise_alone
+from effllm.quantization.report import LayerResult
 from effllm.quantization.targets import Filter, Target, find_targets
 
 
@@ -54,7 +55,8 @@ def choose_configs(
     targets, _ = find_targets(model, options[0], filter_fn)
     if not targets:
         raise ValueError("choose_configs: the model has no linear layer to quantise")
-    errors = _errors(model, targets, options, Calibration.of(calibration), progress)
+    found = measure_layers(model, targets, options, Calibration.of(calibration), progress)
+    errors = {name: [r.output_error or 0.0 for r in results] for name, results in found.items()}
     sizes = {target.names[0]: target.linear.weight.numel() for target in targets}
     chosen = allocate(errors, bits, sizes, average_bits)
     return {name: options[index] for name, index in chosen.items()}
@@ -89,32 +91,34 @@ def allocate(
     return chosen
 
 
-def _errors(
+def measure_layers(
     model: nn.Module,
     targets: list[Target],
     options: list[Method],
     calibration: Calibration,
     progress: bool,
-) -> dict[str, list[float]]:
-    """Relative output errors of each layer, for each config."""
+) -> dict[str, list[LayerResult]]:
+    """What each layer, quantised alone, becomes with each config, on inputs of the model as it is.
+
+    The model's blocks run one after the other, and it stays as it was.
+    """
     names = {target.linear: target.names for target in targets}
-    errors: dict[str, list[float]] = {}
+    found: dict[str, list[LayerResult]] = {}
 
     def measure(module: nn.Module, batches: Pass) -> None:
         groups = [
             group
             for group in trace_inputs(module, batches)
-            if any(x in names and names[x][0] not in errors for x in group.linears)
+            if any(x in names and names[x][0] not in found for x in group.linears)
         ]
         for group in groups:
             inputs = collect([group], batches)[0]
             for linear in group.linears:
                 if linear in names:
-                    results = [
-                        quantise_layer(Target(linear, names[linear], method), inputs)[1]
+                    found[names[linear][0]] = [
+                        quantise_alone(Target(linear, names[linear], method), inputs)
                         for method in options
                     ]
-                    errors[names[linear][0]] = [r.output_error or 0.0 for r in results]
 
     with evaluating(model):
         _, blocks = find_blocks(model)
@@ -124,6 +128,6 @@ def _errors(
             for i, block in enumerate(bar):
                 measure(block, partial(stream.run, i, block))
                 stream.advance(i, block)
-        if any(target.names[0] not in errors for target in targets):
+        if any(target.names[0] not in found for target in targets):
             measure(model, whole_pass(calibration, model))
-    return errors
+    return found

@@ -47,6 +47,15 @@ class InputStatistics:
                 "the calibration inputs hold NaN or infinity, or overflow when squared"
             )
 
+    def scaled(self, scales: Tensor) -> InputStatistics:
+        """Those of ``x / scales``, for scales ``[K]``."""
+        found = InputStatistics(len(scales), self.hessian.device, self.hessian.dtype)
+        scales = scales.to(self.hessian.dtype)
+        found.hessian = self.hessian / scales / scales[:, None]
+        found.magnitude, found.peak = self.magnitude / scales, self.peak / scales
+        found.tokens = self.tokens
+        return found
+
     @property
     def diagonal(self) -> Tensor:
         """``[K]``: the sum of the squares of each channel."""
