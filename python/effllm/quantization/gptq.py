@@ -62,29 +62,35 @@ def quantise_gptq(
         scales, zeros = fit(tiles, grid, weight.dtype, error)
         return per_row(scales, rows, n), per_row(zeros, rows, n)
 
-    if static_groups or columns >= k:
-        scales, zeros = fit_groups(original, importance)
-        groups = (order // columns).tolist()
+    static = static_groups or columns >= k
+    groups = (order if static else torch.arange(k, device=weight.device)) // columns
+    first, last = grid.codes
+    # Of each group: scales, and how many steps below and above zero its codes reach.
+    table = original.new_empty(-(-k // columns), 3, n)
+    rows_of = [group.unbind() for group in table]
 
-        def grid_of(j: int, rest: Tensor) -> tuple[Tensor, Tensor]:
-            return scales[:, groups[j]], zeros[:, groups[j]]
-    else:
-        shape = (n, -(-k // columns))
-        scales, zeros = original.new_empty(shape), original.new_empty(shape)
+    def found(values: Tensor, mass: Tensor) -> Tensor:
+        scales, zeros = fit_groups(values, mass)
+        return torch.stack([scales, first - zeros, last - zeros]).permute(2, 0, 1)
 
-        def grid_of(j: int, rest: Tensor) -> tuple[Tensor, Tensor]:
-            g = j // columns
-            if j % columns == 0:
-                # With the columns as the errors so far have left them.
-                group = rest[:columns].T.contiguous()
-                found = fit_groups(group, importance[order[j : j + columns]])
-                scales[:, g : g + 1], zeros[:, g : g + 1] = found
-            return scales[:, g], zeros[:, g]
+    if static:
+        table.copy_(found(original, importance))
+    group_of = groups.tolist()
+
+    def grid_of(j: int, rest: Tensor) -> tuple[Tensor, ...]:
+        g = group_of[j]
+        if not static and j % columns == 0:
+            # With the columns as the errors so far have left them.
+            group = rest[:columns].T.contiguous()
+            table[g : g + 1] = found(group, importance[order[j : j + columns]])
+        return rows_of[g]
 
     factor = inputs.inverse_factor(damping, order)
-    codes = _round_columns(original[:, order], factor, grid, grid_of).to(torch.uint8)
+    steps = _round_columns(original[:, order], factor, grid_of)
+    scales, zeros = table[:, 0].T.contiguous(), first - table[:, 1].T
+    codes = (steps + zeros[:, groups]).to(torch.uint8)
     perm = None
-    if act_order and columns < k and not static_groups:
+    if act_order and not static:
         perm = order.int()
     else:
         codes = torch.empty_like(codes).index_copy_(1, order, codes)
@@ -93,28 +99,28 @@ def quantise_gptq(
 
 
 def _round_columns(
-    weight: Tensor,
-    factor: Tensor,
-    grid: Grid,
-    grid_of: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    weight: Tensor, factor: Tensor, grid_of: Callable[[int, Tensor], tuple[Tensor, ...]]
 ) -> Tensor:
-    """Codes, fp32 ``[N, K]``, of the columns in their order.
+    """Codes less their zero points, fp32 ``[N, K]``, of the columns in their order.
 
-    ``grid_of(j, rest)`` gives scales and zeros ``[N]`` of column j, from ``rest``: the rows of the
-    transposed weight from j to the end of the block, as they are when j is reached.
+    ``grid_of(j, rest)`` gives scales and bounds of the result, ``[N]`` each, for column j, from
+    ``rest``: the rows of the transposed weight from j to the end of the block, as they are when j
+    is reached. Six small operations are all that a column costs, and nothing waits for a GPU.
     """
     work = weight.T.contiguous()  # columns as rows: each is one run of memory
-    codes = torch.empty_like(work)
+    steps = torch.empty_like(work)
     k = work.shape[0]
     for start in range(0, k, _BLOCK):
         end = min(start + _BLOCK, k)
         block, errors = work[start:end], torch.empty_like(work[start:end])
-        for j in range(end - start):
-            scales, zeros = grid_of(start + j, block[j:])
-            code = grid.encode(block[j], scales, zeros)
-            codes[start + j] = code
-            row = factor[start + j, start + j : end]
-            errors[j] = (block[j] - (code - zeros) * scales) / row[0]
-            block[j + 1 :].addr_(row[1:], errors[j], alpha=-1)
+        inner = factor[start:end, start:end]
+        diagonal = inner.diagonal().unbind()
+        for j, (column, step, error) in enumerate(
+            zip(block, steps[start:end], errors, strict=True)
+        ):
+            scales, low, high = grid_of(start + j, block[j:])
+            torch.div(column, scales, out=step).round_().clamp_(low, high)
+            torch.addcmul(column, step, scales, value=-1, out=error).div_(diagonal[j])
+            block[j + 1 :].addr_(inner[j, j + 1 :], error, alpha=-1)
         work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    return codes.T.contiguous()
+    return steps.T.contiguous()

@@ -19,17 +19,18 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         ValueError: no damping up to 10,000 times the mean helps.
     """
     hessian = hessian.double()
-    hessian = (hessian + hessian.T) / 2
+    hessian = (hessian + hessian.T).div_(2).flip(0, 1)
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     live = diagonal[~dead]
     mean = live.mean() if live.numel() else torch.ones_like(diagonal).mean()
-    hessian = torch.where(torch.diag(dead), mean, hessian)
-    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    plain = torch.where(dead, mean, diagonal)
     while damping <= _MAX_DAMPING:
-        reverse, failed = torch.linalg.cholesky_ex((hessian + damping * mean * identity).flip(0, 1))
+        diagonal.copy_(plain + damping * mean)
+        reverse, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
             upper = reverse.flip(0, 1)
+            identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
             return torch.linalg.solve_triangular(upper, identity, upper=True).float()
         damping = max(10 * damping, 1e-6)
     raise ValueError(
