@@ -31,6 +31,7 @@ from effllm.quantization import (
     KMeansConfig,
     LinearConfig,
     Method,
+    dequantize_,
 )
 
 RESULTS = Path(__file__).parent / "results"
@@ -71,15 +72,6 @@ def calibration_tokens(tokenizer: Any, windows: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def decode(model: nn.Module) -> None:
-    """Dense layers in place of the quantised ones: faster on a CPU, for many tokens."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, PackedLinear):
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-            dense.weight = nn.Parameter(layer.weight.to(torch.bfloat16))
-            model.set_submodule(name, dense)
-
-
 def size(model: nn.Module, bits: int) -> tuple[int, int]:
     """Bytes of the blocks' weights, as the kernels hold them, and with codes of ``bits`` bits.
 
@@ -116,7 +108,7 @@ def measure(name: str, config: Method, calibration: Tensor, held_out: Tensor) ->
     )
     seconds = time.perf_counter() - started
     held, dense = size(model, config.bits)
-    decode(model)
+    dequantize_(model, torch.bfloat16)  # faster on a CPU, for many tokens
     errors = [layer.output_error for layer in report.layers if layer.output_error is not None]
     return {
         "method": name,

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import effllm
 from effllm import demo, quantization
 from effllm.cli import main
 from effllm.evaluation import score_text
-from effllm.nn import Int4Linear
+from effllm.nn import Int4Linear, Lut4Linear
 
 pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
 
@@ -83,6 +84,57 @@ def test_quantize_and_eval(
     assert float(found[2]) > 0
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_codebooks_as_dense_weights(weighted: bool, text: str, tmp_path: Path) -> None:
+    """No format holds codebooks by k-means: the checkpoint has what they stand for."""
+    out = tmp_path / "out"
+    calibration = ["--calibration", text, "--calibration-tokens", "512", "--context", "256"]
+    more = ["--weighted", *calibration] if weighted else []
+    command = ["quantize", MODEL, "--method", "kmeans", "--bits", "3", "--group", "64", *more]
+    assert main([*command, "--out", str(out)]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"text.py", "out"}
+
+    model, tokenizer = demo.load(demo.draft_path())
+    ids = torch.tensor(tokenizer(Path(text).read_text(), verbose=False).input_ids)
+    count = len(ids) // 256
+    rows = ids[: 256 * count].view(-1, 256)[[0, count - 1]]
+    effllm.quantize_(
+        model,
+        quantization.KMeansConfig(3, quantization.Granularity.group(64), weighted),
+        lambda module, name: name != "lm_head",
+        calibration=rows if weighted else None,
+        progress=False,
+    )
+    loaded, _ = demo.load(out)
+    for name, module in model.named_modules():
+        if isinstance(module, Lut4Linear):
+            assert torch.equal(module.weight, loaded.get_submodule(name).weight), name
+    assert main(["eval", str(out), "--text", text, "--context", "256", "--limit", "600"]) == 0
+
+
+def test_bits_on_average(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The layers have what choose_configs gives them."""
+    out = tmp_path / "out"
+    command = ["quantize", MODEL, "--method", "linear", "--average-bits", "3", "--group", "64"]
+    command += ["--calibration", text, "--calibration-tokens", "512", "--context", "256"]
+    assert main([*command, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    model, _ = demo.load(demo.draft_path())
+    sizes = {n: m.weight.numel() for n, m in model.named_modules() if type(m) is nn.Linear}
+    bits = {
+        name: int(found[1])
+        for name in sizes
+        if (found := re.search(rf"^{re.escape(name)} +linear +(\d) ", printed, re.MULTILINE))
+    }
+    assert bits.keys() == sizes.keys() - {"lm_head"}
+    assert len(set(bits.values())) > 1
+    total = sum(sizes[name] for name in bits)
+    assert 2.9 < sum(bits[name] * sizes[name] for name in bits) / total <= 3
+    assert isinstance(
+        effllm.load(out, progress=False).get_submodule("model.layers.0.mlp.up_proj"), Int4Linear
+    )
+
+
 def test_an_interrupted_command_goes_on(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +166,14 @@ def test_an_interrupted_command_goes_on(
         (["--method", "gptq"], "--method gptq needs --calibration FILE"),
         (["--method", "linear", "--group", "48"], r"n in \(32, 64, 128\), got group\(48\)"),
         (["--calibration", "missing.txt"], "missing.txt"),
+        (["--method", "kmeans", "--format", "awq"], "--format awq holds no codebooks of kmeans"),
+        (["--method", "kmeans", "--weighted"], "--method kmeans --weighted needs --calibration"),
+        (["--method", "kmeans", "--clip"], "--method kmeans has no --clip"),
+        (["--method", "kmeans", "--no-symmetric"], "--method kmeans has no --symmetric"),
+        (["--method", "gptq", "--weighted"], "--method gptq has no --weighted"),
+        (["--method", "linear", "--average-bits", "3"], "--average-bits needs --calibration FILE"),
+        (["--average-bits", "3", "--bits", "4"], "without --bits, got 3 and --bits 4"),
+        (["--average-bits", "5"], r"--average-bits must be in 2\.\.4"),
         (["--calibration", "TEXT", "--context", "100000"], "must hold at least 100000 tokens, got"),
     ],
 )

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import effllm
 from effllm import demo
 from effllm.demo.corpus import stdlib_directory
-from effllm.nn.packed_linear import PackedLinear
-from effllm.quantization import Method
+from effllm.quantization import Method, dequantize_
 
 pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
 
@@ -57,10 +56,6 @@ def measure_any(config: Any, calibrated: bool) -> tuple[float, float]:
         calibration=calibration if calibrated else None,
         progress=False,
     )
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, PackedLinear):
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-            dense.weight = nn.Parameter(layer.weight.bfloat16())
-            model.set_submodule(name, dense)
+    dequantize_(model, torch.bfloat16)
     errors = [layer.output_error or 0 for layer in report.layers]
     return demo.perplexity(model, held_out), sum(errors) / len(errors)

@@ -9,22 +9,32 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import effllm
 from effllm import formats
 from effllm.cli.tokenizer import read_tokenizer, read_tokens
 from effllm.formats.gguf_model import GGUF_FORMATS
 from effllm.formats.saving import SaveFormat
-from effllm.quantization import AwqConfig, GptqConfig, Granularity, LinearConfig
+from effllm.quantization import (
+    AwqConfig,
+    GptqConfig,
+    Granularity,
+    KMeansConfig,
+    LinearConfig,
+    Method,
+    choose_configs,
+    dequantize_,
+)
 from effllm.quantization.method import UniformMethod
 
-# k-means is not among them: no file format holds its codebooks.
-_METHODS: dict[str, type[UniformMethod]] = {
+_UNIFORM: dict[str, type[UniformMethod]] = {
     "linear": LinearConfig,
     "gptq": GptqConfig,
     "awq": AwqConfig,
 }
+_METHODS = (*_UNIFORM, "kmeans")
+_DENSE = "dense"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder of the model, as transformers saves it")
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--method", choices=_METHODS, default="awq", help="(awq)")
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=4, help="(4)")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4), help="(4)")
+    parser.add_argument(
+        "--average-bits",
+        type=float,
+        help="2 to 4, instead of --bits: each layer gets 2, 3 or 4 by how much its output suffers "
+        "(files hold all codes in the room of 4 bits)",
+    )
     parser.add_argument(
         "--group", type=int, default=128, help="32, 64, 128, or -1 for one group per row (128)"
     )
@@ -46,16 +62,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="cut ranges where the error is smallest (as the method has it by default)",
     )
-    parser.add_argument("--calibration", help="UTF-8 file; needed by gptq and awq")
+    parser.add_argument(
+        "--weighted",
+        action="store_true",
+        help="kmeans: weights count by the mean square of their inputs",
+    )
+    parser.add_argument(
+        "--calibration", help="UTF-8 file; needed by gptq, awq, --weighted and --average-bits"
+    )
     parser.add_argument(
         "--calibration-tokens", type=int, default=65536, help="at most so many (65536)"
     )
     parser.add_argument("--context", type=int, default=512, help="tokens of a sequence of these")
     parser.add_argument(
         "--format",
-        choices=[name for name in get_args(SaveFormat) if name not in GGUF_FORMATS],
-        default="compressed-tensors",
-        help="of the checkpoint (compressed-tensors)",
+        choices=[*(name for name in get_args(SaveFormat) if name not in GGUF_FORMATS), _DENSE],
+        help=f"of the checkpoint (compressed-tensors); {_DENSE} has the decoded weights, as large "
+        "as before: to measure what a method costs, and the only one for kmeans",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
 
@@ -69,23 +92,41 @@ def run(args: argparse.Namespace) -> int:
     source, target = Path(args.source), Path(args.out).absolute()
     state = target.with_name(f".{target.name}.state")
     try:
-        config = _config(args)
+        configs = _configs(args)
+        file_format: Any = args.format or (
+            _DENSE if args.method == "kmeans" else "compressed-tensors"
+        )
+        if args.method == "kmeans" and file_format != _DENSE:
+            raise ValueError(f"--format {file_format} holds no codebooks of kmeans; use {_DENSE}")
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise FileExistsError(f"{target} exists and is no empty folder")
         tokenizer = read_tokenizer(source)
-        calibration = _calibration(args, config, tokenizer)
+        calibration = _calibration(args, configs, tokenizer)
         model = effllm.load(source).to(torch.device(args.device))
         head = model.get_output_embeddings()
+
+        def chosen(module: nn.Module, name: str) -> bool:
+            return module is not head
+
+        mixture: Method | dict[str, Method] = configs[0]
+        if args.average_bits is not None:
+            assert calibration is not None
+            mixture = choose_configs(
+                model, configs, calibration, average_bits=args.average_bits, filter_fn=chosen
+            )
         report = effllm.quantize_(
             model,
-            config,
-            lambda module, name: module is not head,
+            mixture,
+            chosen,
             calibration=calibration,
             state=None if calibration is None else state,
         )
         if not report.layers:
             raise ValueError(f"{source} has no layers to quantise")
-        effllm.save(model, target, args.format, tokenizer=tokenizer)
+        if file_format == _DENSE:
+            _save_dense(model, target, tokenizer)
+        else:
+            effllm.save(model, target, file_format, tokenizer=tokenizer)
         shutil.rmtree(state, ignore_errors=True)
         print(report)
         print(formats.inspect(target))
@@ -95,23 +136,56 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(args: argparse.Namespace) -> UniformMethod:
-    """What the options say, the method's defaults for what they do not."""
+def _configs(args: argparse.Namespace) -> list[Method]:
+    """What the options say, the method's defaults for what they do not: one config, or one for each
+    number of bits to choose from.
+
+    Raises ValueError for options that do not go together.
+    """
     granularity = Granularity.channel() if args.group == -1 else Granularity.group(args.group)
-    options = {"symmetric": args.symmetric, "clip": args.clip}
+    options = {"symmetric": args.symmetric, "clip": args.clip, "weighted": args.weighted or None}
     given = {name: value for name, value in options.items() if value is not None}
-    return _METHODS[args.method](args.bits, granularity, **given)
+    allowed = ("weighted",) if args.method == "kmeans" else ("symmetric", "clip")
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"--method {args.method} has no --{name}")
+    bits = [args.bits or 4]
+    if args.average_bits is not None:
+        if args.bits is not None or not 2 <= args.average_bits <= 4:
+            raise ValueError(
+                "--average-bits must be in 2..4 and without --bits, got "
+                f"{args.average_bits:g} and --bits {args.bits}"
+            )
+        bits = [2, 3, 4]
+    if args.method == "kmeans":
+        return [KMeansConfig(b, granularity, **given) for b in bits]
+    return [_UNIFORM[args.method](b, granularity, **given) for b in bits]
 
 
-def _calibration(args: argparse.Namespace, config: UniformMethod, tokenizer: Any) -> Tensor | None:
+def _save_dense(model: Any, target: Path, tokenizer: Any) -> None:
+    """The decoded weights as transformers saves them; the folder is there in whole or not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    dequantize_(model, model.dtype)
+    model.save_pretrained(unfinished)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(unfinished)
+    unfinished.rename(target)
+
+
+def _calibration(args: argparse.Namespace, configs: list[Method], tokenizer: Any) -> Tensor | None:
     """Token ids ``[B, context]`` spread evenly over the file; None without one.
 
     Raises ValueError where there is no file or tokenizer and the method needs them, and for a file
     shorter than one sequence.
     """
     if args.calibration is None:
-        if config.needs_calibration:
-            raise ValueError(f"--method {args.method} needs --calibration FILE")
+        if args.average_bits is not None:
+            raise ValueError("--average-bits needs --calibration FILE")
+        if configs[0].needs_calibration:
+            weighted = " --weighted" if args.weighted else ""
+            raise ValueError(f"--method {args.method}{weighted} needs --calibration FILE")
         return None
     if tokenizer is None:
         raise ValueError(f"{args.source} has no tokenizer for the calibration text")

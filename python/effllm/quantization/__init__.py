@@ -8,6 +8,7 @@ from effllm.quantization.configs import (
     KMeansConfig,
     LinearConfig,
 )
+from effllm.quantization.decoding import dequantize_
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.method import Method
 from effllm.quantization.quantize import quantize_
@@ -27,6 +28,7 @@ __all__ = [
     "Method",
     "QuantizationReport",
     "choose_configs",
+    "dequantize_",
     "quantize_",
     "smooth_",
 ]

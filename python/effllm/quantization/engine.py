@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from effllm.nn.packed_linear import PackedLinear, frozen
 from effllm.quantization.blocks import BlockStream, evaluating, find_blocks
 from effllm.quantization.calibration import Calibration
 from effllm.quantization.collecting import (
@@ -22,6 +20,7 @@ from effllm.quantization.collecting import (
     trace_inputs,
     whole_pass,
 )
+from effllm.quantization.decoding import dequantize_
 from effllm.quantization.folding import find_folds
 from effllm.quantization.method import Method
 from effllm.quantization.quantize_layer import quantise_layer
@@ -98,15 +97,7 @@ def quantise_with_calibration(
 
 def _decoded(block: nn.Module) -> nn.Module:
     """A copy with dense layers: faster for many tokens, and the GPU's kernels take no fp32."""
-    block = copy.deepcopy(block)
-    for name, layer in list(block.named_modules(remove_duplicate=False)):
-        if isinstance(layer, PackedLinear):
-            with torch.device("meta"):
-                dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-            dense.weight = frozen(cast(Tensor, layer.weight))
-            dense.register_parameter("bias", layer.bias)
-            block.set_submodule(name, dense)
-    return block
+    return dequantize_(copy.deepcopy(block))
 
 
 def _inside(block: nn.Module, targets: list[Target]) -> list[Target]:

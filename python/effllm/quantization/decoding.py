@@ -1,0 +1,39 @@
+"""Packed layers back to dense ones that compute the same."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from effllm.nn.packed_linear import PackedLinear, frozen
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replaces packed layers by ``nn.Linear`` with the weights that they stand for, in place.
+
+    The model is as large as before it was quantised, and as good as the quantised one: for products
+    over many tokens, for other software, and for transformers' ``save_pretrained``, which works
+    again.
+
+    Args:
+        model: with ``Int4Linear`` and ``Lut4Linear`` inside; is returned.
+        dtype: of the weights; that of each layer's scales or codebook if None.
+
+    Raises ValueError if the model itself is such a layer.
+    """
+    if isinstance(model, PackedLinear):
+        raise ValueError("effllm.dequantize_: the model itself is a packed layer; use its .weight")
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, PackedLinear):
+            with torch.device("meta"):
+                dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            weight = cast(Tensor, layer.weight)
+            dense.weight = frozen(weight if dtype is None else weight.to(dtype))
+            dense.register_parameter("bias", layer.bias)
+            model.set_submodule(name, dense.train(layer.training))
+    # Set by quantize_, so that nobody writes packed tensors that no config tells how to read.
+    if hasattr(model, "hf_quantizer"):
+        cast(Any, model).hf_quantizer = None
+    return model
