@@ -25,15 +25,22 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     """
     if isinstance(model, PackedLinear):
         raise ValueError("effllm.dequantize_: the model itself is a packed layer; use its .weight")
+    found: dict[PackedLinear, nn.Linear] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, PackedLinear):
-            with torch.device("meta"):
-                dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-            weight = cast(Tensor, layer.weight)
-            dense.weight = frozen(weight if dtype is None else weight.to(dtype))
-            dense.register_parameter("bias", layer.bias)
-            model.set_submodule(name, dense.train(layer.training))
+            if layer not in found:
+                found[layer] = _dense(layer, dtype)
+            model.set_submodule(name, found[layer])
     # Set by quantize_, so that nobody writes packed tensors that no config tells how to read.
     if hasattr(model, "hf_quantizer"):
         cast(Any, model).hf_quantizer = None
     return model
+
+
+def _dense(layer: PackedLinear, dtype: torch.dtype | None) -> nn.Linear:
+    with torch.device("meta"):
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    weight = cast(Tensor, layer.weight)
+    dense.weight = frozen(weight if dtype is None else weight.to(dtype))
+    dense.register_parameter("bias", layer.bias)
+    return dense.train(layer.training)
