@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
+import torch
+from torch import Tensor, nn
 from trained_draft import draft, output_error, perplexity
 
 from effllm import demo
-from effllm.quantization import AwqConfig, GptqConfig, Granularity, KMeansConfig, LinearConfig
+from effllm.analysis import round_activations
+from effllm.quantization import (
+    AwqConfig,
+    GptqConfig,
+    Granularity,
+    KMeansConfig,
+    LinearConfig,
+    smooth_,
+)
 
 TENSOR, CHANNEL, GROUP = Granularity.tensor(), Granularity.channel(), Granularity.group(64)
 
@@ -52,3 +65,49 @@ def test_more_bits_before_fewer() -> None:
     best = demo.perplexity(draft()[0], draft()[2])
     found = [perplexity(LinearConfig(bits, GROUP, False, True)) for bits in (4, 3, 2)]
     assert [best, *found] == sorted([best, *found])
+
+
+def with_outliers(model: Any, factor: float) -> Any:
+    """A copy that computes the same, with 4 channels after each norm so much larger."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for norm, linears in (
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            channels = torch.randperm(len(norm.weight), generator=generator)[:4]
+            norm.weight.data[channels] *= factor
+            for linear in linears:
+                linear.weight.data[:, channels] /= factor
+    return model
+
+
+def w8a8_perplexity(model: Any, granularity: Granularity) -> float:
+    """With weights of 8 bits per channel and activations of 8 bits, as they are rounded."""
+    model = copy.deepcopy(model)
+
+    def rounded(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        return round_activations(args[0].flatten(0, -2), granularity).view_as(args[0])
+
+    for layer in model.model.layers.modules():
+        if type(layer) is nn.Linear:
+            # A row of a weight is an output channel.
+            layer.weight.data = round_activations(layer.weight.data, Granularity.token())
+            layer.register_forward_pre_hook(rounded)
+    return demo.perplexity(model, draft()[2])
+
+
+@pytest.mark.parametrize("granularity", [Granularity.token(), TENSOR], ids=str)
+def test_smoothed_before_plain_where_channels_stand_out(granularity: Granularity) -> None:
+    model, calibration, held_out = draft()
+    model = copy.deepcopy(model).float()
+    best = demo.perplexity(model, held_out)
+    model = with_outliers(model, 64)
+    assert demo.perplexity(model, held_out) == pytest.approx(best, rel=1e-4)
+    plain = w8a8_perplexity(model, granularity)
+    smooth_(model, calibration, filter_fn=lambda m, name: name != "lm_head", progress=False)
+    smoothed = w8a8_perplexity(model, granularity)
+    assert smoothed < 1.01 * best
+    assert plain > 1.1 * best
