@@ -12,6 +12,7 @@ from effllm.generation import Generation, generate
 from effllm.integrations import register_on_import
 from effllm.quantization import (
     AwqConfig,
+    GgufConfig,
     GptqConfig,
     Granularity,
     Int4Config,
@@ -23,6 +24,7 @@ from effllm.quantization import (
 __all__ = [
     "AwqConfig",
     "Generation",
+    "GgufConfig",
     "GptqConfig",
     "Granularity",
     "Int4Config",

@@ -3,6 +3,7 @@
 from effllm.quantization.codebook import NF4
 from effllm.quantization.configs import (
     AwqConfig,
+    GgufConfig,
     GptqConfig,
     Int4Config,
     KMeansConfig,
@@ -19,6 +20,7 @@ from effllm.quantization.smoothing import smooth_
 __all__ = [
     "NF4",
     "AwqConfig",
+    "GgufConfig",
     "GptqConfig",
     "Granularity",
     "Int4Config",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from effllm.nn.packed_linear import GROUP_SIZES
 from effllm.quantization.awq import quantise_clipped, search_scales
 from effllm.quantization.folding import Fold
+from effllm.quantization.gguf_blocks import BLOCK, quantise_blocks
 from effllm.quantization.gptq import quantise_gptq
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.kmeans import quantise_kmeans
@@ -168,6 +169,39 @@ class AwqConfig(UniformMethod):
             return quantise_clipped(weight, inputs, self.grid, self.granularity)
         plain = LinearConfig(self.bits, self.granularity, self.symmetric)
         return plain.quantise(weight, inputs)
+
+
+GgufType = Literal["q4_0", "q4_1"]
+
+
+@dataclass(frozen=True, init=False)
+class GgufConfig(Method):
+    """Blocks of 32 as GGUF holds them, with scales found by search: ``effllm.save`` writes such
+    layers as "gguf-q4_0" or "gguf-q4_1" without loss.
+
+    With calibration, errors count by the mean square of the inputs, as with llama.cpp's importance
+    matrix; no calibration is needed.
+
+    Attributes:
+        tensor_type: "q4_0" has no zero points, and scales of either sign; "q4_1" has zero points.
+    """
+
+    name: ClassVar[str] = "gguf"
+    tensor_type: GgufType = "q4_0"
+
+    def __init__(self, tensor_type: GgufType = "q4_0") -> None:
+        """Raises ValueError for another type."""
+        if tensor_type not in get_args(GgufType):
+            raise ValueError(
+                f"GgufConfig: tensor_type must be one of {get_args(GgufType)}, got {tensor_type!r}"
+            )
+        super().__init__(4, Granularity.group(BLOCK))
+        object.__setattr__(self, "tensor_type", tensor_type)
+
+    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> UniformCodes:
+        """See ``Method.quantise``; scales are fp16 whatever the weight is."""
+        importance = None if inputs is None or not inputs.tokens else inputs.diagonal
+        return quantise_blocks(weight, self.tensor_type == "q4_1", importance)
 
 
 class Int4Config(LinearConfig):
