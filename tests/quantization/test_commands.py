@@ -15,6 +15,7 @@ from effllm import demo, quantization
 from effllm.cli import main
 from effllm.evaluation import score_text
 from effllm.nn import Int4Linear, Lut4Linear
+from effllm.quantization.configs import GgufType
 
 pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
 
@@ -112,6 +113,24 @@ def test_codebooks_as_dense_weights(weighted: bool, text: str, tmp_path: Path) -
     assert main(["eval", str(out), "--text", text, "--context", "256", "--limit", "600"]) == 0
 
 
+@pytest.mark.parametrize("tensor_type", ["q4_0", "q4_1"])
+def test_gguf_files(tensor_type: GgufType, text: str, tmp_path: Path) -> None:
+    """One file that holds the layers as they are."""
+    out = tmp_path / "out.gguf"
+    command = ["quantize", MODEL, "--method", "gguf", "--format", f"gguf-{tensor_type}"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"text.py", "out.gguf"}
+    model, _ = demo.load(demo.draft_path())
+    effllm.quantize_(model, quantization.GgufConfig(tensor_type), progress=False)
+    loaded = effllm.load(out, progress=False)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Int4Linear)}
+    assert len(layers) == 21  # the head is tied to the embedding
+    for name, layer in layers.items():
+        found = loaded.get_submodule(name)
+        assert torch.equal(found.weight.to(torch.float32), layer.weight.to(torch.float32)), name
+    assert main([*command, "--out", str(out)]) == 1
+
+
 def test_bits_on_average(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The layers have what choose_configs gives them."""
     out = tmp_path / "out"
@@ -166,7 +185,13 @@ def test_an_interrupted_command_goes_on(
         (["--method", "gptq"], "--method gptq needs --calibration FILE"),
         (["--method", "linear", "--group", "48"], r"n in \(32, 64, 128\), got group\(48\)"),
         (["--calibration", "missing.txt"], "missing.txt"),
-        (["--method", "kmeans", "--format", "awq"], "--format awq holds no codebooks of kmeans"),
+        (
+            ["--method", "kmeans", "--format", "awq"],
+            "--format awq does not hold what --method kmeans makes; use dense",
+        ),
+        (["--method", "gptq", "--format", "gguf-q4_0"], "--format gguf-q4_0 does not hold what"),
+        (["--method", "gguf", "--bits", "4"], "--method gguf has no --bits"),
+        (["--method", "gguf", "--group", "32"], "--method gguf has no --group"),
         (["--method", "kmeans", "--weighted"], "--method kmeans --weighted needs --calibration"),
         (["--method", "kmeans", "--clip"], "--method kmeans has no --clip"),
         (["--method", "kmeans", "--no-symmetric"], "--method kmeans has no --symmetric"),

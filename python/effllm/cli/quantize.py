@@ -18,6 +18,7 @@ from effllm.formats.gguf_model import GGUF_FORMATS
 from effllm.formats.saving import SaveFormat
 from effllm.quantization import (
     AwqConfig,
+    GgufConfig,
     GptqConfig,
     Granularity,
     KMeansConfig,
@@ -26,6 +27,7 @@ from effllm.quantization import (
     choose_configs,
     dequantize_,
 )
+from effllm.quantization.configs import GgufType
 from effllm.quantization.method import UniformMethod
 
 _UNIFORM: dict[str, type[UniformMethod]] = {
@@ -33,15 +35,27 @@ _UNIFORM: dict[str, type[UniformMethod]] = {
     "gptq": GptqConfig,
     "awq": AwqConfig,
 }
-_METHODS = (*_UNIFORM, "kmeans")
 _DENSE = "dense"
+_GGUF: dict[str, GgufType] = {f"gguf-{name}": name for name in get_args(GgufType)}
+# The formats of each method; the first is the default.
+_SAFETENSORS = tuple(name for name in get_args(SaveFormat) if name not in GGUF_FORMATS)
+_FORMATS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_UNIFORM, (*_SAFETENSORS, _DENSE)),
+    "kmeans": (_DENSE,),
+    "gguf": (*_GGUF, _DENSE),
+}
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_UNIFORM, ("bits", "average-bits", "group", "symmetric", "clip")),
+    "kmeans": ("bits", "average-bits", "group", "weighted"),
+    "gguf": (),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("source", help="folder of the model, as transformers saves it")
-    parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--method", choices=_METHODS, default="awq", help="(awq)")
+    parser.add_argument("--out", required=True, help="folder to make; for gguf a file")
+    parser.add_argument("--method", choices=_FORMATS, default="awq", help="(awq)")
     parser.add_argument("--bits", type=int, choices=(2, 3, 4), help="(4)")
     parser.add_argument(
         "--average-bits",
@@ -49,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="2 to 4, instead of --bits: each layer gets 2, 3 or 4 by how much its output suffers "
         "(files hold all codes in the room of 4 bits)",
     )
-    parser.add_argument(
-        "--group", type=int, default=128, help="32, 64, 128, or -1 for one group per row (128)"
-    )
+    parser.add_argument("--group", type=int, help="32, 64, 128, or -1 for one group per row (128)")
     parser.add_argument(
         "--symmetric",
         action=argparse.BooleanOptionalAction,
@@ -65,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weighted",
         action="store_true",
+        default=None,
         help="kmeans: weights count by the mean square of their inputs",
     )
     parser.add_argument(
@@ -76,9 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens of a sequence of these")
     parser.add_argument(
         "--format",
-        choices=[*(name for name in get_args(SaveFormat) if name not in GGUF_FORMATS), _DENSE],
-        help=f"of the checkpoint (compressed-tensors); {_DENSE} has the decoded weights, as large "
-        "as before: to measure what a method costs, and the only one for kmeans",
+        choices=[*_SAFETENSORS, *_GGUF, _DENSE],
+        help=f"of the checkpoint (compressed-tensors; gguf-q4_0 for gguf); {_DENSE} has decoded "
+        "weights, as large as before: to measure what a method costs, and the only one for kmeans",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
 
@@ -86,18 +99,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Quantise all but the head, save, and print the errors of each layer and the checkpoint.
 
+    A GGUF file has the head in the type of the other matrices, so there it is quantised too.
     Finished blocks are kept beside the target until it is written: after an interrupt the same
     command goes on. Returns 1, with one line on stderr, if something is missing.
     """
     source, target = Path(args.source), Path(args.out).absolute()
     state = target.with_name(f".{target.name}.state")
     try:
-        configs = _configs(args)
-        file_format: Any = args.format or (
-            _DENSE if args.method == "kmeans" else "compressed-tensors"
-        )
-        if args.method == "kmeans" and file_format != _DENSE:
-            raise ValueError(f"--format {file_format} holds no codebooks of kmeans; use {_DENSE}")
+        possible = _FORMATS[args.method]
+        file_format: Any = args.format or possible[0]
+        if file_format not in possible:
+            raise ValueError(
+                f"--format {file_format} does not hold what --method {args.method} makes; use "
+                f"{' or '.join(possible)}"
+            )
+        configs = _configs(args, file_format)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise FileExistsError(f"{target} exists and is no empty folder")
         tokenizer = read_tokenizer(source)
@@ -106,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         head = model.get_output_embeddings()
 
         def chosen(module: nn.Module, name: str) -> bool:
-            return module is not head
+            return file_format in _GGUF or module is not head
 
         mixture: Method | dict[str, Method] = configs[0]
         if args.average_bits is not None:
@@ -136,19 +152,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _configs(args: argparse.Namespace) -> list[Method]:
+def _configs(args: argparse.Namespace, file_format: str) -> list[Method]:
     """What the options say, the method's defaults for what they do not: one config, or one for each
     number of bits to choose from.
 
     Raises ValueError for options that do not go together.
     """
-    granularity = Granularity.channel() if args.group == -1 else Granularity.group(args.group)
-    options = {"symmetric": args.symmetric, "clip": args.clip, "weighted": args.weighted or None}
-    given = {name: value for name, value in options.items() if value is not None}
-    allowed = ("weighted",) if args.method == "kmeans" else ("symmetric", "clip")
+    values = {name: getattr(args, name.replace("-", "_")) for name in sum(_OPTIONS.values(), ())}
+    given = {name: value for name, value in values.items() if value is not None}
     for name in given:
-        if name not in allowed:
+        if name not in _OPTIONS[args.method]:
             raise ValueError(f"--method {args.method} has no --{name}")
+    if args.method == "gguf":
+        return [GgufConfig(_GGUF.get(file_format, "q4_0"))]
+    group = given.pop("group", 128)
+    granularity = Granularity.channel() if group == -1 else Granularity.group(group)
+    for name in ("bits", "average-bits"):
+        given.pop(name, None)
     bits = [args.bits or 4]
     if args.average_bits is not None:
         if args.bits is not None or not 2 <= args.average_bits <= 4:
