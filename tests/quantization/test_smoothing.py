@@ -10,7 +10,11 @@ import torch
 from model_families import FAMILIES, IDS, make
 from torch import Tensor, nn
 
-from effllm.quantization import smooth_
+from effllm.analysis import round_activations
+from effllm.quantization import Granularity, smooth_
+
+# A row of a weight is what a token is of activations.
+ROWS = Granularity.token()
 
 
 def peaks(model: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -74,6 +78,30 @@ def test_eight_bits_for_both_lose_less() -> None:
     before = error()
     assert smooth_(model, [x], progress=False) == {"0": ["1"]}
     assert error() < 0.3 * before
+
+
+@pytest.mark.parametrize("factor", [1.0, 20.0, 500.0])
+def test_the_alpha_that_is_found_is_nearly_the_best(factor: float) -> None:
+    """By what 8 bits really cost, with one scale for the inputs and one per output channel."""
+    x = torch.randn(256, 64)
+    norm, linear = nn.LayerNorm(64), nn.Linear(64, 48)
+    norm.weight.data[[7, 30]] = factor
+    linear.weight.data[:, 20] *= 10
+    norm.weight.data[3] = linear.weight.data[0, 5] = 0
+    linear.weight.data[:, 6] = 0
+    weight = linear.weight.detach().clone()
+    exact = norm(x).detach() @ weight.T
+
+    @torch.no_grad()
+    def error(alpha: float | None) -> float:
+        model = copy.deepcopy(nn.Sequential(norm, linear))
+        smooth_(model, [x], alpha=alpha, progress=False)
+        inputs = round_activations(model[0](x), Granularity.tensor())
+        return float((inputs @ round_activations(model[1].weight, ROWS).T - exact).square().mean())
+
+    errors = [error(step / 20) for step in range(21)]
+    assert error(None) < 1.1 * min(errors)
+    assert error(None) < 0.8 * max(errors)
 
 
 def test_channels_that_are_zero_and_filters() -> None:
