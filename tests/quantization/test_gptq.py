@@ -83,6 +83,43 @@ def test_codes_are_those_of_the_definition(
     )
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_static_groups_with_zero_points_are_those_of_the_definition(
+    bits: int, act_order: bool
+) -> None:
+    """As above, with the ranges of the weights as they were: what other software calls static."""
+    x, weight = correlated(), torch.randn(N, K)
+    config = GptqConfig(bits, Granularity.group(32), symmetric=False, act_order=act_order)
+    found = config.quantise(weight, statistics(x))
+    order = torch.arange(K)
+    if act_order:
+        order = x.double().square().sum(0).argsort(descending=True, stable=True)
+    h = (x.double().T @ x.double())[order][:, order]
+    h += config.damping * h.diagonal().mean() * torch.eye(K)
+    w, last = weight.double()[:, order].clone(), 2**bits - 1
+    groups = weight.double().unflatten(1, (-1, 32))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = (high - low) / last
+    zeros = torch.round(-low / scales)
+    codes, dense = torch.zeros(N, K), torch.zeros(N, K, dtype=torch.float64)
+    for j, channel in enumerate(order.tolist()):
+        scale, zero = scales[:, channel // 32], zeros[:, channel // 32]
+        code = (torch.round(w[:, j] / scale) + zero).clamp(0, last)
+        codes[:, channel] = code
+        dense[:, channel] = (code - zero) * scale
+        inverse = torch.linalg.inv(h[j:, j:])
+        w[:, j:] -= torch.outer((w[:, j] - dense[:, channel]) / inverse[0, 0], inverse[0])
+    assert found.perm is None
+    assert found.zeros is not None
+    assert torch.equal(found.zeros, zeros.to(torch.uint8))
+    torch.testing.assert_close(found.scales.double(), scales, rtol=1e-5, atol=0)
+    assert (found.codes != codes).double().mean() < 0.02
+    assert output_error(x, weight, found.dense()) == pytest.approx(
+        output_error(x, weight, dense), rel=0.02
+    )
+
+
 def test_factor_of_the_inverse() -> None:
     x = correlated(500, 48).double()
     hessian = x.T @ x
