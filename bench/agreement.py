@@ -45,21 +45,6 @@ class Layer:
     held_out: Tensor
 
 
-def plant(model: Any) -> None:
-    """Outlier channels after each norm, taken back by the layers that follow."""
-    generator = torch.Generator().manual_seed(0)
-    for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for norm, linears in (
-            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ):
-            channels = torch.randperm(len(norm.weight), generator=generator)[:OUTLIERS]
-            norm.weight[channels] *= SIZE
-            for linear in linears:
-                linear.weight[:, channels] /= SIZE
-
-
 def record(model: Any, tokens: Tensor, modules: dict[str, nn.Module]) -> dict[str, Any]:
     """Arguments, keyword arguments and output of each module for the tokens."""
     found = {}
@@ -368,8 +353,7 @@ def main() -> None:
         "gptq": [],
         "awq": [],
     }
-    outliers = copy.deepcopy(model)
-    plant(outliers)
+    outliers = demo.with_outliers(model, SIZE, OUTLIERS)
     for planted, one in ((False, model), (True, outliers)):
         found = list(layers(one, calibration, held_out))
         result["gptq"] += gptq_rows(found, planted)

@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 from trained_draft import draft, output_error, perplexity
 
@@ -67,23 +66,6 @@ def test_more_bits_before_fewer() -> None:
     assert [best, *found] == sorted([best, *found])
 
 
-def with_outliers(model: Any, factor: float) -> Any:
-    """A copy that computes the same, with 4 channels after each norm so much larger."""
-    model = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    for block in model.model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for norm, linears in (
-            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ):
-            channels = torch.randperm(len(norm.weight), generator=generator)[:4]
-            norm.weight.data[channels] *= factor
-            for linear in linears:
-                linear.weight.data[:, channels] /= factor
-    return model
-
-
 def w8a8_perplexity(model: Any, granularity: Granularity) -> float:
     """With weights of 8 bits per channel and activations of 8 bits, as they are rounded."""
     model = copy.deepcopy(model)
@@ -104,7 +86,7 @@ def test_smoothed_before_plain_where_channels_stand_out(granularity: Granularity
     model, calibration, held_out = draft()
     model = copy.deepcopy(model).float()
     best = demo.perplexity(model, held_out)
-    model = with_outliers(model, 64)
+    model = demo.with_outliers(model, 64)
     assert demo.perplexity(model, held_out) == pytest.approx(best, rel=1e-4)
     plain = w8a8_perplexity(model, granularity)
     smooth_(model, calibration, filter_fn=lambda m, name: name != "lm_head", progress=False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .corpus import held_out_text, held_out_tokens
-from .evaluate import mean_nll, perplexity
+from .evaluate import mean_nll, perplexity, with_outliers
 
 __all__ = [
     "draft_path",
@@ -25,6 +25,7 @@ __all__ = [
     "model_path",
     "perplexity",
     "training_record",
+    "with_outliers",
 ]
 
 _FOLDER = Path(__file__).parent

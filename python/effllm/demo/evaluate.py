@@ -49,6 +49,28 @@ def fake_quantise(model: Any, group: int = 64) -> Any:
 
 
 @torch.no_grad()
+def with_outliers(model: Any, factor: float, channels: int = 4) -> Any:
+    """Copy that computes the same, with some channels after each norm `factor` times as large.
+
+    The columns that they meet shrink as much. Large models have such channels; small ones must be
+    given them, to show what they do to quantisation.
+    """
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for norm, linears in (
+            (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            chosen = torch.randperm(len(norm.weight), generator=generator)[:channels]
+            norm.weight[chosen] *= factor
+            for linear in linears:
+                linear.weight[:, chosen] /= factor
+    return model
+
+
+@torch.no_grad()
 def acceptance(model: nn.Module, draft: nn.Module, windows: torch.Tensor) -> dict[str, float]:
     """How well the draft predicts the model: what speculative sampling accepts per token."""
     overlap, same = [], []
