@@ -26,6 +26,7 @@ from effllm.demo.corpus import training_corpus
 from effllm.nn.packed_linear import PackedLinear
 from effllm.quantization import (
     AwqConfig,
+    GgufConfig,
     GptqConfig,
     Granularity,
     KMeansConfig,
@@ -58,6 +59,8 @@ def configs() -> Iterator[tuple[str, Method]]:
         for granularity in (Granularity.tensor(), channel, groups[1]):
             yield "k-means", KMeansConfig(bits, granularity)
             yield "k-means, weighted", KMeansConfig(bits, granularity, weighted=True)
+    yield "GGUF Q4_0", GgufConfig("q4_0")
+    yield "GGUF Q4_1", GgufConfig("q4_1")
 
 
 def calibration_tokens(tokenizer: Any, windows: int) -> Tensor:
@@ -131,9 +134,9 @@ def table(result: dict[str, Any]) -> str:
         f"**{result['bf16']['perplexity']:.3f} in bf16**. The linear layers of the blocks are",
         f"quantised ({result['bf16']['bytes'] / 1e6:.2f} MB in bf16); GPTQ, AWQ and weighted "
         f"k-means saw {result['calibration_tokens']:,} tokens of training text. Codes have zero",
-        "points unless called symmetric. MB are of codes at their number of bits, scales, zero",
-        "points and codebooks; the kernels hold codes of 2 and 3 bits, and codebooks, in the room",
-        f"of 4. Made by `bench/quality.py` with torch {result['torch']} on one thread of a CPU",
+        "points unless called symmetric, or Q4_0. MB are of codes at their number of bits, scales,",
+        "zero points and codebooks; the kernels hold codes of 2 and 3 bits, and codebooks, in the",
+        f"room of 4. Made by `bench/quality.py` with torch {result['torch']} on one thread of a CPU",
         "that had other work too, which the seconds show.",
         "",
         "Differences of about 0.03 are noise at this many tokens. Group before channel before",
