@@ -21,17 +21,16 @@
 
 namespace effllm {
 
-template <class Element_, int kHeadDim_>
+template <class Element_, int kHeadDim_, int kWarps_>
 struct PagedDecodeConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = 8;       // packed rows of a CTA
   static constexpr int kTileKeys = 16;  // keys of a warp's step
-  // Eight warps fill a multiprocessor's registers (of D = 64, half of them). One CTA has them all,
-  // as what CTAs leave behind must be merged, at a price per CTA; but shared memory is for four.
-  static constexpr int kWarps = kHeadDim <= 128 ? 8 : 4;
+  // Eight warps fill a multiprocessor's registers (of D = 64, half of them).
+  static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kCtasPerSm = kHeadDim == 128 ? 1 : 2;
+  static constexpr int kCtasPerSm = (kHeadDim == 64 ? 16 : 8) / kWarps;
   // V arrives while the scores are computed, and the next K while V is used. K and V of D = 256
   // together do not fit into the registers of a thread: there the other warps hide the latency.
   static constexpr bool kOverlapLoads = kHeadDim <= 128;

@@ -47,7 +47,7 @@ struct PagedDecodeStorage {
   DecodeSchedule<Config> schedule;
   int row_tile;
   // Rows are padded by 16 bytes against bank conflicts.
-  float output[Config::kWarps][Config::kRows][Config::kHeadDim + 4];
+  alignas(16) float output[Config::kWarps][Config::kRows][Config::kHeadDim + 4];
   float maximum[Config::kWarps][Config::kRows];
   float sum[Config::kWarps][Config::kRows];
   bool is_last;  // this CTA merges the parts

@@ -130,8 +130,8 @@ bool check_all(uint32_t seed) {
 }  // namespace
 
 int main() {
-  return check_all<effllm::PagedDecodeConfig<effllm::bfloat16, 128>>(1) &&
-                 check_all<effllm::PagedDecodeConfig<effllm::float16, 256>>(2)
+  return check_all<effllm::PagedDecodeConfig<effllm::bfloat16, 128, 8>>(1) &&
+                 check_all<effllm::PagedDecodeConfig<effllm::float16, 256, 4>>(2)
              ? 0
              : 1;
 }
