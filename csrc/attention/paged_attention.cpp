@@ -158,24 +158,42 @@ void load_queries(const PagedAttentionParams& params, const Task& task, Workspac
   }
 }
 
+// One row of a cache in fp32. `Kv` is the cache's element, or the codec of a quantised one.
+template <class Kv>
+void load_row(const void* cache, int64_t offset, const KvScales& scales, int64_t scale_offset,
+              int64_t dim, float* row) {
+  if constexpr (requires { Kv::decode; }) {
+    Kv::decode(static_cast<const uint8_t*>(cache) + offset, scales.words[scale_offset], dim, row);
+  } else {
+    const Kv* elements = static_cast<const Kv*>(cache) + offset;
+    for (int64_t d = 0; d < dim; ++d) row[d] = to_float(elements[d]);
+  }
+}
+
 // Keys (transposed) and values of `range`, which lies in the tile that begins at `tile_begin`.
-template <class T>
+template <class Kv>
 void load_keys_and_values(const PagedAttentionParams& params, const Task& task, KeyRange range,
                           int64_t tile_begin, Workspace& work) {
+  const auto scale_offset = [&](const KvScales& scales, int64_t page, int64_t slot) {
+    return page * scales.stride_page + slot * scales.stride_slot +
+           task.kv_head * scales.stride_head;
+  };
   const int32_t* pages = params.page_table + task.seq.index * params.stride_page_table_seq;
   for (int64_t position = range.begin; position < range.end; ++position) {
     const int64_t page = pages[position / params.page_size];
     const int64_t slot = position % params.page_size;
-    const T* key = static_cast<const T*>(params.k_cache) + page * params.stride_k_page +
-                   slot * params.stride_k_slot + task.kv_head * params.stride_k_head;
-    const T* value = static_cast<const T*>(params.v_cache) + page * params.stride_v_page +
-                     slot * params.stride_v_slot + task.kv_head * params.stride_v_head;
+    const int64_t k_offset = page * params.stride_k_page + slot * params.stride_k_slot +
+                             task.kv_head * params.stride_k_head;
+    const int64_t v_offset = page * params.stride_v_page + slot * params.stride_v_slot +
+                             task.kv_head * params.stride_v_head;
+    float key[kMaxHeadDim];
+    load_row<Kv>(params.k_cache, k_offset, params.k_scales,
+                 scale_offset(params.k_scales, page, slot), params.head_dim, key);
     float* key_column = work.keys + (position - tile_begin);
-    float* value_row = work.values + (position - tile_begin) * params.head_dim;
-    for (int64_t d = 0; d < params.head_dim; ++d) {
-      key_column[d * kAttentionKeyStride] = to_float(key[d]);
-    }
-    for (int64_t d = 0; d < params.head_dim; ++d) value_row[d] = to_float(value[d]);
+    for (int64_t d = 0; d < params.head_dim; ++d) key_column[d * kAttentionKeyStride] = key[d];
+    load_row<Kv>(params.v_cache, v_offset, params.v_scales,
+                 scale_offset(params.v_scales, page, slot), params.head_dim,
+                 work.values + (position - tile_begin) * params.head_dim);
   }
 }
 
@@ -196,9 +214,22 @@ void store_rows(const PagedAttentionParams& params, const Task& task, const Work
   }
 }
 
+using KeysAndValuesLoader = decltype(&load_keys_and_values<float>);
+
+KeysAndValuesLoader select_loader(const PagedAttentionParams& params) {
+  if (is_quantized_kv(params.kv_dtype)) {
+    return dispatch_kv_codec(params.kv_dtype, [](auto codec) -> KeysAndValuesLoader {
+      return load_keys_and_values<decltype(codec)>;
+    });
+  }
+  return dispatch_float(params.kv_dtype, [](auto element) -> KeysAndValuesLoader {
+    return load_keys_and_values<decltype(element)>;
+  });
+}
+
 template <class T>
 void run_task(const PagedAttentionParams& params, const Task& task, Workspace& work,
-              AttentionRowsKernel update_rows) {
+              KeysAndValuesLoader load_keys_and_values, AttentionRowsKernel update_rows) {
   const int64_t group = params.num_q_heads / params.num_kv_heads;
   load_queries<T>(params, task, work);
   std::fill_n(work.sums, task.num_rows * params.head_dim, 0.0f);
@@ -219,7 +250,7 @@ void run_task(const PagedAttentionParams& params, const Task& task, Workspace& w
   for (int64_t tile_begin = keys.begin / kTileKeys * kTileKeys; tile_begin < keys.end;
        tile_begin += kTileKeys) {
     const KeyRange tile = keys & KeyRange{tile_begin, tile_begin + kTileKeys};
-    load_keys_and_values<T>(params, task, tile, tile_begin, work);
+    load_keys_and_values(params, task, tile, tile_begin, work);
     const auto visible_keys = [&](int64_t row) {
       return tile & task.seq.visible_keys(params, (task.first_row + row) / group);
     };
@@ -246,6 +277,7 @@ void run_paged_attention(const PagedAttentionParams& params) {
   std::fill(params.lse + first_unused, params.lse + num_rows, -kInfinity);
 
   const AttentionRowsKernel rows_kernel = select_rows_kernel();
+  const KeysAndValuesLoader loader = select_loader(params);
   // Tasks differ in length, so threads take the next one when they are done with theirs. All memory
   // is there before they start: an exception in a thread would end the process.
   const std::vector<Task> tasks = split_into_tasks(params);
@@ -258,22 +290,22 @@ void run_paged_attention(const PagedAttentionParams& params) {
     for (int64_t worker = begin; worker < end; ++worker) {
       Workspace work(memory.data() + worker * workspace_size, params.head_dim);
       for (size_t idx = next_task++; idx < tasks.size(); idx = next_task++) {
-        run_task<T>(params, tasks[idx], work, rows_kernel);
+        run_task<T>(params, tasks[idx], work, loader, rows_kernel);
       }
     }
   });
 }
 
-std::tuple<Tensor, Tensor> paged_attention_cpu(const Tensor& q, const Tensor& k_cache,
-                                               const Tensor& v_cache, const Tensor& page_table,
-                                               const Tensor& seq_lens, const Tensor& cu_seqlens_q,
-                                               int64_t max_seqlen_q, std::optional<double> scale,
-                                               bool causal, std::optional<int64_t> window,
-                                               double softcap) {
+std::tuple<Tensor, Tensor> paged_attention_cpu(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
+    const Tensor& seq_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale, int64_t max_seqlen_q, std::optional<double> scale,
+    bool causal, std::optional<int64_t> window, double softcap) {
   PagedAttentionParams params = check_paged_attention(
       as_view(q, "q"), as_view(k_cache, "k_cache"), as_view(v_cache, "v_cache"),
       as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
-      as_view(cu_seqlens_q, "cu_seqlens_q"), max_seqlen_q, scale, causal, window, softcap);
+      as_view(cu_seqlens_q, "cu_seqlens_q"), as_view(k_scale, "k_scale"),
+      as_view(v_scale, "v_scale"), max_seqlen_q, scale, causal, window, softcap);
   check_values(params);
 
   Tensor out = new_empty(q, {params.num_tokens, params.num_q_heads, params.head_dim}, params.dtype);
@@ -292,8 +324,9 @@ std::tuple<Tensor, Tensor> paged_attention_cpu(const Tensor& q, const Tensor& k_
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NS, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
-      "Tensor seq_lens, Tensor cu_seqlens_q, *, SymInt max_seqlen_q, float? scale=None, "
-      "bool causal=True, int? window=None, float softcap=0.) -> (Tensor, Tensor)");
+      "Tensor seq_lens, Tensor cu_seqlens_q, Tensor? k_scale=None, Tensor? v_scale=None, *, "
+      "SymInt max_seqlen_q, float? scale=None, bool causal=True, int? window=None, "
+      "float softcap=0.) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NS, CPU, m) {

@@ -2,7 +2,8 @@
 //
 //   q            [T, HQ, D]        query tokens of all sequences, one after the other
 //   k_cache      [NP, P, HKV, D]   any strides with stride(-1) == 1 (usual memory: [NP, HKV, P, D])
-//   v_cache      [NP, P, HKV, D]   likewise
+//   v_cache      [NP, P, HKV, D]   likewise; both in the dtype of q, or in e4m3, int8 or int4
+//   k_scale      [NP, P, HKV]      and v_scale: scales of quantised caches; quant/kv_layout.h
 //   page_table   [B, MAXP] int32   page of each P keys; entries without a visible key are not read
 //   seq_lens     [B] int32         keys of each sequence, those of its query tokens included
 //   cu_seqlens_q [B + 1] int32     sequence b owns query tokens cu_seqlens_q[b] .. [b + 1], from 0
@@ -28,13 +29,17 @@
 
 #include "common/check.h"
 #include "common/view.h"
+#include "quant/kv_layout.h"
 
 namespace effllm {
+
+inline constexpr int64_t kMaxHeadDim = 256;
 
 struct PagedAttentionParams {
   int64_t num_seqs, num_tokens, num_q_heads, num_kv_heads, head_dim;
   int64_t num_pages, page_size, max_pages_per_seq, max_seqlen_q;
-  DType dtype;  // of q, k_cache, v_cache and out
+  DType dtype;     // of q and out
+  DType kv_dtype;  // of k_cache and v_cache
 
   const void* q;
   int64_t stride_q_token, stride_q_head;
@@ -42,6 +47,7 @@ struct PagedAttentionParams {
   int64_t stride_k_page, stride_k_slot, stride_k_head;
   const void* v_cache;
   int64_t stride_v_page, stride_v_slot, stride_v_head;
+  KvScales k_scales, v_scales;
   const int32_t* page_table;
   int64_t stride_page_table_seq;
   const int32_t* seq_lens;
@@ -58,12 +64,11 @@ struct PagedAttentionParams {
 };
 
 // Everything but `out` and `lse`, which the op allocates afterwards.
-inline PagedAttentionParams check_paged_attention(const View& q, const View& k_cache,
-                                                  const View& v_cache, const View& page_table,
-                                                  const View& seq_lens, const View& cu_seqlens_q,
-                                                  int64_t max_seqlen_q, std::optional<double> scale,
-                                                  bool causal, std::optional<int64_t> window,
-                                                  double softcap) {
+inline PagedAttentionParams check_paged_attention(
+    const View& q, const View& k_cache, const View& v_cache, const View& page_table,
+    const View& seq_lens, const View& cu_seqlens_q, const std::optional<View>& k_scale,
+    const std::optional<View>& v_scale, int64_t max_seqlen_q, std::optional<double> scale,
+    bool causal, std::optional<int64_t> window, double softcap) {
   Check check("paged_attention");
   Sym tokens("T"), q_heads("HQ"), dim("D"), pages("NP"), page_size("P"), kv_heads("HKV");
   Sym seqs("B"), max_pages("MAXP");
@@ -73,14 +78,18 @@ inline PagedAttentionParams check_paged_attention(const View& q, const View& k_c
   } else {
     check(q).dtype({DType::kFloat16, DType::kBFloat16});
   }
-  check(k_cache).dtype({q.dtype}).shape({pages, page_size, kv_heads, dim}).last_stride_one();
-  check(v_cache).dtype({q.dtype}).shape({pages, page_size, kv_heads, dim}).last_stride_one();
+  check(k_cache).dtype({q.dtype, DType::kFloat8E4M3, DType::kInt8, DType::kUInt8});
+  check(v_cache).dtype({k_cache.dtype});
+  const KvScales k_scales =
+      check_kv_cache(check, k_cache, k_scale, "k_scale", pages, page_size, kv_heads, dim);
+  const KvScales v_scales =
+      check_kv_cache(check, v_cache, v_scale, "v_scale", pages, page_size, kv_heads, dim);
   check(page_table).dtype({DType::kInt32}).shape({seqs, max_pages}).last_stride_one();
   check(seq_lens).dtype({DType::kInt32}).shape({seqs}).last_stride_one();
   check(cu_seqlens_q).dtype({DType::kInt32}).shape({{"B + 1", *seqs + 1}}).last_stride_one();
 
   check.that(
-      *dim % 8 == 0 && *dim >= 8 && *dim <= 256,
+      *dim % 8 == 0 && *dim >= 8 && *dim <= kMaxHeadDim,
       "q must have a head dim that is a multiple of 8 up to 256, got " + std::to_string(*dim));
   check.that(*kv_heads > 0 && *q_heads % *kv_heads == 0,
              "q must have a number of heads that is a multiple of the cache's " +
@@ -107,6 +116,7 @@ inline PagedAttentionParams check_paged_attention(const View& q, const View& k_c
   params.max_pages_per_seq = *max_pages;
   params.max_seqlen_q = max_seqlen_q;
   params.dtype = q.dtype;
+  params.kv_dtype = k_cache.dtype;
   params.q = q.data;
   params.stride_q_token = q.stride(0);
   params.stride_q_head = q.stride(1);
@@ -118,6 +128,8 @@ inline PagedAttentionParams check_paged_attention(const View& q, const View& k_c
   params.stride_v_page = v_cache.stride(0);
   params.stride_v_slot = v_cache.stride(1);
   params.stride_v_head = v_cache.stride(2);
+  params.k_scales = k_scales;
+  params.v_scales = v_scales;
   params.page_table = page_table.data_as<int32_t>();
   params.stride_page_table_seq = page_table.stride(0);
   params.seq_lens = seq_lens.data_as<int32_t>();

@@ -1,4 +1,4 @@
-// Element types: our enum, its names, and the 16-bit floats that C++20 does not have.
+// Element types: our enum, its names, and the small floats that C++20 does not have.
 #pragma once
 
 #include <bit>
@@ -8,8 +8,10 @@ namespace effllm {
 
 enum class DType : uint8_t {
   kUInt8,
+  kInt8,
   kInt32,
   kInt64,
+  kFloat8E4M3,
   kFloat16,
   kBFloat16,
   kFloat32,
@@ -20,10 +22,14 @@ constexpr const char* dtype_name(DType dtype) {
   switch (dtype) {
     case DType::kUInt8:
       return "uint8";
+    case DType::kInt8:
+      return "int8";
     case DType::kInt32:
       return "int32";
     case DType::kInt64:
       return "int64";
+    case DType::kFloat8E4M3:
+      return "float8_e4m3fn";
     case DType::kFloat16:
       return "float16";
     case DType::kBFloat16:
@@ -46,6 +52,11 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// The OCP 8-bit float without infinities: up to 448, NaN is 0x7f and 0xff.
+struct float8_e4m3 {
+  uint8_t bits;
+};
+
 inline float to_float(float value) { return value; }
 
 inline float to_float(bfloat16 value) {
@@ -60,6 +71,15 @@ inline float to_float(float16 value) {
   const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
   const uint32_t inf_or_nan = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
   return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | inf_or_nan | sign);
+}
+
+inline float to_float(float8_e4m3 value) {
+  const uint32_t sign = (value.bits & 0x80u) << 24;
+  const uint32_t magnitude = value.bits & 0x7fu;
+  // As for float16: exponent biases differ by 127 - 7.
+  const float scaled = std::bit_cast<float>(magnitude << 20) * 0x1p120f;
+  const uint32_t nan = magnitude == 0x7fu ? 0x7fc00000u : 0u;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | nan | sign);
 }
 
 template <class T>
@@ -94,6 +114,20 @@ inline float16 from_float<float16>(float value) {
     half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   return {static_cast<uint16_t>(sign | half)};
+}
+
+// Saturates: beyond 448 there is nothing but NaN.
+template <>
+inline float8_e4m3 from_float<float8_e4m3>(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = (bits >> 24) & 0x80u, magnitude = bits & 0x7fffffffu;
+  const uint32_t bounded = magnitude < 0x43e00000u ? magnitude : 0x43e00000u;  // 448
+  // Below the normal numbers: 2^14 has the ulp 2^-9 of their subnormals, so adding it rounds.
+  const uint32_t subnormal =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(bounded) + 0x1p14f) - 0x46800000u;
+  const uint32_t normal = (bounded - (120u << 23) + 0x7ffffu + ((bounded >> 20) & 1u)) >> 20;
+  const uint32_t finite = bounded < 0x3c800000u ? subnormal : normal;
+  return {static_cast<uint8_t>(sign | (magnitude > 0x7f800000u ? 0x7fu : finite))};
 }
 
 // Element `index` of a buffer whose type is known only at run time; for data off the hot path.

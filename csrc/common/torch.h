@@ -31,10 +31,14 @@ inline DType as_dtype(torch::headeronly::ScalarType type) {
   switch (type) {
     case ScalarType::Byte:
       return DType::kUInt8;
+    case ScalarType::Char:
+      return DType::kInt8;
     case ScalarType::Int:
       return DType::kInt32;
     case ScalarType::Long:
       return DType::kInt64;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8E4M3;
     case ScalarType::Half:
       return DType::kFloat16;
     case ScalarType::BFloat16:
@@ -51,10 +55,14 @@ inline torch::headeronly::ScalarType as_scalar_type(DType dtype) {
   switch (dtype) {
     case DType::kUInt8:
       return ScalarType::Byte;
+    case DType::kInt8:
+      return ScalarType::Char;
     case DType::kInt32:
       return ScalarType::Int;
     case DType::kInt64:
       return ScalarType::Long;
+    case DType::kFloat8E4M3:
+      return ScalarType::Float8_e4m3fn;
     case DType::kFloat16:
       return ScalarType::Half;
     case DType::kBFloat16:
@@ -88,6 +96,11 @@ inline View as_mutable_view(const Tensor& tensor, const char* name) {
   View view = as_view(tensor, name);
   view.data = tensor.mutable_data_ptr();
   return view;
+}
+
+inline std::optional<View> as_mutable_view(const std::optional<Tensor>& tensor, const char* name) {
+  if (!tensor) return std::nullopt;
+  return as_mutable_view(*tensor, name);
 }
 
 // A contiguous, uninitialised tensor on the device of `like`.

@@ -1,6 +1,8 @@
 // Roofline: bytes. Every row is read once and written once; a step of decoding moves so little that
 // the launch is what it costs.
 #include <algorithm>
+#include <optional>
+#include <string>
 
 #include "common/math.h"
 #include "common/torch.h"
@@ -43,10 +45,16 @@ void launch_kv_append(const KvAppendParams& params, cudaStream_t stream) {
 }
 
 void kv_append_cuda(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-                    const Tensor& slot_mapping) {
+                    const Tensor& slot_mapping, const std::optional<Tensor>& k_scale,
+                    const std::optional<Tensor>& v_scale) {
   const KvAppendParams params =
       check_kv_append(as_view(k, "k"), as_view(v, "v"), as_mutable_view(k_cache, "k_cache"),
-                      as_mutable_view(v_cache, "v_cache"), as_view(slot_mapping, "slot_mapping"));
+                      as_mutable_view(v_cache, "v_cache"), as_view(slot_mapping, "slot_mapping"),
+                      as_mutable_view(k_scale, "k_scale"), as_mutable_view(v_scale, "v_scale"));
+  if (params.quantizes()) {
+    fail("kv_append", "quantised caches are implemented on the CPU only, got a cache of " +
+                          std::string(dtype_name(params.cache_dtype)));
+  }
   if (params.num_tokens == 0 || params.num_kv_heads == 0 || params.row_bytes == 0) return;
 
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());

@@ -1,55 +1,76 @@
 // kv_append: writes new keys and values into their slots of the paged cache, in place.
 //
-//   k, v         [T, HKV, D]       any strides with stride(-1) == 1, of the caches' dtype
+//   k, v         [T, HKV, D]       any strides with stride(-1) == 1
 //   k_cache      [NP, P, HKV, D]   any strides with stride(-1) == 1 (usual memory: [NP, HKV, P, D])
 //   v_cache      [NP, P, HKV, D]   likewise
 //   slot_mapping [T] int64         token t goes to page slot / P, offset slot % P; -1 skips it
+//   k_scale      [NP, P, HKV]      and v_scale: scales of quantised caches; quant/kv_layout.h
+//
+// Caches of the dtype of k get its bits; those in e4m3, int8 or int4 (then [.., D / 2]) get codes,
+// the same on every device to the bit.
 //
 // Slots are data: the CPU raises on one out of range before it writes anything, the GPU, which
 // cannot raise, skips it. Slots must be distinct: of tokens with one slot either may win.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "common/check.h"
 #include "common/view.h"
+#include "quant/kv_layout.h"
 
 namespace effllm {
 
-// Rows of HKV * D elements on the move; what an element means does not matter here.
+// Rows of HKV * D elements on the move.
 struct KvAppendRows {
   const char* tokens;  // k or v
   int64_t stride_token_bytes, stride_head_bytes;
   char* cache;
   int64_t stride_page_bytes, stride_slot_bytes, stride_cache_head_bytes;
+  KvScales scales;  // of a quantised cache
 };
 
 struct KvAppendParams {
-  int64_t num_tokens, num_kv_heads, row_bytes;  // one row: the D elements of one head
-  int64_t num_slots, page_size;                 // num_slots = NP * P
+  int64_t num_tokens, num_kv_heads, head_dim;
+  int64_t row_bytes;             // of one head of k
+  int64_t num_slots, page_size;  // num_slots = NP * P
+  DType dtype, cache_dtype;      // of k and v, and of both caches; equal: bits are copied
   KvAppendRows k, v;
   const int64_t* slot_mapping;
-  // Bytes that every address and size above is a multiple of: 16, or else the element size.
+  // Bytes that every address and size of k and v, and of caches that get their bits, is a multiple
+  // of: 16, or else the element size.
   int word_bytes;
+
+  bool quantizes() const { return is_quantized_kv(cache_dtype); }
 };
 
-inline KvAppendRows kv_append_rows(const View& tokens, const View& cache, int64_t element_bytes) {
-  return {tokens.data_as<char>(),           tokens.stride(0) * element_bytes,
-          tokens.stride(1) * element_bytes, cache.data_as<char>(),
-          cache.stride(0) * element_bytes,  cache.stride(1) * element_bytes,
-          cache.stride(2) * element_bytes};
+inline int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : is_quantized_kv(dtype) ? 1 : 2;
+}
+
+inline KvAppendRows kv_append_rows(const View& tokens, const View& cache, const KvScales& scales) {
+  const int64_t token_bytes = element_bytes(tokens.dtype), bytes = element_bytes(cache.dtype);
+  return {tokens.data_as<char>(),         tokens.stride(0) * token_bytes,
+          tokens.stride(1) * token_bytes, cache.data_as<char>(),
+          cache.stride(0) * bytes,        cache.stride(1) * bytes,
+          cache.stride(2) * bytes,        scales};
 }
 
 inline bool is_aligned(const KvAppendRows& rows, int64_t bytes) {
-  const int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.tokens)) |
-                      static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.cache)) |
-                      rows.stride_token_bytes | rows.stride_head_bytes | rows.stride_page_bytes |
-                      rows.stride_slot_bytes | rows.stride_cache_head_bytes;
+  int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.tokens)) |
+                rows.stride_token_bytes | rows.stride_head_bytes;
+  if (rows.scales.words == nullptr) {
+    all |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.cache)) | rows.stride_page_bytes |
+           rows.stride_slot_bytes | rows.stride_cache_head_bytes;
+  }
   return all % bytes == 0;
 }
 
 inline KvAppendParams check_kv_append(const View& k, const View& v, const View& k_cache,
-                                      const View& v_cache, const View& slot_mapping) {
+                                      const View& v_cache, const View& slot_mapping,
+                                      const std::optional<View>& k_scale,
+                                      const std::optional<View>& v_scale) {
   Check check("kv_append");
   Sym tokens("T"), kv_heads("HKV"), dim("D"), pages("NP"), page_size("P");
   check(k)
@@ -57,23 +78,29 @@ inline KvAppendParams check_kv_append(const View& k, const View& v, const View& 
       .shape({tokens, kv_heads, dim})
       .last_stride_one();
   check(v).dtype({k.dtype}).shape({tokens, kv_heads, dim}).last_stride_one();
-  check(k_cache).dtype({k.dtype}).shape({pages, page_size, kv_heads, dim}).last_stride_one();
-  check(v_cache).dtype({k.dtype}).shape({pages, page_size, kv_heads, dim}).last_stride_one();
+  check(k_cache).dtype({k.dtype, DType::kFloat8E4M3, DType::kInt8, DType::kUInt8});
+  check(v_cache).dtype({k_cache.dtype});
+  const KvScales k_scales =
+      check_kv_cache(check, k_cache, k_scale, "k_scale", pages, page_size, kv_heads, dim);
+  const KvScales v_scales =
+      check_kv_cache(check, v_cache, v_scale, "v_scale", pages, page_size, kv_heads, dim);
   check(slot_mapping).dtype({DType::kInt64}).shape({tokens}).last_stride_one();
 
-  const int64_t element_bytes = k.dtype == DType::kFloat32 ? 4 : 2;
   KvAppendParams params{};
   params.num_tokens = *tokens;
   params.num_kv_heads = *kv_heads;
-  params.row_bytes = *dim * element_bytes;
+  params.head_dim = *dim;
+  params.row_bytes = *dim * element_bytes(k.dtype);
   params.num_slots = *pages * *page_size;
   params.page_size = *page_size;
-  params.k = kv_append_rows(k, k_cache, element_bytes);
-  params.v = kv_append_rows(v, v_cache, element_bytes);
+  params.dtype = k.dtype;
+  params.cache_dtype = k_cache.dtype;
+  params.k = kv_append_rows(k, k_cache, k_scales);
+  params.v = kv_append_rows(v, v_cache, v_scales);
   params.slot_mapping = slot_mapping.data_as<int64_t>();
   const bool wide =
       params.row_bytes % 16 == 0 && is_aligned(params.k, 16) && is_aligned(params.v, 16);
-  params.word_bytes = static_cast<int>(wide ? 16 : element_bytes);
+  params.word_bytes = static_cast<int>(wide ? 16 : element_bytes(k.dtype));
   return params;
 }
 

@@ -177,7 +177,7 @@ ERRORS = [
     ),
     (
         wrong(k_cache=torch.ones(4, 4, 2, 64, dtype=torch.bfloat16)),
-        "k_cache must be float16, got bfloat16",
+        "k_cache must be float16, float8_e4m3fn, int8 or uint8, got bfloat16",
     ),
     (
         wrong(k_cache=torch.ones(4, 4, 3, 64, dtype=HALF)),

@@ -55,7 +55,10 @@ ERRORS = [
         ),
         "q must have a head dim that is a multiple of 8 up to 256, got 264",
     ),
-    (wrong(k_cache=torch.ones(CACHE)), "k_cache must be float16, got float32"),
+    (
+        wrong(k_cache=torch.ones(CACHE)),
+        "k_cache must be float16, float8_e4m3fn, int8 or uint8, got float32",
+    ),
     (
         wrong(k_cache=torch.ones(10, 4, 2, 32, dtype=HALF)),
         r"k_cache must be \[NP, P, HKV, D\] = \[10, 4, 2, 64\], got \[10, 4, 2, 32\]",

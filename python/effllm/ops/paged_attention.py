@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._autograd import refuse_backward
 from .._load import ops
+from ._kv_codes import as_bits, codes_per_row, dequantize_kv
 
 _op = ops.paged_attention.default
 _REF_QUERIES = 512  # at a time: all scores of a long prompt in float64 would not fit
@@ -19,6 +20,8 @@ def paged_attention(
     page_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     max_seqlen_q: int,
     scale: float | None = None,
@@ -37,13 +40,18 @@ def paged_attention(
         q: [T, HQ, D], fp16 or bf16; fp32 on the CPU only. The query tokens of all sequences, one
             sequence after the other; any strides with stride(-1) == 1. D is a multiple of 8 up to
             256, HQ a multiple of HKV; query head h reads KV head h // (HQ // HKV).
-        k_cache, v_cache: [NP, P, HKV, D] in the dtype of q, any page size P >= 1, any strides with
-            stride(-1) == 1; on a GPU rows have to start at multiples of 16 bytes.
+        k_cache, v_cache: [NP, P, HKV, D] in the dtype of q, in e4m3 (torch.float8_e4m3fn) or int8,
+            or int4 as uint8 [NP, P, HKV, D / 2], low nibble first: as kv_append writes them. Any
+            page size P >= 1, any strides with stride(-1) == 1; on a GPU rows have to start at
+            multiples of 16 bytes, or of the largest power of two that divides their bytes.
         page_table: int32 [B, MAXP]: the page of each P keys of a sequence. Entries that hold no
             visible key are not read and may be anything.
         seq_lens: int32 [B], keys of each sequence, its query tokens included; may be 0.
         cu_seqlens_q: int32 [B + 1], from 0: sequence b owns query tokens cu_seqlens_q[b] up to, not
             including, cu_seqlens_q[b + 1]. Tokens past the last belong to no sequence.
+        k_scale, v_scale: of caches in e4m3 or int8, [NP, P, HKV] fp32, any strides; of int4
+            [NP, P, HKV, 2] fp16 (scale, zero). Slots that no query sees may hold NaN, as those of
+            the caches. None for all other caches.
         max_seqlen_q: at least the number of query tokens of the longest sequence.
         scale: multiplies the scores; None means 1 / sqrt(D).
         causal: whether a query sees no key behind its own position.
@@ -71,6 +79,8 @@ def paged_attention(
         page_table,
         seq_lens,
         cu_seqlens_q,
+        k_scale,
+        v_scale,
         max_seqlen_q=max_seqlen_q,
         scale=scale,
         causal=causal,
@@ -87,6 +97,8 @@ def _fake(
     page_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     max_seqlen_q: int,
     scale: float | None = None,
@@ -97,13 +109,22 @@ def _fake(
     torch._check(
         q.dim() == 3, lambda: f"paged_attention: q must be [T, HQ, D], got {list(q.shape)}"
     )
+    row = codes_per_row(q.shape[2], k_cache.dtype)
     torch._check(
-        k_cache.dim() == 4 and k_cache.shape[3] == q.shape[2],
+        k_cache.dim() == 4 and k_cache.shape[3] == row,
         lambda: (
-            f"paged_attention: k_cache must be [NP, P, HKV, D] = [?, ?, ?, {q.shape[2]}], "
+            f"paged_attention: k_cache must be [NP, P, HKV, D] = [?, ?, ?, {row}], "
             f"got {list(k_cache.shape)}"
         ),
     )
+    for name, of_cache in (("k_scale", k_scale), ("v_scale", v_scale)):
+        torch._check(
+            of_cache is None or of_cache.shape[:3] == k_cache.shape[:3],
+            lambda name=name, of_cache=of_cache: (
+                f"paged_attention: {name} must be [NP, P, HKV] = {list(k_cache.shape[:3])}, "
+                f"got {list(of_cache.shape)}"
+            ),
+        )
     torch._check(
         v_cache.shape == k_cache.shape,
         lambda: (
@@ -139,6 +160,8 @@ def paged_attention_ref(
     page_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     max_seqlen_q: int,
     scale: float | None = None,
@@ -175,8 +198,8 @@ def paged_attention_ref(
             pages = page_table[index, key[used] // page_size].long()
             slots = key[used] % page_size
             keys, values = (
-                cache[pages, slots].to(dtype).repeat_interleave(group, dim=1)
-                for cache in (k_cache, v_cache)
+                _rows(cache, of_cache, pages, slots, dtype).repeat_interleave(group, dim=1)
+                for cache, of_cache in ((k_cache, k_scale), (v_cache, v_scale))
             )
             scores = torch.einsum("qhd,khd->hqk", q[rows].to(dtype), keys) * scale
             if softcap > 0:
@@ -189,3 +212,13 @@ def paged_attention_ref(
             out[rows] = torch.einsum("hqk,khd->qhd", weights, values)
             lse[rows] = row_lse.T
     return out, lse
+
+
+def _rows(
+    cache: Tensor, scale: Tensor | None, pages: Tensor, slots: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Keys or values [S, HKV, D] in ``dtype``."""
+    rows = as_bits(cache)[pages, slots].view(cache.dtype)
+    if scale is None:
+        return rows.to(dtype)
+    return dequantize_kv(rows, scale[pages, slots], dtype)

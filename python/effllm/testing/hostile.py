@@ -85,10 +85,12 @@ def live_slots(page_table: Tensor, seq_lens: Tensor, num_pages: int, page_size: 
 
 
 def poison_unused_slots_(cache: Tensor, page_table: Tensor, seq_lens: Tensor) -> Tensor:
-    """Fill every slot of a cache [NP, P, HKV, D] that holds no key with NaN, in place: unused pages
-    and the tails of last pages. ``0 * NaN`` is NaN, so masking by multiplication shows too."""
+    """Fill every slot of a cache [NP, P, HKV, D], or of its scales [NP, P, HKV, ...], that holds no
+    key with NaN, in place: unused pages and the tails of last pages. ``0 * NaN`` is NaN, so masking
+    by multiplication shows too."""
     live = live_slots(page_table, seq_lens, cache.shape[0], cache.shape[1])
-    return poison_(cache, ~live[:, :, None, None].to(cache.device))
+    live = live.view(*live.shape, *[1] * (cache.dim() - 2))
+    return poison_(cache, ~live.to(cache.device))
 
 
 def absurd_tails(page_table: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ...ops._kv_codes import QUANTIZED_KV, as_bits, codes_per_row, dequantize_kv, quantize_kv
 from ...ops.paged_attention import paged_attention_ref
 from ..case import Args, Case, Kwargs
 from ..hostile import absurd_tails, normal, poison_unused_slots_
@@ -21,12 +22,21 @@ MAX_DISTINCT = 2**24
 
 
 def paged_cache(
-    num_pages: int, page_size: int, heads: int, dim: int, dtype: torch.dtype, seed: int
-) -> Tensor:
-    """Values of a cache, logical [NP, P, HKV, D], in memory [NP, HKV, P, D]."""
+    num_pages: int,
+    page_size: int,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    seed: int,
+    kv_dtype: str | None = None,
+) -> list[Tensor]:
+    """Values of a cache, logical [NP, P, HKV, D], in memory [NP, HKV, P, D]; if it is quantised,
+    its scales too."""
     distinct = min(num_pages, max(1, MAX_DISTINCT // (heads * page_size * dim)))
     pages = normal(distinct, heads, page_size, dim, dtype=dtype, seed=seed)
-    return pages[torch.arange(num_pages) % distinct].permute(0, 2, 1, 3)
+    tensors = quantize_kv(pages, QUANTIZED_KV[kv_dtype]) if kv_dtype else (pages,)
+    order = torch.arange(num_pages) % distinct
+    return [as_bits(t)[order].view(t.dtype).transpose(1, 2) for t in tensors]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class PagedAttentionCase(Case):
     scale: float | None = None
     padding: int = 0
     """Query tokens past the last sequence."""
+    kv_dtype: str | None = None
+    """Of a quantised cache: a key of QUANTIZED_KV; None: the cache is in ``dtype``."""
     op: ClassVar[str] = "paged_attention"
     baseline_name: ClassVar[str] = "torch.sdpa"
 
@@ -61,6 +73,7 @@ class PagedAttentionCase(Case):
             f"softcap{self.softcap:g}": self.softcap > 0,
             f"scale{self.scale}": self.scale is not None,
             f"pad{self.padding}": self.padding > 0,
+            f"{self.kv_dtype}": self.kv_dtype is not None,
         }
         names = [name for name, used in options.items() if used]
         heads = f"h{self.num_q_heads}.{self.num_kv_heads}-d{self.head_dim}-p{self.page_size}"
@@ -79,21 +92,14 @@ class PagedAttentionCase(Case):
         for row, count in enumerate(pages_of):
             page_table[row, :count] = torch.tensor([free.pop() for _ in range(count)])
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
-        caches = [
-            poison_unused_slots_(
-                paged_cache(
-                    num_pages,
-                    self.page_size,
-                    self.num_kv_heads,
-                    self.head_dim,
-                    self.dtype,
-                    seed + i,
-                ).to(device),
-                page_table,
-                seq_lens,
-            )
+        shape = (num_pages, self.page_size, self.num_kv_heads, self.head_dim)
+        (k_cache, *k_scale), (v_cache, *v_scale) = (
+            [
+                poison_unused_slots_(tensor.to(device), page_table, seq_lens)
+                for tensor in paged_cache(*shape, self.dtype, seed + i, self.kv_dtype)
+            ]
             for i in (1, 2)
-        ]
+        )
         q = normal(
             starts[-1] + self.padding,
             self.num_q_heads,
@@ -111,7 +117,8 @@ class PagedAttentionCase(Case):
         }
         page_table = absurd_tails(page_table, seq_lens, self.page_size).to(device)
         cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=device)
-        return (q, *caches, page_table, seq_lens.to(device), cu_seqlens_q), kwargs
+        tables = (page_table, seq_lens.to(device), cu_seqlens_q)
+        return (q, k_cache, v_cache, *tables, *k_scale, *v_scale), kwargs
 
     def reference(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return paged_attention_ref(*args, **kwargs)
@@ -131,13 +138,18 @@ class PagedAttentionCase(Case):
         plain = self.window is None and self.softcap == 0 and self.padding == 0 and self.causal
         if len(lengths) != 1 or not plain or queries not in (1, keys):
             return super().prepare_baseline(*args, **kwargs)
-        q, k_cache, v_cache, page_table, *_ = args
+        q, k_cache, v_cache, page_table, _, _, *scales = args
         batch = len(self.sequences)
         pages = page_table[:, : -(-keys // self.page_size)].long()
-        k, v = (
-            cache[pages].flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
-            for cache in (k_cache, v_cache)
-        )
+
+        def gather(cache: Tensor, scale: Tensor | None) -> Tensor:
+            rows = as_bits(cache)[pages].view(cache.dtype)
+            if scale is not None:
+                rows = dequantize_kv(rows, scale[pages], self.dtype)
+            return rows.flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
+
+        k_scale, v_scale = scales or (None, None)
+        k, v = gather(k_cache, k_scale), gather(v_cache, v_scale)
         q = q.view(batch, queries, *q.shape[1:]).transpose(1, 2)
         return lambda: torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=queries > 1, scale=self.scale, enable_gqa=True
@@ -163,7 +175,10 @@ class PagedAttentionCase(Case):
                 keys += ranges[-1][1] - ranges[0][0]
         tokens = sum(queries for queries, _ in self.sequences) + self.padding
         queries_and_outputs = tokens * self.num_q_heads * (2 * self.head_dim * self._itemsize + 4)
-        return 2 * keys * self.num_kv_heads * self.head_dim * self._itemsize + queries_and_outputs
+        row_bytes = self.head_dim * self._itemsize
+        if self.kv_dtype:
+            row_bytes = codes_per_row(self.head_dim, QUANTIZED_KV[self.kv_dtype]) + 4
+        return 2 * keys * self.num_kv_heads * row_bytes + queries_and_outputs
 
     def flops(self) -> int:
         ranges = (r for sequence in self.sequences for r in self.visible(*sequence))
@@ -181,7 +196,7 @@ class PagedAttentionCase(Case):
             "HKV": self.num_kv_heads,
             "D": self.head_dim,
             "page": self.page_size,
-            "kv_dtype": names[self.dtype],
+            "kv_dtype": self.kv_dtype or names[self.dtype],
             "q_len": queries,
         }
 
@@ -225,7 +240,33 @@ def _cases() -> list[PagedAttentionCase]:
         case(((0, 0), (0, 7))),
         case(((1, 0), (2, 0)), padding=2),
         case(((1, 20), (0, 0)), padding=5, page_size=1),
+        *_quantized_cases(),
     ]
+
+
+def _quantized_cases() -> list[PagedAttentionCase]:
+    half, bf16 = torch.float16, torch.bfloat16
+    long = ((1, 1500), (1, 3), (1, 700))
+    case = PagedAttentionCase
+    cases = [
+        # Head dims: whole vectors, half ones, quarters; pages and groups beside them.
+        case(MIXED, 8, 2, 64, 16, bf16),
+        case(MIXED, 2, 2, 80, 1, half),
+        case(MIXED, 6, 2, 96, 64, bf16),
+        case(MIXED, 16, 2, 128, 16, half),
+        case(MIXED, 8, 2, 192, 3, bf16),
+        case(MIXED, 3, 1, 256, 64, half),
+        *(case(MIXED, 4, 2, dim, 16, bf16) for dim in (8, 40, 48, 72, 200)),
+        # Masks and scores; many keys; many queries; padding.
+        case(MIXED, 8, 2, 128, 16, bf16, window=16),
+        case(MIXED, 8, 2, 64, 16, half, softcap=5.0, window=9, causal=False),
+        case(long, 8, 2, 128, 16, bf16),
+        case(((4, 1100), (2, 900)), 8, 2, 64, 64, half, window=600),
+        case(((150, 150), (70, 300)), 4, 1, 128, 16, bf16),
+        case(((130, 200),), 4, 4, 256, 16, half, window=50),
+        case(((1, 20), (0, 0)), 8, 2, 64, 1, bf16, padding=5),
+    ]
+    return [replace(each, kv_dtype=kv_dtype) for kv_dtype in QUANTIZED_KV for each in cases]
 
 
 CASES = _cases()
@@ -264,7 +305,12 @@ def _bench() -> list[PagedAttentionCase]:
             (16384, 32, 8, 128),
         )
     ]
-    return cases
+    cases += [
+        PagedAttentionCase(((1, keys),) * batch, 32, 8, 128, 64, kv_dtype=kv_dtype)
+        for kv_dtype in QUANTIZED_KV
+        for batch, keys in ((1, 4096), (8, 4096), (32, 2048), (32, 4096), (64, 4096))
+    ]
+    return [*cases, PagedAttentionCase(((1, 4096),) * 32, 32, 8, 128, 64)]
 
 
 BENCH = _bench()
