@@ -2,12 +2,12 @@
 // the launch is what it costs.
 #include <algorithm>
 #include <optional>
-#include <string>
 
 #include "common/math.h"
 #include "common/torch.h"
 #include "cuda/launch.h"
 #include "kvcache/kv_append.h"
+#include "kvcache/kv_quantize.cuh"
 
 namespace effllm {
 namespace {
@@ -51,14 +51,17 @@ void kv_append_cuda(const Tensor& k, const Tensor& v, const Tensor& k_cache, con
       check_kv_append(as_view(k, "k"), as_view(v, "v"), as_mutable_view(k_cache, "k_cache"),
                       as_mutable_view(v_cache, "v_cache"), as_view(slot_mapping, "slot_mapping"),
                       as_mutable_view(k_scale, "k_scale"), as_mutable_view(v_scale, "v_scale"));
-  if (params.quantizes()) {
-    fail("kv_append", "quantised caches are implemented on the CPU only, got a cache of " +
-                          std::string(dtype_name(params.cache_dtype)));
-  }
   if (params.num_tokens == 0 || params.num_kv_heads == 0 || params.row_bytes == 0) return;
 
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const cudaStream_t stream = current_cuda_stream(k);
+  if (params.quantizes()) {
+    return dispatch_kv_codec(params.cache_dtype, [&](auto codec) {
+      dispatch_float(params.dtype, [&](auto element) {
+        launch_kv_quantize<decltype(element), decltype(codec)>(params, stream);
+      });
+    });
+  }
   switch (params.word_bytes) {
     case 16:
       return launch_kv_append<uint4>(params, stream);

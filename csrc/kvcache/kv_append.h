@@ -38,8 +38,8 @@ struct KvAppendParams {
   DType dtype, cache_dtype;      // of k and v, and of both caches; equal: bits are copied
   KvAppendRows k, v;
   const int64_t* slot_mapping;
-  // Bytes that every address and size of k and v, and of caches that get their bits, is a multiple
-  // of: 16, or else the element size.
+  // 16: k and v can be read in words of 16 bytes, and caches written in as many, or in the codes of
+  // 8 elements. Else the element size.
   int word_bytes;
 
   bool quantizes() const { return is_quantized_kv(cache_dtype); }
@@ -57,14 +57,13 @@ inline KvAppendRows kv_append_rows(const View& tokens, const View& cache, const 
           cache.stride(2) * bytes,        scales};
 }
 
-inline bool is_aligned(const KvAppendRows& rows, int64_t bytes) {
-  int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.tokens)) |
-                rows.stride_token_bytes | rows.stride_head_bytes;
-  if (rows.scales.words == nullptr) {
-    all |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.cache)) | rows.stride_page_bytes |
-           rows.stride_slot_bytes | rows.stride_cache_head_bytes;
-  }
-  return all % bytes == 0;
+inline bool are_aligned(const KvAppendRows& rows, int64_t token_bytes, int64_t cache_bytes) {
+  const int64_t tokens = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.tokens)) |
+                         rows.stride_token_bytes | rows.stride_head_bytes;
+  const int64_t cache = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.cache)) |
+                        rows.stride_page_bytes | rows.stride_slot_bytes |
+                        rows.stride_cache_head_bytes;
+  return tokens % token_bytes == 0 && cache % cache_bytes == 0;
 }
 
 inline KvAppendParams check_kv_append(const View& k, const View& v, const View& k_cache,
@@ -98,8 +97,10 @@ inline KvAppendParams check_kv_append(const View& k, const View& v, const View& 
   params.k = kv_append_rows(k, k_cache, k_scales);
   params.v = kv_append_rows(v, v_cache, v_scales);
   params.slot_mapping = slot_mapping.data_as<int64_t>();
-  const bool wide =
-      params.row_bytes % 16 == 0 && is_aligned(params.k, 16) && is_aligned(params.v, 16);
+  const int64_t cache_bytes = !params.quantizes() ? 16 : k_cache.dtype == DType::kUInt8 ? 4 : 8;
+  const bool wide = params.row_bytes % 16 == 0 && (!params.quantizes() || *dim % 8 == 0) &&
+                    are_aligned(params.k, 16, cache_bytes) &&
+                    are_aligned(params.v, 16, cache_bytes);
   params.word_bytes = static_cast<int>(wide ? 16 : element_bytes(k.dtype));
   return params;
 }
