@@ -15,25 +15,33 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/paged_sequence.cuh"
 #include "common/math.h"
 
 namespace effllm {
 
-template <class Element_, int kHeadDim_, int kWarps_>
+// `Kv_` is the cache's element, or the codec of a quantised one; `kNarrow`: rows whose bytes no
+// wider load divides are read 8 elements at a time.
+template <class Element_, int kHeadDim_, int kWarps_, class Kv_ = Element_, bool kNarrow_ = false>
 struct PagedDecodeConfig {
   using Element = Element_;
+  using Kv = Kv_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kNarrow = kNarrow_;
+  static constexpr bool kQuantized = !std::is_same_v<Element, Kv>;
   static constexpr int kRows = 8;       // packed rows of a CTA
   static constexpr int kTileKeys = 16;  // keys of a warp's step
   // Eight warps fill a multiprocessor's registers (of D = 64, half of them).
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kCtasPerSm = (kHeadDim == 64 ? 16 : 8) / kWarps;
+  // Codes take fewer registers, and need more warps for as many bytes on the way.
+  static constexpr int kCtasPerSm =
+      (kHeadDim == 64 || (kHeadDim == 128 && kQuantized) ? 16 : 8) / kWarps;
   // V arrives while the scores are computed, and the next K while V is used. K and V of D = 256
   // together do not fit into the registers of a thread: there the other warps hide the latency.
-  static constexpr bool kOverlapLoads = kHeadDim <= 128;
+  static constexpr bool kOverlapLoads = kQuantized || kHeadDim <= 128;
   // What shares are made of, and in these blocks: the least that is worth a CTA, a tile for every
   // warp; what to load takes no longer than to merge the parts of; the price of a start.
   static constexpr int kBlockKeys = 64;

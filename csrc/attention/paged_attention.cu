@@ -6,18 +6,21 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "attention/paged_attention.h"
-#include "attention/paged_attention_sm80.cuh"
-#include "attention/paged_decode_sm80.cuh"
+#include "attention/paged_attention_quantized.cuh"
 #include "attention/paged_kv.h"
 #include "common/math.h"
 #include "common/torch.h"
 #include "cuda/launch.h"
 
 namespace effllm {
+
+EFFLLM_KV_LAUNCHES(extern, KvE4M3)
+EFFLLM_KV_LAUNCHES(extern, KvInt8)
+EFFLLM_KV_LAUNCHES(extern, KvInt4)
+
 namespace {
 
 constexpr const char* kOp = "paged_attention";
@@ -58,33 +61,51 @@ void decode(PagedAttentionArgs args, const Tensor& q, cudaStream_t stream) {
   launch_paged_decode<Config>(args, stream);
 }
 
-template <class Element, int kHeadDim>
+template <class Element, class Kv, int kHeadDim>
 void launch(const PagedAttentionArgs& args, const Tensor& q, cudaStream_t stream) {
-  if (args.group * args.max_seqlen_q <= kMaxDecodeRows) {
-    if constexpr (kHeadDim == 128) {
-      // Few pairs are split, and what CTAs leave behind must be merged at a price per CTA: one has
-      // the multiprocessor. With many, the other of two loads while one goes to its next pair:
-      // measured on an H100, up to 10 % quicker.
-      if (args.num_seqs * args.num_kv_heads <= num_multiprocessors(q)) {
-        return decode<PagedDecodeConfig<Element, kHeadDim, 8>>(args, q, stream);
-      }
+  if (args.group * args.max_seqlen_q > kMaxDecodeRows) {
+    return launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim, Kv>>(args, stream);
+  }
+  constexpr bool kQuantized = !std::is_same_v<Element, Kv>;
+  // Shared memory is for four warps of D = 256.
+  using DecodeConfig = PagedDecodeConfig<Element, kHeadDim, kHeadDim == 256 ? 4 : 8, Kv>;
+  if constexpr (kQuantized) {
+    if (args.head_dim % DecodeKv<DecodeConfig>::kKeyUnitDims != 0) {
+      return decode<NarrowDecodeConfig<Element, Kv>>(args, q, stream);
     }
-    // Shared memory is for four warps of D = 256.
-    decode<PagedDecodeConfig<Element, kHeadDim, kHeadDim == 64 ? 8 : 4>>(args, q, stream);
+  } else if constexpr (kHeadDim == 128) {
+    // Few pairs are split, and what CTAs leave behind must be merged at a price per CTA: one has
+    // the multiprocessor. With many, the other of two loads while one goes to its next pair:
+    // measured on an H100, up to 10 % quicker.
+    if (args.num_seqs * args.num_kv_heads > num_multiprocessors(q)) {
+      return decode<PagedDecodeConfig<Element, kHeadDim, 4>>(args, q, stream);
+    }
+  }
+  decode<DecodeConfig>(args, q, stream);
+}
+
+template <class Element, class Kv>
+void launch(const PagedAttentionArgs& args, const Tensor& q, cudaStream_t stream) {
+  if (args.head_dim <= 64) {
+    launch<Element, Kv, 64>(args, q, stream);
+  } else if (args.head_dim <= 128) {
+    launch<Element, Kv, 128>(args, q, stream);
   } else {
-    launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim>>(args, stream);
+    launch<Element, Kv, 256>(args, q, stream);
   }
 }
 
 template <class Element>
 void launch(const PagedAttentionArgs& args, const Tensor& q, cudaStream_t stream) {
-  if (args.head_dim <= 64) {
-    launch<Element, 64>(args, q, stream);
-  } else if (args.head_dim <= 128) {
-    launch<Element, 128>(args, q, stream);
-  } else {
-    launch<Element, 256>(args, q, stream);
-  }
+  if (!is_quantized_kv(args.kv_dtype)) return launch<Element, Element>(args, q, stream);
+  dispatch_kv_codec(args.kv_dtype,
+                    [&](auto codec) { launch<Element, decltype(codec)>(args, q, stream); });
+}
+
+// What rows of a cache must be multiples of: all that their loads need, and rows of any D have.
+int64_t cache_alignment(const View& cache) {
+  const int64_t row_bytes = cache.size(-1);
+  return is_quantized_kv(cache.dtype) ? std::min(kAlignment, row_bytes & -row_bytes) : kAlignment;
 }
 
 bool has_aligned_rows(const View& q) {
@@ -104,13 +125,10 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
       q_view, k_view, v_view, as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
       as_view(cu_seqlens_q, "cu_seqlens_q"), as_view(k_scale, "k_scale"),
       as_view(v_scale, "v_scale"), max_seqlen_q, scale, causal, window, softcap)};
-  if (is_quantized_kv(args.kv_dtype)) {
-    fail(kOp, "quantised caches are implemented on the CPU only, got a cache of " +
-                  std::string(dtype_name(args.kv_dtype)));
-  }
   // A copy of the cache would cost more than the op: its layout is the caller's to mend.
-  Match(kOp, k_view).aligned(kAlignment, kElementBytes);
-  Match(kOp, v_view).aligned(kAlignment, kElementBytes);
+  const int64_t cache_element_bytes = is_quantized_kv(args.kv_dtype) ? 1 : kElementBytes;
+  Match(kOp, k_view).aligned(cache_alignment(k_view), cache_element_bytes);
+  Match(kOp, v_view).aligned(cache_alignment(v_view), cache_element_bytes);
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
 
   Tensor out = new_empty(q, {args.num_tokens, args.num_q_heads, args.head_dim}, args.dtype);

@@ -14,31 +14,42 @@
 //
 //   Chunk c of row r lies at c ^ (r % 8), so that the eight rows of an ldmatrix hit all banks.
 //   While S is computed V arrives, while O is computed the next K arrives (one buffer each).
+//
+// Rows of quantised caches arrive in registers; their codes, exact as Elements, go on to shared
+// memory. The scales of K meet the scores, those of V the weights, as in decode_kv.cuh.
 #pragma once
 
 #include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "attention/online_softmax.cuh"
 #include "attention/paged_sequence.cuh"
+#include "attention/value_exponent.cuh"
 #include "common/math.h"
 #include "cuda/launch.h"
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
+#include "ptx/load.cuh"
 #include "ptx/mma.cuh"
+#include "quant/dequant.cuh"
 
 namespace effllm {
 
 // kHeadDim is D rounded up to what is compiled; loads past D give zeros, the scale is that of D.
-template <class Element_, int kHeadDim_>
+// `Kv_` is the cache's element, or the codec of a quantised one.
+template <class Element_, int kHeadDim_, class Kv_ = Element_>
 struct PagedPrefillConfig {
   using Element = Element_;
+  using Kv = Kv_;
+  static constexpr bool kQuantized = !std::is_same_v<Element, Kv>;
   static constexpr int kHeadDim = kHeadDim_;
   // A fragment of K or V that a warp reads serves 32 rows, so that shared memory keeps pace with
-  // the tensor cores. The output of D = 256 leaves registers for 16 rows and 32 keys.
-  static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1;  // of 16 rows in a warp
+  // the tensor cores. The output of D = 256 leaves registers for 16 rows and 32 keys; codes on
+  // their way take some, too.
+  static constexpr int kRowTiles = kHeadDim <= 128 && !kQuantized ? 2 : 1;  // of 16 rows in a warp
   static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
   static constexpr int kWarps = 4;
   static constexpr int kWarpRows = kRowTiles * 16;
@@ -56,6 +67,10 @@ struct PagedPrefillStorage {
   // Element offsets of the keys of two tiles, kNoKey past the last.
   int64_t k_offset[2][Config::kBlockN];
   int64_t v_offset[2][Config::kBlockN];
+  // Their words, of quantised caches: see quant/kv_layout.h.
+  static constexpr int kNumWords = Config::kQuantized ? Config::kBlockN : 1;
+  uint32_t k_word[2][kNumWords];
+  uint32_t v_word[2][kNumWords];
 
   static constexpr int64_t kNoKey = -1;
 };
@@ -70,6 +85,10 @@ class PagedPrefill {
   static constexpr int kDimTiles = Config::kHeadDim / 8;
   static constexpr int kDimSteps = Config::kHeadDim / 16;
   static constexpr int kRowTiles = Config::kRowTiles;
+  using Octet = KvOctet<typename Config::Kv>;
+  // Of a tile of K or V: a thread copies chunk threadIdx.x % kChunks of every kRowsPerPass-th row.
+  static constexpr int kRowsPerPass = Config::kThreads / Config::kChunks;
+  static constexpr int kPasses = Config::kBlockN / kRowsPerPass;
   using Scores = float[kRowTiles][kKeyTiles][4];
 
  public:
@@ -92,17 +111,17 @@ class PagedPrefill {
     prologue();
     for (int tile = 0; tile < num_tiles_; ++tile) {
       const bool more = tile + 1 < num_tiles_;
-      ptx::cp_async_wait<0>();
+      finish_load(smem_.k, smem_.k_word[tile % 2]);
       __syncthreads();  // this K is there; every warp is done with the last V
-      load_tile(smem_.v, args_.v_cache, smem_.v_offset[tile % 2]);
+      begin_load(smem_.v, args_.v_cache, smem_.v_offset[tile % 2]);
       if (more) locate_tile(tile + 1);
       Scores scores = {};
       if (warp_has_rows()) compute_scores(scores);
-      ptx::cp_async_wait<0>();
+      finish_load(smem_.v, smem_.v_word[tile % 2]);
       __syncthreads();  // this V is there, so are the next offsets; every warp is done with this K
-      if (more) load_tile(smem_.k, args_.k_cache, smem_.k_offset[(tile + 1) % 2]);
+      if (more) begin_load(smem_.k, args_.k_cache, smem_.k_offset[(tile + 1) % 2]);
       if (warp_has_rows()) {
-        softmax(scores, keys_.begin + tile * Config::kBlockN);
+        softmax(scores, tile);
         accumulate_output(scores);
       }
     }
@@ -133,7 +152,7 @@ class PagedPrefill {
     load_queries();
     locate_tile(0);
     __syncthreads();  // the offsets are there
-    load_tile(smem_.k, args_.k_cache, smem_.k_offset[0]);
+    begin_load(smem_.k, args_.k_cache, smem_.k_offset[0]);
     ptx::cp_async_wait<0>();
     __syncthreads();  // the queries are there
   }
@@ -161,30 +180,76 @@ class PagedPrefill {
     if (threadIdx.x >= Config::kBlockN) return;
     const int key = keys_.begin + tile * Config::kBlockN + threadIdx.x;
     int64_t k_offset = Storage::kNoKey, v_offset = Storage::kNoKey;
+    uint32_t k_word = 0, v_word = 0;
     if (key < keys_.end) {
       const KeyLocation location = locate_key(args_, sequence_.page_row, key);
       k_offset = location.k_offset(args_, kv_head_);
       v_offset = location.v_offset(args_, kv_head_);
+      if constexpr (Config::kQuantized) {
+        k_word = location.word(args_.k_scales, kv_head_);
+        v_word = location.word(args_.v_scales, kv_head_);
+      }
+    }
+    if constexpr (Config::kQuantized) {
+      smem_.k_word[tile % 2][threadIdx.x] = k_word;
+      smem_.v_word[tile % 2][threadIdx.x] = v_word;
     }
     smem_.k_offset[tile % 2][threadIdx.x] = k_offset;
     smem_.v_offset[tile % 2][threadIdx.x] = v_offset;
   }
 
   // Zeros where there is no key: a weight of 0 does not silence a NaN in V.
-  __device__ __forceinline__ void load_tile(uint4 (&tile)[Config::kBlockN][Config::kChunks],
-                                            const void* cache, const int64_t* offsets) {
+  __device__ __forceinline__ void begin_load(uint4 (&tile)[Config::kBlockN][Config::kChunks],
+                                             const void* cache, const int64_t* offsets) {
     const int dim_chunks = static_cast<int>(args_.head_dim) / 8;
-    constexpr int kRowsPerPass = Config::kThreads / Config::kChunks;
     const int chunk = threadIdx.x % Config::kChunks;
 #pragma unroll
-    for (int pass = 0; pass < Config::kBlockN / kRowsPerPass; ++pass) {
+    for (int pass = 0; pass < kPasses; ++pass) {
       const int row = pass * kRowsPerPass + threadIdx.x / Config::kChunks;
       const int64_t offset = offsets[row];
       const bool valid = offset != Storage::kNoKey && chunk < dim_chunks;
-      const auto* src = static_cast<const Element*>(cache) + (valid ? offset + chunk * 8 : 0);
-      ptx::cp_async_16(&tile[row][swizzled_chunk(row, chunk)], src, valid);
+      if constexpr (Config::kQuantized) {
+        constexpr int kBytes = Octet::kWords * 4;
+        const char* src = static_cast<const char*>(cache) + offset + chunk * kBytes;
+#pragma unroll
+        for (uint32_t& word : codes_[pass]) word = 0;
+        if (valid) ptx::load_streaming<Octet::kWords>(codes_[pass], src);
+      } else {
+        const auto* src = static_cast<const Element*>(cache) + (valid ? offset + chunk * 8 : 0);
+        ptx::cp_async_16(&tile[row][swizzled_chunk(row, chunk)], src, valid);
+      }
     }
     ptx::cp_async_commit();
+  }
+
+  // Of a tile that nobody reads any more. It is there after the next barrier.
+  __device__ __forceinline__ void finish_load(uint4 (&tile)[Config::kBlockN][Config::kChunks],
+                                              const uint32_t* words) {
+    if constexpr (Config::kQuantized) {
+      const int chunk = threadIdx.x % Config::kChunks;
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = pass * kRowsPerPass + threadIdx.x / Config::kChunks;
+        uint32_t pairs[4];
+        Octet::decode(codes_[pass], Octet::bias(words[row]), pairs);
+        tile[row][swizzled_chunk(row, chunk)] = as_elements(pairs);
+      }
+    } else {
+      ptx::cp_async_wait<0>();
+    }
+  }
+
+  // Pairs of float16 as 8 Elements in their order.
+  static __device__ __forceinline__ uint4 as_elements(const uint32_t (&pairs)[4]) {
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
+      const int d = Octet::kPairDistance == 1 ? 2 * i : i;
+      x[d] = pair.x, x[d + Octet::kPairDistance] = pair.y;
+    }
+    return {ptx::pack_pair<Element>(x[0], x[1]), ptx::pack_pair<Element>(x[2], x[3]),
+            ptx::pack_pair<Element>(x[4], x[5]), ptx::pack_pair<Element>(x[6], x[7])};
   }
 
   // What this lane gives to ldmatrix for the 16 x 16 block of chunks 2 chunk_pair and its
@@ -222,16 +287,57 @@ class PagedPrefill {
   }
 
   // Scores become weights 2^(x - maximum); output and sums so far are brought to the new maximum.
-  __device__ __forceinline__ void softmax(Scores& scores, int first_key) {
+  __device__ __forceinline__ void softmax(Scores& scores, int tile_idx) {
     const ScoreMap map(args_);
+    const int first_key = keys_.begin + tile_idx * Config::kBlockN;
     // Most tiles lie inside the range of every row: no comparisons there.
     const bool whole =
         first_key >= common_keys_.begin && first_key + Config::kBlockN <= common_keys_.end;
 #pragma unroll
     for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
+      if constexpr (Config::kQuantized) scale_keys(scores[row_tile], smem_.k_word[tile_idx % 2]);
       map.apply(scores[row_tile]);
       if (!whole) mask(scores[row_tile], row_tile, first_key);
       update_rows(scores[row_tile], row_tile);
+    }
+    if constexpr (Config::kQuantized) scale_weights(scores, smem_.v_word[tile_idx % 2]);
+  }
+
+  // The scale of key `i % 2` of this lane's two of a tile of 8.
+  static __device__ __forceinline__ float key_scale(const uint32_t* words, int tile, int i) {
+    return Octet::scale(words[tile * 8 + threadIdx.x % 4 * 2 + i % 2]);
+  }
+
+  static __device__ __forceinline__ void scale_keys(float (&scores)[kKeyTiles][4],
+                                                    const uint32_t* words) {
+#pragma unroll
+    for (int tile = 0; tile < kKeyTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[tile][i] *= key_scale(words, tile, i);
+    }
+  }
+
+  __device__ __forceinline__ void scale_weights(Scores& weights, const uint32_t* words) {
+    float largest = 0.f, factor;
+#pragma unroll
+    for (int i = 0; i < kKeyTiles * 2; ++i) {
+      largest = fmaxf(largest, fabsf(key_scale(words, i / 2, i)));
+    }
+    if (value_exponent_.grow(largest, factor)) multiply_output(factor);
+#pragma unroll
+    for (auto& of_row_tile : weights) {
+#pragma unroll
+      for (int i = 0; i < kKeyTiles * 4; ++i) {
+        of_row_tile[i / 4][i % 4] *= key_scale(words, i / 4, i) * value_exponent_.inverse();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_output(float factor) {
+#pragma unroll
+    for (auto& of_row_tile : output_) {
+#pragma unroll
+      for (int i = 0; i < kDimTiles * 4; ++i) of_row_tile[i / 4][i % 4] *= factor;
     }
   }
 
@@ -312,6 +418,7 @@ class PagedPrefill {
 
   // Divides by the sums and writes the warp's rows through its part of q, 16 bytes per lane.
   __device__ __forceinline__ void epilogue() {
+    if constexpr (Config::kQuantized) multiply_output(value_exponent_.factor());
 #pragma unroll
     for (int i = 0; i < kRowTiles * 2; ++i) {
       SoftmaxRow& row = rows_[i / 2][i % 2];
@@ -349,6 +456,9 @@ class PagedPrefill {
   // This thread's part of its warp's row tiles: rows lane / 4 and lane / 4 + 8 of each.
   SoftmaxRow rows_[kRowTiles][2];
   float output_[kRowTiles][kDimTiles][4] = {};
+  // Of quantised caches: this thread's part of the K or V on its way.
+  uint32_t codes_[kPasses][Octet::kWords];
+  ValueExponent value_exponent_;
 };
 
 template <class Config>
@@ -367,7 +477,8 @@ __global__ void __launch_bounds__(Config::kThreads)
 }
 
 template <class Config>
-void launch_paged_prefill(PagedAttentionArgs args, cudaStream_t stream) {
+void launch_paged_prefill(const PagedAttentionArgs& problem, cudaStream_t stream) {
+  PagedAttentionArgs args = problem;
   const int64_t rows = args.group * args.max_seqlen_q;
   args.num_row_tiles = static_cast<int32_t>(ceil_div<int64_t>(rows, Config::kBlockM));
   const int64_t blocks = args.num_row_tiles * args.num_kv_heads * args.num_seqs;

@@ -1,19 +1,9 @@
 // Paged attention for few query rows: decode and short speculative steps, keys split over CTAs.
 //
-// Roofline: bytes. Each key costs 4 * D bytes of K and V, read once; an H100 reads 3.06 TB/s.
-// Nothing is staged: a warp loads 16 keys from the cache straight into the registers of mma
-// fragments, so any page size and stride costs the same.
-//
-// That works because a product does not care about the order of what it sums over, nor a matrix
-// about the order of its rows. Keys and dims take the 16 rows of mma.m16n8k16, packed rows (query,
-// head in group) its 8 columns. With g = lane / 4, c = lane % 4, chunks of 16 bytes = 8 dims:
-//
-//   S^T[16 keys, 8 rows] = K Q^T   lane (g, c) owns chunks 4j + c of keys g and g + 8, and of row
-//                                  g of Q: both sides sum over dims in one, strange, order
-//   P^T                            movmatrix turns S^T's accumulators into B fragments
-//   O^T[dims, 8 rows] += V^T P^T   lane (g, c) owns chunks 8j + g of keys 2c, 2c + 1, 2c + 8 and
-//                                  2c + 9; byte_perm pairs two keys of one dim: even dims are
-//                                  rows g of the fragment, odd dims rows g + 8
+// Roofline: bytes. Each key costs 4 * D bytes of K and V (in e4m3 and int8 2 * D + 8, in int4 D +
+// 8), read once; an H100 reads 3.06 TB/s. Nothing is staged: a warp loads 16 keys from the cache
+// straight into the registers of mma fragments (decode_kv.cuh), so any page size, stride and dtype
+// costs the same.
 //
 //   part of a row tile:     keys  [ tile | tile | tile | ... ]    16 keys each
 //                           warp      0      1      2   ...  0 ..
@@ -31,13 +21,12 @@
 #include <cstdint>
 
 #include "attention/combine.cuh"
+#include "attention/decode_kv.cuh"
 #include "attention/decode_split.cuh"
 #include "attention/online_softmax.cuh"
 #include "cuda/launch.h"
 #include "ptx/grid.cuh"
-#include "ptx/ldmatrix.cuh"
 #include "ptx/load.cuh"
-#include "ptx/mma.cuh"
 
 namespace effllm {
 
@@ -57,17 +46,13 @@ template <class Config>
 class PagedDecode {
   using Element = typename Config::Element;
   using Tile = DecodeTile<Config>;
-  static constexpr int kKeyChunks = Config::kHeadDim / 32;    // chunks of a key in a lane, for K
-  static constexpr int kValueChunks = Config::kHeadDim / 64;  // and for V
-  static constexpr int kDimTiles = Config::kHeadDim / 16;
+  using Kv = DecodeKv<Config>;
 
  public:
   __device__ __forceinline__ PagedDecode(const PagedAttentionArgs& args, const Sequence& sequence,
                                          const Tile& tile, int kv_head)
       : args_(args),
-        sequence_(sequence),
-        tile_(tile),
-        kv_head_(kv_head),
+        kv_(args, sequence, kv_head),
         group_lane_(threadIdx.x % 32 / 4),
         quad_lane_(threadIdx.x % 4) {
 #pragma unroll
@@ -77,26 +62,27 @@ class PagedDecode {
                         ? sequence.visible_keys(args, args.group_divisor.quotient(row))
                         : KeyRange{0, 0};
     }
-    load_queries();
+    kv_.load_queries(tile.first_row, tile.num_rows);
   }
 
   // One warp's share of the keys of a part.
   __device__ __forceinline__ void run(KeyRange keys) {
     constexpr int kStride = Config::kWarps * Config::kTileKeys;
     int key = keys.begin + threadIdx.x / 32 * Config::kTileKeys;
-    if (key < keys.end) load_keys(key, keys.end);
+    if (key < keys.end) kv_.load_keys(key, keys.end);
     for (; key < keys.end; key += kStride) {
-      if constexpr (Config::kOverlapLoads) load_values(key, keys.end);
+      if constexpr (Config::kOverlapLoads) kv_.load_values(key, keys.end);
       float scores[1][4] = {};
-      compute_scores(scores[0]);
-      if constexpr (!Config::kOverlapLoads) load_values(key, keys.end);
+      kv_.compute_scores(scores[0]);
+      if constexpr (!Config::kOverlapLoads) kv_.load_values(key, keys.end);
       const bool more = key + kStride < keys.end;
-      if (Config::kOverlapLoads && more) load_keys(key + kStride, keys.end);
+      if (Config::kOverlapLoads && more) kv_.load_keys(key + kStride, keys.end);
       softmax(scores, key, keys.end);
-      accumulate_output(scores[0]);
-      if (!Config::kOverlapLoads && more) load_keys(key + kStride, keys.end);
+      kv_.accumulate(output_, scores[0]);
+      if (!Config::kOverlapLoads && more) kv_.load_keys(key + kStride, keys.end);
     }
     finish_sums();
+    kv_.finish(output_);
   }
 
   __device__ __forceinline__ void store(PagedDecodeStorage<Config>& smem) const {
@@ -109,74 +95,19 @@ class PagedDecode {
         smem.sum[warp_idx][row] = rows_[i].sum;
       }
 #pragma unroll
-      for (int tile = 0; tile < kDimTiles; ++tile) {
-        const int dim = (tile / 4 * 8 + group_lane_) * 8 + tile % 4 * 2;
-        *reinterpret_cast<float2*>(&smem.output[warp_idx][row][dim]) =
-            make_float2(output_[tile][i], output_[tile][i + 2]);
+      for (int tile = 0; tile < Kv::kDimTiles; ++tile) {
+        float* dim = &smem.output[warp_idx][row][kv_.first_dim(tile)];
+        if constexpr (Kv::kPairDistance == 1) {
+          *reinterpret_cast<float2*>(dim) = make_float2(output_[tile][i], output_[tile][i + 2]);
+        } else {
+          dim[0] = output_[tile][i];
+          dim[Kv::kPairDistance] = output_[tile][i + 2];
+        }
       }
     }
   }
 
  private:
-  __device__ __forceinline__ bool has_chunk(int chunk) const { return chunk * 8 < args_.head_dim; }
-
-  __device__ __forceinline__ void load_queries() {
-    const int row = tile_.first_row + group_lane_;
-    const int query_idx = static_cast<int>(args_.group_divisor.quotient(row));
-    const int head = kv_head_ * args_.group + row - query_idx * args_.group;
-    const auto* q = static_cast<const Element*>(args_.q) +
-                    (sequence_.first_token + query_idx) * args_.stride_q_token +
-                    head * args_.stride_q_head;
-#pragma unroll
-    for (int j = 0; j < kKeyChunks; ++j) {
-      const int chunk = j * 4 + quad_lane_;
-      query_[j] = row < tile_.num_rows && has_chunk(chunk)
-                      ? *reinterpret_cast<const uint4*>(q + chunk * 8)
-                      : uint4{};
-    }
-  }
-
-  // Keys past the end are read as the last one: slots without a key may hold NaN, which a weight of
-  // 0 would not silence in V.
-  __device__ __forceinline__ void load_keys(int first_key, int end) {
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int key = min(first_key + n * 8 + group_lane_, end - 1);
-      const auto* row = static_cast<const Element*>(args_.k_cache) +
-                        locate_key(args_, sequence_.page_row, key).k_offset(args_, kv_head_);
-#pragma unroll
-      for (int j = 0; j < kKeyChunks; ++j) {
-        const int chunk = j * 4 + quad_lane_;
-        k_[n][j] = has_chunk(chunk) ? ptx::load_streaming_16(row + chunk * 8) : uint4{};
-      }
-    }
-  }
-
-  __device__ __forceinline__ void load_values(int first_key, int end) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int key = min(first_key + n / 2 * 8 + quad_lane_ * 2 + n % 2, end - 1);
-      const auto* row = static_cast<const Element*>(args_.v_cache) +
-                        locate_key(args_, sequence_.page_row, key).v_offset(args_, kv_head_);
-#pragma unroll
-      for (int j = 0; j < kValueChunks; ++j) {
-        const int chunk = j * 8 + group_lane_;
-        v_[n][j] = has_chunk(chunk) ? ptx::load_streaming_16(row + chunk * 8) : uint4{};
-      }
-    }
-  }
-
-  // scores: (key g, row 2c) (key g, row 2c + 1) (key g + 8, row 2c) (key g + 8, row 2c + 1).
-  __device__ __forceinline__ void compute_scores(float (&scores)[4]) const {
-#pragma unroll
-    for (int j = 0; j < kKeyChunks; ++j) {
-      const uint32_t low[4] = {k_[0][j].x, k_[1][j].x, k_[0][j].y, k_[1][j].y};
-      const uint32_t high[4] = {k_[0][j].z, k_[1][j].z, k_[0][j].w, k_[1][j].w};
-      ptx::mma_m16n8k16<Element>(scores, low, query_[j].x, query_[j].y);
-      ptx::mma_m16n8k16<Element>(scores, high, query_[j].z, query_[j].w);
-    }
-  }
-
   __device__ __forceinline__ void softmax(float (&scores)[1][4], int first_key, int end) {
     ScoreMap(args_).apply(scores);
     float maximum[2] = {rows_[0].maximum, rows_[1].maximum};
@@ -203,6 +134,16 @@ class PagedDecode {
       scores[0][i] = ptx::exp2_approx(scores[0][i] - rows_[i % 2].maximum);
       rows_[i % 2].sum += scores[0][i];
     }
+    if constexpr (Config::kQuantized) {
+      float factor;
+      if (kv_.scale_weights(scores[0], factor)) {
+#pragma unroll
+        for (auto& tile : output_) {
+#pragma unroll
+          for (float& sum : tile) sum *= factor;
+        }
+      }
+    }
   }
 
   __device__ __forceinline__ void rescale(const float (&maximum)[2]) {
@@ -212,31 +153,10 @@ class PagedDecode {
       rows_[row].maximum = maximum[row];
       rows_[row].sum *= factor;
 #pragma unroll
-      for (int tile = 0; tile < kDimTiles; ++tile) {
+      for (int tile = 0; tile < Kv::kDimTiles; ++tile) {
         output_[tile][row] *= factor;
         output_[tile][row + 2] *= factor;
       }
-    }
-  }
-
-  __device__ __forceinline__ void accumulate_output(const float (&weights)[4]) {
-    const uint32_t p0 = ptx::movmatrix_trans(ptx::pack_pair<Element>(weights[0], weights[1]));
-    const uint32_t p1 = ptx::movmatrix_trans(ptx::pack_pair<Element>(weights[2], weights[3]));
-#pragma unroll
-    for (int tile = 0; tile < kDimTiles; ++tile) {
-      uint32_t pair[4];  // dims d, d + 1 of keys 2c, 2c + 1, 2c + 8, 2c + 9
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const uint4& chunk = v_[n][tile / 4];
-        pair[n] = tile % 4 == 0   ? chunk.x
-                  : tile % 4 == 1 ? chunk.y
-                  : tile % 4 == 2 ? chunk.z
-                                  : chunk.w;
-      }
-      const uint32_t v[4] = {
-          __byte_perm(pair[0], pair[1], 0x5410), __byte_perm(pair[0], pair[1], 0x7632),
-          __byte_perm(pair[2], pair[3], 0x5410), __byte_perm(pair[2], pair[3], 0x7632)};
-      ptx::mma_m16n8k16<Element>(output_[tile], v, p0, p1);
     }
   }
 
@@ -249,13 +169,11 @@ class PagedDecode {
   }
 
   const PagedAttentionArgs& args_;
-  const Sequence& sequence_;
-  const Tile& tile_;
-  const int kv_head_, group_lane_, quad_lane_;
+  Kv kv_;
+  const int group_lane_, quad_lane_;
   KeyRange visible_[2];  // of rows 2c and 2c + 1
   SoftmaxRow rows_[2];
-  uint4 query_[kKeyChunks], k_[2][kKeyChunks], v_[4][kValueChunks];
-  float output_[kDimTiles][4] = {};
+  typename Kv::Output output_ = {};
 };
 
 // Four dims of one row: the warps' shares in the order of the warps, not yet divided by the sum of

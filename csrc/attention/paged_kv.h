@@ -65,6 +65,11 @@ struct KeyLocation {
   EFFLLM_HOST_DEVICE int64_t v_offset(const PagedAttentionParams& params, int64_t head) const {
     return page * params.stride_v_page + slot * params.stride_v_slot + head * params.stride_v_head;
   }
+  // Of a quantised cache.
+  EFFLLM_HOST_DEVICE uint32_t word(const KvScales& scales, int64_t head) const {
+    return scales
+        .words[page * scales.stride_page + slot * scales.stride_slot + head * scales.stride_head];
+  }
 };
 
 // `page_row` is the sequence's row of the page table; `key` is below the sequence's length.

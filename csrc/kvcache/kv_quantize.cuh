@@ -77,10 +77,11 @@ struct KvEncoder<KvInt4> {
 
   __device__ __forceinline__ explicit KvEncoder(const KvRowRange& range) : finite(range.finite()) {
     const float low = bounded(range.low), high = bounded(range.high);
-    const __half half_scale = __float2half_rn(fmaxf((high - low) / 15.f, kInt4MinScale));
+    const float least = fmaxf(fmaxf(high, -low) / kInt4MaxZero, kInt4MinScale);
+    const __half half_scale = __float2half_rn(fmaxf((high - low) / 15.f, least));
     scale = __half2float(half_scale);
-    const __half half_zero = __float2half_rn(low + kInt4Center * scale);
-    zero = __half2float(half_zero);
+    zero = fminf(fmaxf(-rintf(low / scale), -kInt4MaxZero), kInt4MaxZero);
+    const __half half_zero = __float2half_rn(zero);
     halves = __half_as_ushort(half_scale) | static_cast<uint32_t>(__half_as_ushort(half_zero))
                                                 << 16;
   }
@@ -88,7 +89,7 @@ struct KvEncoder<KvInt4> {
   __device__ __forceinline__ uint32_t word() const { return finite ? halves : 0x7e007e00u; }
 
   __device__ __forceinline__ uint32_t code(float x) const {
-    const float steps = rintf((bounded(x) - zero) / scale) + kInt4Center;
+    const float steps = rintf(bounded(x) / scale) + zero;
     return finite ? static_cast<uint32_t>(fminf(fmaxf(steps, 0.f), 15.f)) : 0u;
   }
 

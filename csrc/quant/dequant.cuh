@@ -1,4 +1,4 @@
-// 4-bit codes into 16-bit floats in registers.
+// 4- and 8-bit codes into 16-bit floats in registers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,6 +12,7 @@
 #include "ptx/cvt.cuh"
 #include "ptx/lop3.cuh"
 #include "ptx/prmt.cuh"
+#include "quant/kv_layout.h"
 #include "quant/lut4_layout.h"
 
 namespace effllm {
@@ -69,6 +70,83 @@ struct Int4Dequant<bfloat16> {
     if (!kSymmetric) value = __hsub2(value, __bfloat162bfloat162(__int2bfloat16_rn(kBias)));
     value = __hsub2(value, zero);
     return reinterpret_cast<const uint32_t&>(value);
+  }
+};
+
+// An octet, 8 neighbouring elements of a cache row, as the four pairs that mma takes: elements d
+// and d + kPairDistance. `Kv` is the element of the cache, or the codec of a quantised one, whose
+// codes come as exact float16, less the zero that bias() knows. An element is a code times scale().
+template <class Kv>
+struct KvOctet {
+  using Operand = Kv;
+  struct Bias {};
+  static constexpr int kWords = 4, kPairDistance = 1;
+
+  static __device__ __forceinline__ void decode(const uint32_t* words, Bias, uint32_t (&pairs)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = words[i];
+  }
+};
+
+template <>
+struct KvOctet<KvE4M3> {
+  using Operand = float16;
+  struct Bias {};
+  static constexpr int kWords = 2, kPairDistance = 1;
+
+  static __device__ __forceinline__ float scale(uint32_t word) {
+    return __uint_as_float(word) * ptx::e4m3_factor();
+  }
+  static __device__ __forceinline__ Bias bias(uint32_t) { return {}; }
+
+  static __device__ __forceinline__ void decode(const uint32_t* words, Bias, uint32_t (&pairs)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = ptx::half_pair_from_e4m3(i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16);
+    }
+  }
+};
+
+template <>
+struct KvOctet<KvInt8> {
+  using Operand = float16;
+  struct Bias {};
+  static constexpr int kWords = 2, kPairDistance = 1;
+
+  static __device__ __forceinline__ float scale(uint32_t word) { return __uint_as_float(word); }
+  static __device__ __forceinline__ Bias bias(uint32_t) { return {}; }
+
+  // 0x6400 | (x + 128) is the half 1024 + 128 + x.
+  static __device__ __forceinline__ void decode(const uint32_t* words, Bias, uint32_t (&pairs)[4]) {
+    const __half2 offset = __half2half2(__ushort_as_half(0x6480));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t shifted = words[i / 2] ^ 0x80808080u;
+      const uint32_t biased = ptx::Permute()(shifted, 0x64646464u, i % 2 == 0 ? 0x4140 : 0x4342);
+      const __half2 value = __hsub2(reinterpret_cast<const __half2&>(biased), offset);
+      pairs[i] = reinterpret_cast<const uint32_t&>(value);
+    }
+  }
+};
+
+template <>
+struct KvOctet<KvInt4> {
+  using Operand = float16;
+  using Bias = __half2;  // 1024 + zero, twice
+  static constexpr int kWords = 1, kPairDistance = 4;
+
+  static __device__ __forceinline__ float scale(uint32_t word) {
+    return __low2float(reinterpret_cast<const __half2&>(word));
+  }
+  static __device__ __forceinline__ Bias bias(uint32_t word) {
+    const __half2 zero = __high2half2(reinterpret_cast<const __half2&>(word));
+    return __hadd2(zero, __half2half2(__ushort_as_half(0x6400)));
+  }
+
+  static __device__ __forceinline__ void decode(const uint32_t* words, Bias bias,
+                                                uint32_t (&pairs)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = Int4Dequant<float16>::codes(words[0], i, bias);
   }
 };
 

@@ -6,15 +6,17 @@
 //   cache dtype     codes of a row                 word                   an element
 //   float8_e4m3fn   D bytes                        float32 scale          scale * code
 //   int8            D bytes, -127 .. 127           float32 scale          scale * code
-//   uint8 (int4)    D / 2 bytes, low nibble first  float16 scale, zero    scale * (code - 8) + zero
+//   uint8 (int4)    D / 2 bytes, low nibble first  float16 scale, zero    scale * (code - zero)
 //
 //   scales  [NP, P, HKV] float32, or [NP, P, HKV, 2] float16   (usual memory: [NP, HKV, P])
 //
-// The scale is max|x| / 448 or / 127, at least 2^-126, and 1 for a row of zeros; that of int4 is
-// (max - min) / 15, at least 2^-14, and its zero min + 8 * scale: asymmetric codes err less, and
-// cost attention one product per key. Codes round x / scale to nearest even and saturate: no NaN
-// code is ever stored, and kernels need not know them. A row that holds NaN or infinity gets the
-// scale NaN: what sees it is NaN. In int4, values beyond those of float16 saturate too.
+// The scale is max|x| / 448 or / 127, at least 2^-126, and 1 for a row of zeros. That of int4 is
+// (max - min) / 15, at least max|x| / 240 and 2^-14, and its zero the integer next to -min / scale:
+// asymmetric codes err less and cost nothing, for kernels subtract a number anyway; code - zero is
+// exact in float16 and, as |zero| is at most 240, in bfloat16. Codes round x / scale to nearest
+// even and saturate: no NaN code is ever stored, and kernels need not know them. A row that holds
+// NaN or infinity gets the scale NaN: what sees it is NaN. In int4, values beyond those of float16
+// saturate too.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +36,7 @@
 namespace effllm {
 
 inline constexpr float kE4M3Max = 448.0f, kInt8Max = 127.0f;
-inline constexpr int kInt4Center = 8;
-inline constexpr float kInt4MinScale = 0x1p-14f, kFloat16Max = 65504.0f;
+inline constexpr float kInt4MinScale = 0x1p-14f, kInt4MaxZero = 240.0f, kFloat16Max = 65504.0f;
 
 constexpr bool is_quantized_kv(DType dtype) {
   return dtype == DType::kFloat8E4M3 || dtype == DType::kInt8 || dtype == DType::kUInt8;
@@ -158,26 +159,27 @@ struct KvInt4 {
       low = std::min(low, bounded(d));
       high = std::max(high, bounded(d));
     }
-    const float16 half_scale = from_float<float16>(std::max((high - low) / 15.0f, kInt4MinScale));
+    const float least = std::max(std::max(high, -low) / kInt4MaxZero, kInt4MinScale);
+    const float16 half_scale = from_float<float16>(std::max((high - low) / 15.0f, least));
     const float scale = to_float(half_scale);
-    const float16 half_zero = from_float<float16>(low + kInt4Center * scale);
-    const float zero = to_float(half_zero);
+    const float zero =
+        std::min(std::max(-std::nearbyint(low / scale), -kInt4MaxZero), kInt4MaxZero);
     const auto code = [&](int64_t d) {
-      const float steps = std::nearbyint((bounded(d) - zero) / scale) + kInt4Center;
+      const float steps = std::nearbyint(bounded(d) / scale) + zero;
       return static_cast<int>(std::min(std::max(steps, 0.0f), 15.0f));
     };
     for (int64_t d = 0; d < dim; d += 2) {
       codes[d / 2] = static_cast<uint8_t>(code(d) | code(d + 1) << 4);
     }
-    return half_scale.bits | static_cast<uint32_t>(half_zero.bits) << 16;
+    return half_scale.bits | static_cast<uint32_t>(from_float<float16>(zero).bits) << 16;
   }
 
   static void decode(const uint8_t* codes, uint32_t word, int64_t dim, float* row) {
     const float scale = to_float(float16{static_cast<uint16_t>(word)});
     const float zero = to_float(float16{static_cast<uint16_t>(word >> 16)});
     for (int64_t idx = 0; idx < dim / 2; ++idx) {
-      row[2 * idx] = scale * static_cast<float>((codes[idx] & 15) - kInt4Center) + zero;
-      row[2 * idx + 1] = scale * static_cast<float>((codes[idx] >> 4) - kInt4Center) + zero;
+      row[2 * idx] = scale * (static_cast<float>(codes[idx] & 15) - zero);
+      row[2 * idx + 1] = scale * (static_cast<float>(codes[idx] >> 4) - zero);
     }
   }
 };

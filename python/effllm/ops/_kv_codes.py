@@ -42,9 +42,10 @@ def quantize_kv(x: Tensor, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if kv_dtype == torch.uint8:
         values = values.clamp(-_FP16_MAX, _FP16_MAX)
         low, high = values.aminmax(dim=-1, keepdim=True)
-        scale = over(high - low, 15.0).clamp(min=2.0**-14).half()
-        zero = (low + 8 * scale.float()).half()
-        steps = ((values - zero.float()) / scale.float()).round() + 8
+        least = over(torch.maximum(high, -low), 240.0).clamp(min=2.0**-14)
+        scale = torch.maximum(over(high - low, 15.0), least).half()
+        zero = (-(low / scale.float()).round()).clamp(-240, 240).half()
+        steps = (values / scale.float()).round() + zero.float()
         codes = steps.clamp(0, 15).where(finite, 0.0).to(torch.uint8)
         pair = torch.cat([scale, zero], -1).where(finite, math.nan)
         return codes[..., ::2] | codes[..., 1::2] << 4, pair
@@ -62,7 +63,7 @@ def dequantize_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     if codes.dtype == torch.uint8:
         nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
         factor, zero = scale.to(dtype).split(1, -1)
-        return (nibbles.to(dtype) - 8) * factor + zero
+        return (nibbles.to(dtype) - zero) * factor
     return codes.to(dtype) * scale.to(dtype)[..., None]
 
 

@@ -22,9 +22,9 @@ def kv_append(
 
     A cache in the dtype of k gets its bits as they are. One in 8 or 4 bits gets codes, and the
     scale of each token and head beside the pages: max|x| / 448 (e4m3) or / 127 (int8), for int4
-    (max - min) / 15 and the zero that code 8 stands for. Codes round to nearest even and saturate;
-    no NaN code is stored. A row that holds NaN or infinity gets the scale NaN. All of the cache
-    that no slot names keeps its values.
+    (max - min) / 15 and the code of zero, which may lie outside 0 .. 15. Codes round to nearest
+    even and saturate; no NaN code is stored. A row that holds NaN or infinity gets the scale NaN.
+    All of the cache that no slot names keeps its values.
 
     Args:
         k, v: [T, HKV, D], fp16, bf16 or fp32, any strides with stride(-1) == 1, so that slices of a
