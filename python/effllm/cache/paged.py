@@ -4,10 +4,11 @@ One model step, for any mix of prefill and decode:
 
     batch = cache.step([(seq_a, 1), (seq_b, 37)])       # pages for the new tokens, lengths advance
     for layer in range(cache.num_layers):               # inside the model
-        ops.kv_append(k, v, cache.k[layer], cache.v[layer], batch.slot_mapping)
+        k_cache, v_cache, k_scale, v_scale = cache.layer(layer)
+        ops.kv_append(k, v, k_cache, v_cache, batch.slot_mapping, k_scale, v_scale)
         out, _ = ops.paged_attention(
-            q, cache.k[layer], cache.v[layer], batch.page_table, batch.seq_lens,
-            batch.cu_seqlens_q, max_seqlen_q=batch.max_seqlen_q)
+            q, k_cache, v_cache, batch.page_table, batch.seq_lens, batch.cu_seqlens_q,
+            k_scale, v_scale, max_seqlen_q=batch.max_seqlen_q)
     cache.commit(seq_a, tokens_a)                       # optional: offer full pages for reuse
 
 Tokens are packed without padding, in the order of the items. Dimensions: B rows of the step,
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .. import ops
 from .._host import BlockPool
+from ..ops._kv_codes import QUANTIZED_KV, as_bits, codes_per_row, empty_kv_scale
 from .batch import PagedBatch, index_tensors
 from .swap import from_host, to_host
 
@@ -62,16 +64,19 @@ class PagedKVCache:
         page_size: int = 16,
         num_pages: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Allocates everything at once.
 
         `max_batch`: most rows of one step (more sequences may live in the cache). `max_seq_len`:
         most tokens of one sequence, MAXP = ceil(max_seq_len / P). `num_pages`: NP, the reserved
-        page 0 included; the default holds max_batch sequences of max_seq_len. `dtype`: bfloat16,
-        float16 or float32.
+        page 0 included; the default holds max_batch sequences of max_seq_len. `dtype`: of the keys
+        and values that come, bfloat16, float16 or float32, and of what is kept of them, unless
+        `kv_dtype` is "e4m3", "int8" or "int4": then they are kept in 8 or 4 bits, with a scale of
+        4 bytes per token, head and layer for each of K and V.
 
-        ValueError for a size below 1 or another dtype.
+        ValueError for a size below 1, an odd head_dim in int4, or another dtype.
         """
         sizes = (num_layers, num_kv_heads, head_dim, max_batch, max_seq_len, page_size)
         if min(sizes) < 1:
@@ -81,6 +86,12 @@ class PagedKVCache:
             )
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"PagedKVCache: dtype must be bf16, fp16 or fp32, got {dtype}")
+        if kv_dtype is not None and kv_dtype not in QUANTIZED_KV:
+            raise ValueError(
+                f"PagedKVCache: kv_dtype must be e4m3, int8, int4 or None, got {kv_dtype!r}"
+            )
+        if kv_dtype == "int4" and head_dim % 2:
+            raise ValueError(f"PagedKVCache: int4 needs an even head_dim, got {head_dim}")
         self.num_layers = num_layers
         self.page_size = page_size
         self.max_batch = max_batch
@@ -90,21 +101,38 @@ class PagedKVCache:
             num_pages = 1 + max_batch * max_pages
         self.pool = BlockPool(num_pages, page_size)
 
+        cache_dtype = dtype if kv_dtype is None else QUANTIZED_KV[kv_dtype]
+
         def tensors() -> list[Tensor]:
             # Physically [NP, HKV, P, D]: the rows of one head in one page are contiguous.
-            shape = (num_pages, num_kv_heads, page_size, head_dim)
-            empty = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            row = codes_per_row(head_dim, cache_dtype)
+            shape = (num_pages, num_kv_heads, page_size, row)
+            empty = [
+                torch.empty(shape, dtype=cache_dtype, device=device) for _ in range(num_layers)
+            ]
             return [tensor.transpose(1, 2) for tensor in empty]
+
+        def scales() -> list[Tensor]:
+            sizes = (num_pages, num_kv_heads, page_size)
+            layers = 0 if kv_dtype is None else num_layers
+            return [empty_kv_scale(*sizes, cache_dtype, device) for _ in range(layers)]
 
         # Never inference tensors, even under inference_mode: those could not be written outside.
         with torch.inference_mode(False):
             self.k, self.v = tensors(), tensors()  # per layer, logical [NP, P, HKV, D]
+            self.k_scale, self.v_scale = scales(), scales()  # of quantised caches, [NP, P, HKV, ..]
             self.page_table = torch.zeros(max_batch, max_pages, dtype=torch.int32, device=device)
             self.seq_lens = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self._host_table = np.zeros((max_batch, max_pages), dtype=np.int32)
         self._row_pages: list[tuple[int, ...]] = [()] * max_batch  # what each table row shows
         self._seqs: dict[int, _Sequence] = {}
         self._next_id = 0
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What the ops take of one layer: k_cache, v_cache, k_scale and v_scale."""
+        k_scale = self.k_scale[index] if self.k_scale else None
+        v_scale = self.v_scale[index] if self.v_scale else None
+        return self.k[index], self.v[index], k_scale, v_scale
 
     # ---- sequences -------------------------------------------------------------------------------
 
@@ -304,7 +332,7 @@ class PagedKVCache:
     @property
     def _caches(self) -> list[Tensor]:
         """All tensors that hold a page's content, pages first."""
-        return [*self.k, *self.v]
+        return [*self.k, *self.v, *self.k_scale, *self.v_scale]
 
     def _insert(self, seq: _Sequence) -> int:
         seq_id = self._next_id

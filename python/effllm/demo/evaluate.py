@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,27 +13,35 @@ from torch import nn
 
 
 @torch.no_grad()
-def mean_nll(model: Any, windows: torch.Tensor, *, batch_size: int = 8) -> float:
+def mean_nll(
+    model: Any,
+    windows: torch.Tensor,
+    *,
+    batch_size: int = 8,
+    make_cache: Callable[[], Any] | None = None,
+) -> float:
     """Mean negative log-likelihood in nats per predicted token.
 
     `windows` is int64 [W, T]; each window is scored on its own, so T - 1 tokens per window count.
     `model(ids)` returns an object with `logits` [B, T, V], as `transformers` models do. The model
     is put in evaluation mode and left so. Logits are reduced in fp32, the mean in fp64.
+    `make_cache` gives the `past_key_values` of each batch, through which keys and values then go.
     """
     model.eval()
     device = next(model.parameters()).device
     total = 0.0
     for ids in windows.split(batch_size):
         ids = ids.to(device)
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        cached = {} if make_cache is None else {"past_key_values": make_cache()}
+        logits = model(ids, use_cache=bool(cached), **cached).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         total += loss.double().sum().item()
     return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 
-def perplexity(model: Any, windows: torch.Tensor, *, batch_size: int = 8) -> float:
+def perplexity(model: Any, windows: torch.Tensor, **options: Any) -> float:
     """`exp(mean_nll(...))`; arguments as there."""
-    return math.exp(mean_nll(model, windows, batch_size=batch_size))
+    return math.exp(mean_nll(model, windows, **options))
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ def generate(
     stop_tokens: Iterable[int] | None = None,
     stream: Callable[[int, int, str], None] | None = None,
     cache: PagedKVCache | None = None,
+    kv_dtype: str | None = None,
 ) -> list[Generation]:
     """Continues every prompt with a transformers causal language model, over the paged cache.
 
@@ -69,6 +70,8 @@ def generate(
             that is not complete yet comes with a later token; "" without a tokenizer.
         cache: reused across calls, so that prompts with a common beginning share its pages; by
             default one is made that fits. Reset it when the weights change.
+        kv_dtype: "e4m3", "int8" or "int4" to keep keys and values in 8 or 4 bits; a given cache
+            has its own.
 
     Raises:
         ValueError: bad options, an empty prompt, or one that exceeds the model's context.
@@ -88,7 +91,9 @@ def generate(
     )
     stops = _stop_tokens(model) if stop_tokens is None else frozenset(stop_tokens)
     if cache is None:
-        cache = _fitting_cache(model, config, requests, max_new_tokens)
+        cache = _fitting_cache(model, config, requests, max_new_tokens, kv_dtype)
+    elif kv_dtype is not None:
+        raise ValueError("effllm.generate: kv_dtype is that of the given cache; leave it out")
 
     try:
         for request in requests:
@@ -136,7 +141,7 @@ def _stop_tokens(model: Any) -> frozenset[int]:
 
 
 def _fitting_cache(
-    model: Any, config: Any, requests: list[Request], max_new_tokens: int
+    model: Any, config: Any, requests: list[Request], max_new_tokens: int, kv_dtype: str | None
 ) -> PagedKVCache:
     """Room for exactly these requests, in the model's dtype and on its device."""
     heads = config.num_attention_heads
@@ -151,6 +156,7 @@ def _fitting_cache(
         # One more for the pool's own page 0, one so that an empty batch has a pool at all.
         num_pages=2 + sum(-(-length // _PAGE_SIZE) for length in lengths),
         dtype=model.dtype,
+        kv_dtype=kv_dtype,
         device=model.device,
     )
 

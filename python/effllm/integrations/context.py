@@ -39,9 +39,12 @@ class PagedContext:
         token's own, ``softcap`` 0 is off, ``sinks`` ``[HQ]`` are logits that take part in the
         softmax without a value. Returns ``[T, HQ, D]``.
         """
-        batch, k_cache, v_cache = self.batch, self.cache.k[layer], self.cache.v[layer]
+        batch = self.batch
+        k_cache, v_cache, k_scale, v_scale = self.cache.layer(layer)
         # Cached keys carry no gradient. Nothing gets lost: the backward of attention raises.
-        ops.kv_append(k.detach(), v.detach(), k_cache, v_cache, batch.slot_mapping)
+        ops.kv_append(
+            k.detach(), v.detach(), k_cache, v_cache, batch.slot_mapping, k_scale, v_scale
+        )
         out, lse = ops.paged_attention(
             q,
             k_cache,
@@ -49,6 +52,8 @@ class PagedContext:
             batch.page_table,
             batch.seq_lens,
             batch.cu_seqlens_q,
+            k_scale,
+            v_scale,
             max_seqlen_q=batch.max_seqlen_q,
             scale=scale,
             window=window,

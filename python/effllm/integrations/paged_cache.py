@@ -39,6 +39,7 @@ class PagedCache(Cache):
         max_seq_len: int,
         max_batch: int | None = None,
         page_size: int = 16,
+        kv_dtype: str | None = None,
     ) -> None:
         """Memory is allocated at the first token, in the model's dtype and on its device.
 
@@ -48,6 +49,7 @@ class PagedCache(Cache):
             max_batch: most sequences at a time, beams and those of copies included; by default as
                 many as the first call brings.
             page_size: tokens per page.
+            kv_dtype: "e4m3", "int8" or "int4" to keep keys and values in 8 or 4 bits.
         """
         self.pages: PagedKVCache | None = None
         self._seqs: list[int] = []  # one sequence of `pages` per batch row
@@ -64,6 +66,7 @@ class PagedCache(Cache):
         self.max_seq_len = max_seq_len
         self.max_batch = max_batch
         self.page_size = page_size
+        self.kv_dtype = kv_dtype
         self._real = torch.ones(0, 0, dtype=torch.bool)  # [B, S]: which columns are tokens
         self._batch: PagedBatch | None = None
         self._waiting: int | None = None  # layer whose marked keys have not been appended yet
@@ -112,6 +115,7 @@ class PagedCache(Cache):
                 max_seq_len=self.max_seq_len,
                 page_size=self.page_size,
                 dtype=key.dtype,
+                kv_dtype=self.kv_dtype,
                 device=key.device,
             )
         if not self._seqs:
