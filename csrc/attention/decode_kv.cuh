@@ -94,12 +94,14 @@ class DecodeKv {
   // Keys past the end are read as the last one: slots without a key may hold NaN, which a weight of
   // 0 would not silence in V.
   __device__ __forceinline__ void load_keys(int first_key, int end) {
-    KeyLocation of_word;
+    [[maybe_unused]] KeyLocation of_word{};
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int key = min(first_key + n * 8 + group_lane_, end - 1);
       const KeyLocation location = locate_key(args_, sequence_.page_row, key);
-      if (n == 0 || quad_lane_ % 2 == 1) of_word = location;
+      if constexpr (Config::kQuantized) {
+        if (n == 0 || quad_lane_ % 2 == 1) of_word = location;
+      }
       const char* row = static_cast<const char*>(args_.k_cache) +
                         location.k_offset(args_, kv_head_) * kCacheElementBytes;
 #pragma unroll
@@ -215,13 +217,10 @@ class DecodeKv {
   __device__ __forceinline__ void load_unit(uint32_t (&words)[kWords], int o, int octet,
                                             const char* row) {
     constexpr int kUnitWords = kUnit * Octet::kWords;
-    uint32_t* to = &words[o * Octet::kWords];
-    if (has_octet(octet)) {
-      ptx::load_streaming<kUnitWords>(to, row + octet * Octet::kWords * 4);
-    } else {
+    uint32_t unit[kUnitWords] = {};
+    if (has_octet(octet)) ptx::load_streaming<kUnitWords>(unit, row + octet * Octet::kWords * 4);
 #pragma unroll
-      for (int i = 0; i < kUnitWords; ++i) to[i] = 0;
-    }
+    for (int i = 0; i < kUnitWords; ++i) words[o * Octet::kWords + i] = unit[i];
   }
 
   // To float16 in [1, 2) for the largest of the row. Exact but for what is 2^22 times smaller.

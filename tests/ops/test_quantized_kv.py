@@ -82,7 +82,7 @@ def all_codes(kv_dtype: str, device: str) -> Tensor:
 
 
 def scales_for(kv_dtype: str, count: int, device: str) -> Tensor:
-    pair = torch.tensor([0.5, 0.25], dtype=torch.float16, device=device).expand(count, 2)
+    pair = torch.tensor([0.5, -3.0], dtype=torch.float16, device=device).expand(count, 2)
     return pair if kv_dtype == "int4" else pair[:, 0].float()
 
 
@@ -279,7 +279,8 @@ def test_scales_of_any_size(kv_dtype: str, queries: int, dtype: torch.dtype, dev
         generator = torch.Generator().manual_seed(7)
         spread = 2.0 ** torch.randint(-9, 1, args["v_scale"].shape[:3], generator=generator)
         spread = spread.to(device) * factor
-        args["v_scale"] *= spread[..., None] if kv_dtype == "int4" else spread
+        scale = args["v_scale"]
+        (scale[..., 0] if kv_dtype == "int4" else scale).mul_(spread)
         args["softcap"] = 4.0  # so that every key has a say
         baseline = paged_attention_ref(**args, dtype=torch.float32, weights_dtype=dtype)
         out, _ = paged_attention(**args)
