@@ -73,7 +73,7 @@ inline float to_float(float16 value) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | inf_or_nan | sign);
 }
 
-inline float to_float(float8_e4m3 value) {
+constexpr float to_float(float8_e4m3 value) {
   const uint32_t sign = (value.bits & 0x80u) << 24;
   const uint32_t magnitude = value.bits & 0x7fu;
   // As for float16: exponent biases differ by 127 - 7.
