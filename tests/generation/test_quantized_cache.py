@@ -111,8 +111,8 @@ def test_transformers_generate(llama: Any, kv_dtype: str, beams: int) -> None:
 
 
 def test_perplexity_of_the_demo_model() -> None:
-    """8 bits cost next to nothing, 4 bits little: bounds three times what was measured on more
-    text (bench/results/kv_quality.md). A lost or misplaced scale costs far more."""
+    """8 bits cost next to nothing, 4 bits little: bounds are at least twice what more text shows
+    (bench/results/kv_quality.md). A lost or misplaced scale costs far more."""
     pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
     from effllm.integrations.transformers import PagedCache
 
