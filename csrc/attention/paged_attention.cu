@@ -1,5 +1,4 @@
-// The CUDA op. Few rows per KV head go to the decode kernel (bytes-bound, keys split over CTAs),
-// many to the prefill kernel (arithmetic-bound, rows split over CTAs).
+// The CUDA op. Which kernel takes it says paged_attention_launch.cuh; what bounds them, they say.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -9,98 +8,16 @@
 #include <tuple>
 
 #include "attention/paged_attention.h"
-#include "attention/paged_attention_quantized.cuh"
+#include "attention/paged_attention_launch.cuh"
 #include "attention/paged_kv.h"
-#include "common/math.h"
 #include "common/torch.h"
-#include "cuda/launch.h"
 
 namespace effllm {
-
-EFFLLM_KV_LAUNCHES(extern, KvE4M3)
-EFFLLM_KV_LAUNCHES(extern, KvInt8)
-EFFLLM_KV_LAUNCHES(extern, KvInt4)
-
 namespace {
 
 constexpr const char* kOp = "paged_attention";
 constexpr int64_t kAlignment = 16;    // bytes; all loads are of 16
 constexpr int64_t kElementBytes = 2;  // of both dtypes that a GPU takes
-// Up to here it pays to read the keys once per 8 rows, from L2 after the first time, and have
-// splits: the prefill kernel has one CTA for all keys of these rows.
-constexpr int64_t kMaxDecodeRows = 32;
-
-int num_multiprocessors(const Tensor& q) {
-  return device_attribute(cudaDevAttrMultiProcessorCount, q.get_device_index(), kOp);
-}
-
-template <class Config>
-void decode(PagedAttentionArgs args, const Tensor& q, cudaStream_t stream) {
-  const int device = q.get_device_index();
-  const int num_sms = num_multiprocessors(q);
-  args.early_start = device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp) >= 9;
-  args.num_row_tiles =
-      static_cast<int32_t>(ceil_div<int64_t>(args.group * args.max_seqlen_q, Config::kRows));
-  // As many CTAs as run together, or as parts that are worth one.
-  const int64_t resident =
-      std::clamp<int64_t>(num_sms * Config::kCtasPerSm / args.num_row_tiles, 1, kMaxShares);
-  const int64_t max_keys =
-      std::min(args.max_pages_per_seq * args.page_size, args.window + args.max_seqlen_q);
-  const int64_t parts_per_pair = std::clamp<int64_t>(
-      ceil_div<int64_t>(max_keys, Config::kMinBlocks * Config::kBlockKeys), 1, resident);
-  const int64_t parts = args.num_seqs * args.num_kv_heads * parts_per_pair;
-  args.num_shares = static_cast<int32_t>(std::min(parts, resident));
-
-  const int64_t ctas = int64_t{args.num_shares} * args.num_row_tiles;
-  const int64_t rows = ctas * 2 * Config::kRows;
-  // Freed on return: the allocator keeps the stream's order.
-  const Tensor workspace = new_empty(q, {rows * (args.head_dim + 2) + ctas * 2}, DType::kFloat32);
-  args.partial_out = static_cast<float*>(workspace.mutable_data_ptr());
-  args.partial_softmax = args.partial_out + rows * args.head_dim;
-  args.arrivals = reinterpret_cast<uint64_t*>(args.partial_softmax + rows * 2);
-  launch_paged_decode<Config>(args, stream);
-}
-
-template <class Element, class Kv, int kHeadDim>
-void launch(const PagedAttentionArgs& args, const Tensor& q, cudaStream_t stream) {
-  if (args.group * args.max_seqlen_q > kMaxDecodeRows) {
-    return launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim, Kv>>(args, stream);
-  }
-  constexpr bool kQuantized = !std::is_same_v<Element, Kv>;
-  // Shared memory is for four warps of D = 256.
-  using DecodeConfig = PagedDecodeConfig<Element, kHeadDim, kHeadDim == 256 ? 4 : 8, Kv>;
-  if constexpr (kQuantized) {
-    if (args.head_dim % DecodeKv<DecodeConfig>::kKeyUnitDims != 0) {
-      return decode<NarrowDecodeConfig<Element, Kv>>(args, q, stream);
-    }
-  } else if constexpr (kHeadDim == 128) {
-    // Few pairs are split, and what CTAs leave behind must be merged at a price per CTA: one has
-    // the multiprocessor. With many, the other of two loads while one goes to its next pair:
-    // measured on an H100, up to 10 % quicker.
-    if (args.num_seqs * args.num_kv_heads > num_multiprocessors(q)) {
-      return decode<PagedDecodeConfig<Element, kHeadDim, 4>>(args, q, stream);
-    }
-  }
-  decode<DecodeConfig>(args, q, stream);
-}
-
-template <class Element, class Kv>
-void launch(const PagedAttentionArgs& args, const Tensor& q, cudaStream_t stream) {
-  if (args.head_dim <= 64) {
-    launch<Element, Kv, 64>(args, q, stream);
-  } else if (args.head_dim <= 128) {
-    launch<Element, Kv, 128>(args, q, stream);
-  } else {
-    launch<Element, Kv, 256>(args, q, stream);
-  }
-}
-
-template <class Element>
-void launch(const PagedAttentionArgs& args, const Tensor& q, cudaStream_t stream) {
-  if (!is_quantized_kv(args.kv_dtype)) return launch<Element, Element>(args, q, stream);
-  dispatch_kv_codec(args.kv_dtype,
-                    [&](auto codec) { launch<Element, decltype(codec)>(args, q, stream); });
-}
 
 // What rows of a cache must be multiples of: all that their loads need, and rows of any D have.
 int64_t cache_alignment(const View& cache) {
@@ -153,11 +70,16 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
   args.group = static_cast<int32_t>(args.num_q_heads / args.num_kv_heads);
   args.group_divisor = FastDivisor::of(args.group);
 
-  const cudaStream_t stream = current_cuda_stream(q);
-  if (args.dtype == DType::kFloat16) {
-    launch<float16>(args, aligned_q, stream);
+  Tensor workspace;
+  const AttentionContext context{q.get_device_index(), current_cuda_stream(q), [&](int64_t floats) {
+                                   workspace = new_empty(q, {floats}, DType::kFloat32);
+                                   return static_cast<float*>(workspace.mutable_data_ptr());
+                                 }};
+  if (is_quantized_kv(args.kv_dtype)) {
+    dispatch_kv_codec(args.kv_dtype,
+                      [&](auto codec) { launch_paged_attention<decltype(codec)>(args, context); });
   } else {
-    launch<bfloat16>(args, aligned_q, stream);
+    launch_paged_attention<void>(args, context);
   }
   return {out, lse};
 }

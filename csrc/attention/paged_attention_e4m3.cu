@@ -1,8 +1,8 @@
 // Attention to caches in e4m3. Roofline: see the kernels.
-#include "attention/paged_attention_quantized.cuh"
+#include "attention/paged_attention_launch.cuh"
 
 namespace effllm {
 
-EFFLLM_KV_LAUNCHES(, KvE4M3)
+template void launch_paged_attention<KvE4M3>(const PagedAttentionArgs&, const AttentionContext&);
 
 }  // namespace effllm

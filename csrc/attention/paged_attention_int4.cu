@@ -1,8 +1,8 @@
 // Attention to caches in int4. Roofline: see the kernels.
-#include "attention/paged_attention_quantized.cuh"
+#include "attention/paged_attention_launch.cuh"
 
 namespace effllm {
 
-EFFLLM_KV_LAUNCHES(, KvInt4)
+template void launch_paged_attention<KvInt4>(const PagedAttentionArgs&, const AttentionContext&);
 
 }  // namespace effllm

@@ -1,8 +1,8 @@
 // Attention to caches in int8. Roofline: see the kernels.
-#include "attention/paged_attention_quantized.cuh"
+#include "attention/paged_attention_launch.cuh"
 
 namespace effllm {
 
-EFFLLM_KV_LAUNCHES(, KvInt8)
+template void launch_paged_attention<KvInt8>(const PagedAttentionArgs&, const AttentionContext&);
 
 }  // namespace effllm

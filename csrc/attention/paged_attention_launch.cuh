@@ -1,0 +1,118 @@
+// Which kernel paged_attention takes, for caches of one dtype. Few rows per KV head go to the
+// decode kernel (bytes-bound, keys split over CTAs), many to the prefill kernel (arithmetic-bound,
+// rows split over CTAs).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <type_traits>
+
+#include "attention/paged_attention_sm80.cuh"
+#include "attention/paged_decode_sm80.cuh"
+#include "attention/paged_kv.h"
+#include "common/math.h"
+#include "cuda/launch.h"
+#include "quant/kv_layout.h"
+
+namespace effllm {
+
+// Where the op runs, and memory for so many floats there that lives until the op has returned: the
+// allocator keeps the stream's order.
+struct AttentionContext {
+  int device;
+  cudaStream_t stream;
+  std::function<float*(int64_t)> allocate;
+
+  int attribute(cudaDeviceAttr attribute) const {
+    return device_attribute(attribute, device, "paged_attention");
+  }
+};
+
+template <class Config>
+void decode(PagedAttentionArgs args, const AttentionContext& context) {
+  const int num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
+  args.early_start = context.attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  args.num_row_tiles =
+      static_cast<int32_t>(ceil_div<int64_t>(args.group * args.max_seqlen_q, Config::kRows));
+  // As many CTAs as run together, or as parts that are worth one.
+  const int64_t resident =
+      std::clamp<int64_t>(num_sms * Config::kCtasPerSm / args.num_row_tiles, 1, kMaxShares);
+  const int64_t max_keys =
+      std::min(args.max_pages_per_seq * args.page_size, args.window + args.max_seqlen_q);
+  const int64_t parts_per_pair = std::clamp<int64_t>(
+      ceil_div<int64_t>(max_keys, Config::kMinBlocks * Config::kBlockKeys), 1, resident);
+  const int64_t parts = args.num_seqs * args.num_kv_heads * parts_per_pair;
+  args.num_shares = static_cast<int32_t>(std::min(parts, resident));
+
+  const int64_t ctas = int64_t{args.num_shares} * args.num_row_tiles;
+  const int64_t rows = ctas * 2 * Config::kRows;
+  args.partial_out = context.allocate(rows * (args.head_dim + 2) + ctas * 2);
+  args.partial_softmax = args.partial_out + rows * args.head_dim;
+  args.arrivals = reinterpret_cast<uint64_t*>(args.partial_softmax + rows * 2);
+  launch_paged_decode<Config>(args, context.stream);
+}
+
+template <class Element, class Kv, int kHeadDim>
+void launch_paged_attention(const PagedAttentionArgs& args, const AttentionContext& context) {
+  // Up to here it pays to read the keys once per 8 rows, from L2 after the first time, and have
+  // splits: the prefill kernel has one CTA for all keys of these rows.
+  constexpr int64_t kMaxDecodeRows = 32;
+  if (args.group * args.max_seqlen_q > kMaxDecodeRows) {
+    return launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim, Kv>>(args, context.stream);
+  }
+  // Shared memory is for four warps of D = 256.
+  using Config = PagedDecodeConfig<Element, kHeadDim, kHeadDim == 256 ? 4 : 8, Kv>;
+  if constexpr (Config::kQuantized) {
+    if (args.head_dim % DecodeKv<Config>::kKeyUnitDims != 0) {
+      return decode<PagedDecodeConfig<Element, 256, 4, Kv, true>>(args, context);
+    }
+  } else if constexpr (kHeadDim == 128) {
+    // Few pairs are split, and what CTAs leave behind must be merged at a price per CTA: one has
+    // the multiprocessor. With many, the other of two loads while one goes to its next pair:
+    // measured on an H100, up to 10 % quicker.
+    const int num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
+    if (args.num_seqs * args.num_kv_heads > num_sms) {
+      return decode<PagedDecodeConfig<Element, kHeadDim, 4, Kv>>(args, context);
+    }
+  }
+  decode<Config>(args, context);
+}
+
+template <class Element, class Kv>
+void launch_paged_attention(const PagedAttentionArgs& args, const AttentionContext& context) {
+  if (args.head_dim <= 64) {
+    launch_paged_attention<Element, Kv, 64>(args, context);
+  } else if (args.head_dim <= 128) {
+    launch_paged_attention<Element, Kv, 128>(args, context);
+  } else {
+    launch_paged_attention<Element, Kv, 256>(args, context);
+  }
+}
+
+// `Codec` is that of a quantised cache, or void: the cache has the dtype of q.
+template <class Codec>
+void launch_paged_attention(const PagedAttentionArgs& args, const AttentionContext& context) {
+  const auto launch = [&](auto element) {
+    using Element = decltype(element);
+    using Kv = std::conditional_t<std::is_void_v<Codec>, Element, Codec>;
+    launch_paged_attention<Element, Kv>(args, context);
+  };
+  if (args.dtype == DType::kFloat16) {
+    launch(float16{});
+  } else {
+    launch(bfloat16{});
+  }
+}
+
+// Compiled in a file each: paged_attention_<dtype>.cu.
+extern template void launch_paged_attention<KvE4M3>(const PagedAttentionArgs&,
+                                                    const AttentionContext&);
+extern template void launch_paged_attention<KvInt8>(const PagedAttentionArgs&,
+                                                    const AttentionContext&);
+extern template void launch_paged_attention<KvInt4>(const PagedAttentionArgs&,
+                                                    const AttentionContext&);
+
+}  // namespace effllm
