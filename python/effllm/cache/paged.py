@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import ops
 from .._host import BlockPool
-from ..ops._kv_codes import QUANTIZED_KV, as_bits, codes_per_row, empty_kv_scale
+from ..ops._kv_codes import QUANTIZED_KV, codes_per_row, empty_kv_scale
 from .batch import PagedBatch, index_tensors
 from .swap import from_host, to_host
 

@@ -173,8 +173,9 @@ def paged_attention_ref(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, one sequence after the other: gather the pages, mask, softmax.
 
-    All arithmetic and the results are in ``dtype``; the attention weights are rounded to
-    ``weights_dtype`` in between, as every 16-bit implementation does before it multiplies by V.
+    All arithmetic and the results are in ``dtype``; the attention weights, times the scales of
+    their values if these are quantised, are rounded to ``weights_dtype`` in between, as every
+    16-bit implementation does before it multiplies by V.
     """
     num_tokens, num_heads, dim = q.shape
     page_size, group = k_cache.shape[1], num_heads // k_cache.shape[2]
@@ -208,10 +209,26 @@ def paged_attention_ref(
             row_lse = scores.logsumexp(-1)
             # Rows without a key: any finite number in place of -inf makes all their weights 0.
             base = row_lse.masked_fill(row_lse == -math.inf, 0.0)[..., None]
-            weights = torch.exp(scores - base).to(weights_dtype).to(dtype)
+            weights = torch.exp(scores - base)
+            factor = _weight_factor(v_scale, pages, slots, group, dtype)
+            weights = (weights * factor).to(weights_dtype).to(dtype) / factor
             out[rows] = torch.einsum("hqk,khd->qhd", weights, values)
             lse[rows] = row_lse.T
     return out, lse
+
+
+def _weight_factor(
+    scale: Tensor | None, pages: Tensor, slots: Tensor, group: int, dtype: torch.dtype
+) -> Tensor:
+    """What weights [HQ, queries, S] are multiplied by before they are rounded: 1, or the scales of
+    the values, brought into the range of a float16 by a power of two."""
+    if scale is None or pages.numel() == 0:
+        return torch.ones((), dtype=dtype, device=pages.device)
+    of_value = scale[pages, slots].to(dtype)
+    of_value = of_value[..., 0] if scale.dim() == 4 else of_value
+    exponent = torch.frexp(of_value.abs().nan_to_num(0.0, 0.0).amax()).exponent
+    factor = torch.ldexp(of_value.where(of_value != 0, 1.0), 14 - exponent)
+    return factor.T.repeat_interleave(group, dim=0)[:, None]
 
 
 def _rows(

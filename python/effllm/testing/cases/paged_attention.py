@@ -124,7 +124,8 @@ class PagedAttentionCase(Case):
         return paged_attention_ref(*args, **kwargs)
 
     def baseline(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """fp32 arithmetic, weights and result rounded to the dtype of q, as fused kernels do."""
+        """fp32 arithmetic; weights, with their values' scales, and result rounded to the dtype of
+        q, as fused kernels do."""
         out, lse = paged_attention_ref(
             *args, **kwargs, dtype=torch.float32, weights_dtype=self.dtype
         )
