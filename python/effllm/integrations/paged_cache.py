@@ -168,6 +168,7 @@ class PagedCache(Cache):
             max_seq_len=self.max_seq_len,
             max_batch=self.max_batch,
             page_size=self.page_size,
+            kv_dtype=self.kv_dtype,
         )
         if self.pages is not None:
             copy.pages, copy._real = self.pages, self._real
