@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Bits are moved as integers: indexing does not know every dtype that a cache may have.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+from ..ops._kv_codes import as_bits
 
 
 def to_host(caches: Sequence[Tensor], pages: Sequence[int]) -> tuple[Tensor, ...]:
@@ -20,7 +19,7 @@ def to_host(caches: Sequence[Tensor], pages: Sequence[int]) -> tuple[Tensor, ...
     index = _index(caches, pages)
     host = []
     for cache in caches:
-        rows = _bits(cache).index_select(0, index)
+        rows = as_bits(cache).index_select(0, index)
         if rows.is_cuda:
             rows = torch.empty_like(rows, device="cpu", pin_memory=True).copy_(
                 rows, non_blocking=True
@@ -33,12 +32,8 @@ def from_host(host: Sequence[Tensor], caches: Sequence[Tensor], pages: Sequence[
     """Writes what ``to_host`` returned into other pages of the same caches."""
     index = _index(caches, pages)
     for rows, cache in zip(host, caches, strict=True):
-        _bits(cache).index_copy_(0, index, rows.to(cache.device, non_blocking=True))
+        as_bits(cache).index_copy_(0, index, rows.to(cache.device, non_blocking=True))
 
 
 def _index(caches: Sequence[Tensor], pages: Sequence[int]) -> Tensor:
     return torch.tensor(pages, dtype=torch.int64).to(caches[0].device, non_blocking=True)
-
-
-def _bits(cache: Tensor) -> Tensor:
-    return cache.view(_BITS[cache.element_size()])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._load import ops
+from ._kv_codes import as_bits
 
 _op = ops.block_copy.default
 
@@ -57,8 +58,6 @@ def block_copy_ref(caches: Sequence[Tensor], src: Tensor, dst: Tensor) -> tuple[
     results = []
     for cache in caches:
         result = cache.clone()
-        # As bytes: indexed assignment does not know every dtype.
-        as_bytes = [x.unsqueeze(-1).view(torch.uint8) for x in (result, cache.contiguous())]
-        as_bytes[0][dst[copied]] = as_bytes[1][src[copied]]
+        as_bits(result)[dst[copied]] = as_bits(cache)[src[copied]]
         results.append(result)
     return tuple(results)
