@@ -162,5 +162,5 @@ def test_bad_options(llama: Any) -> None:
     with pytest.raises(ValueError, match="int4 needs an even head_dim, got 7"):
         PagedKVCache(1, 1, 7, kv_dtype="int4", **sizes)
     cache = PagedKVCache(1, 1, 8, **sizes)
-    with pytest.raises(ValueError, match="kv_dtype is that of the given cache"):
+    with pytest.raises(ValueError, match=r"kv_dtype must be None with a cache, .* got 'int8'"):
         effllm.generate(llama, PROMPTS, cache=cache, kv_dtype="int8")

@@ -237,8 +237,9 @@ def test_errors(outs: list[Tensor], lses: list[Tensor], message: str, device: st
 
 
 def test_no_states_are_an_error() -> None:
-    with pytest.raises(RuntimeError, match="merge_states"):
-        merge_states([], [])
+    for lses in ([], [torch.ones(LSE)]):
+        with pytest.raises(RuntimeError, match=r"effllm::merge_states: outs must hold .*, got 0$"):
+            merge_states([], lses)
 
 
 @pytest.mark.gpu

@@ -93,7 +93,10 @@ def generate(
     if cache is None:
         cache = _fitting_cache(model, config, requests, max_new_tokens, kv_dtype)
     elif kv_dtype is not None:
-        raise ValueError("effllm.generate: kv_dtype is that of the given cache; leave it out")
+        raise ValueError(
+            "effllm.generate: kv_dtype must be None with a cache, which has its own, got "
+            f"{kv_dtype!r}"
+        )
 
     try:
         for request in requests:

@@ -46,6 +46,9 @@ def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
         csrc/attention/merge_states.h. Merging by log-sum-exp as in online softmax
         (arXiv:1805.02867); shared prefixes as in Hydragen (arXiv:2402.05099).
     """
+    if not outs:
+        # The dispatcher, which finds the device by the tensors, would answer in its own terms.
+        raise RuntimeError("effllm::merge_states: outs must hold 1 to 32 tensors, got 0")
     return _op(outs, lses)
 
 
