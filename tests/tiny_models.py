@@ -18,23 +18,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+"""For configs of any family: GQA with groups of 2; weights large enough to have opinions."""
+
+
 def llama_config(**changes: Any) -> Any:
-    """GQA with groups of 2, head dim 16, 3 layers; weights large enough to have opinions."""
+    """``TINY`` with 3 layers."""
     transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
-    options = {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-        "eos_token_id": None,
-        "bos_token_id": None,
-        "pad_token_id": 0,
-    }
+    options = TINY | {"num_hidden_layers": 3, "max_position_embeddings": 256}
     return transformers.LlamaConfig(**(options | changes))
 
 

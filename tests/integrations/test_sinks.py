@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import TINY
 from torch import Tensor
 
 from effllm.cache import PagedKVCache
@@ -64,20 +65,10 @@ def test_in_the_layer(device: str) -> None:
 def gpt_oss() -> Any:
     """Sliding and full layers by turns, sinks that take a large part of the softmax."""
     config = transformers.GptOssConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        **(TINY | {"intermediate_size": 48}),
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=4,
-        initializer_range=0.2,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

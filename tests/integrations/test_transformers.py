@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import TINY
 from torch import Tensor
 
 from effllm.cache import PagedKVCache
@@ -225,23 +226,8 @@ def tiny(config: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "bos_token_id": None,
-}
-
-
 def test_sliding_window() -> None:
-    model = tiny(transformers.MistralConfig(**COMMON, sliding_window=4))
+    model = tiny(transformers.MistralConfig(**TINY, sliding_window=4))
     inputs = padded(PROMPTS, "left")
     options = {**inputs, "max_new_tokens": 10, "do_sample": False}
     expected = model.generate(**options)
@@ -254,7 +240,7 @@ def test_sliding_window() -> None:
 def test_softcap() -> None:
     model = tiny(
         transformers.Gemma2Config(
-            **COMMON, sliding_window=4, attn_logit_softcapping=2.0, query_pre_attn_scalar=16
+            **TINY, sliding_window=4, attn_logit_softcapping=2.0, query_pre_attn_scalar=16
         )
     )
     ids = torch.tensor([[5, 17, 42, 8, 3, 9, 12]])

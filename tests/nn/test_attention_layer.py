@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import TINY
 from torch import Tensor, nn
 
 from effllm.cache import PagedKVCache
@@ -51,40 +52,18 @@ class Replacement(nn.Module):
         return ours.o_proj(self.attention(q.flatten(2), k, v, effllm, self.layer).squeeze(0)), None
 
 
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "bos_token_id": None,
-}
 MODELS = {
     "llama-mha": ("LlamaConfig", {"num_key_value_heads": 4}),
-    "llama-gqa": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "llama-gqa": ("LlamaConfig", {}),
     "llama-mqa": ("LlamaConfig", {"num_key_value_heads": 1}),
     "qwen2-window": (
         "Qwen2Config",
-        {
-            "num_key_value_heads": 2,
-            "sliding_window": 4,
-            "use_sliding_window": True,
-            "max_window_layers": 1,
-        },
+        {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
     ),
-    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3Config", {}),
     "gemma2": (
         "Gemma2Config",
-        {
-            "num_key_value_heads": 2,
-            "sliding_window": 4,
-            "attn_logit_softcapping": 2.0,
-            "query_pre_attn_scalar": 25,
-        },
+        {"sliding_window": 4, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 25},
     ),
 }
 
@@ -94,7 +73,7 @@ def test_in_the_place_of_transformers_attention(name: str) -> None:
     """Two sequences: chunks of a prompt and single tokens, against one eager pass over each."""
     transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
     config_name, options = MODELS[name]
-    config = getattr(transformers, config_name)(**COMMON, **options)
+    config = getattr(transformers, config_name)(**(TINY | options))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.set_attn_implementation("eager")
