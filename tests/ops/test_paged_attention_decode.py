@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effllm.ops import paged_attention
+from effllm.ops._kv_codes import QUANTIZED_KV
 from effllm.ops.paged_attention import paged_attention_ref
 from effllm.testing.cases.paged_attention import PagedAttentionCase
 from effllm.testing.compare import assert_close_to_reference, assert_equal
@@ -126,9 +127,11 @@ def test_the_first_call_of_a_process_can_be_captured() -> None:
 
 
 @pytest.mark.gpu
-def test_a_hundred_runs_give_the_same_bits() -> None:
+@pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED_KV])
+def test_a_hundred_runs_give_the_same_bits(kv_dtype: str | None) -> None:
     """Whichever CTA comes last merges, and always in the same order."""
-    args = named(lengths_case(3000, 900, 0, 1, 2222, num_q_heads=8, head_dim=128), "cuda")
+    case = lengths_case(3000, 900, 0, 1, 2222, num_q_heads=8, head_dim=128, kv_dtype=kv_dtype)
+    args = named(case, "cuda")
     expected = paged_attention(**args)
     runs = [paged_attention(**args) for _ in range(100)]
     for results in runs:

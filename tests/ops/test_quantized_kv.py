@@ -327,6 +327,31 @@ def test_any_strides_of_caches_and_scales(kv_dtype: str, queries: int, device: s
             assert_equal(actual, wanted, name=f"{name} {order}")
 
 
+@every_dtype
+@pytest.mark.parametrize("queries", [1, 40])
+def test_caches_beyond_32_bit_offsets(kv_dtype: str, queries: int, device: str) -> None:
+    """Two pages that lie 2^31 bytes apart."""
+    dtype = QUANTIZED_KV[kv_dtype]
+    row = codes_per_row(64, dtype)
+    memory = torch.empty(2**31 + 128, dtype=torch.uint8, device=device).view(dtype)
+    caches = [memory.as_strided((2, 1, 1, row), (2**31, row, row, 1), offset) for offset in (0, 64)]
+    scales = [empty_kv_scale(2, 1, 1, dtype, device) for _ in caches]
+    k, v = (hostile.normal(1, 1, 64, dtype=torch.bfloat16, device=device, seed=s) for s in (0, 1))
+    kv_append(k, v, *caches, torch.tensor([1], device=device), *scales)
+    for rows, cache, scale in zip((k, v), caches, scales, strict=True):
+        codes, expected = quantize_kv(rows, dtype)
+        assert_equal(as_bits(cache)[1, 0], as_bits(codes)[0])
+        assert_equal(scale[1, 0], expected[0])
+    pages = torch.tensor([[1]], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, queries], dtype=torch.int32, device=device)
+    q = torch.zeros(queries, 1, 64, dtype=torch.bfloat16, device=device)
+    out, _ = paged_attention(
+        q, *caches, pages, pages[0], starts, *scales, max_seqlen_q=queries, causal=False
+    )
+    exact = dequantize_kv(codes, expected, torch.float32)
+    torch.testing.assert_close(out.float(), exact.expand(queries, 1, 64), rtol=2**-7, atol=0.0)
+
+
 @pytest.mark.gpu
 @every_dtype
 def test_a_cuda_graph_of_append_and_attention(kv_dtype: str) -> None:
