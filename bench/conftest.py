@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 
-from effllm.testing.case import Case
+from effllm.testing.case import SHORT_NAMES, Case
 from effllm.testing.run import check_values
 from effllm.testing.timing import (
     GPU_LIMITS,
@@ -44,7 +44,6 @@ RunCase = Callable[[Callable[..., Any], Case], None]
 ROWS = pytest.StashKey[list[Row]]()
 MAX_CPU_FLOPS = 8 * 10**9
 """Cases beyond this take a CPU minutes, most of them in the float64 reference."""
-DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 class DeviceClock:
@@ -140,7 +139,7 @@ def measure(function: Callable[..., Any], case: Case, device: str) -> tuple[Row,
     else:
         ours, baseline = (time_calls(calls, device) for calls in ways)
         limits = GPU_LIMITS.get(card)
-    dtype = str(getattr(case, "dtype", "")).removeprefix("torch.")
+    dtype = getattr(case, "dtype", None)
     fraction = limit_fraction(case, ours.us, limits)
     row = {
         "op": f"{case.op}/{case.variant}" if case.variant else case.op,
@@ -152,7 +151,7 @@ def measure(function: Callable[..., Any], case: Case, device: str) -> tuple[Row,
         "limit_fraction": None if fraction is None else round(fraction, 4),
         "gb_per_s": round(case.bytes() / ours.us * 1e-3, 1),
         "tflop_per_s": round(case.flops() / ours.us * 1e-6, 2),
-        "dtype": DTYPE_NAMES.get(dtype, dtype) or None,
+        "dtype": SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch.")) if dtype else None,
         "group_size": getattr(case, "group_size", None),
         "timer": ours.timer,
         "baseline_timer": baseline.timer,

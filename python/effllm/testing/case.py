@@ -16,6 +16,9 @@ import torch
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
+SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""Dtypes as result rows call them."""
+
 
 class Case(ABC):
     """One problem for one op. Subclasses are frozen dataclasses whose fields are the shapes."""

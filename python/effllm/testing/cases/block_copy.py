@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...ops.block_copy import block_copy_ref
-from ..case import Args, Case, Kwargs
+from ..case import SHORT_NAMES, Args, Case, Kwargs
 from ..hostile import normal
 
 
@@ -86,14 +86,13 @@ class BlockCopyCase(Case):
         return 0
 
     def shape(self) -> dict[str, int | str]:
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
         return {
             "copies": self.num_copies,
             "layers": self.num_layers,
             "HKV": self.num_kv_heads,
             "D": self.head_dim,
             "page": self.page_size,
-            "kv_dtype": names.get(self.dtype, "8 bits"),
+            "kv_dtype": SHORT_NAMES.get(self.dtype, "8 bits"),
         }
 
 

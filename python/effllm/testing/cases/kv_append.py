@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops._kv_codes import QUANTIZED_KV, as_bits, codes_per_row, empty_kv_scale, quantize_kv
 from ...ops.kv_append import kv_append_ref
-from ..case import Args, Case, Kwargs
+from ..case import SHORT_NAMES, Args, Case, Kwargs
 from ..hostile import normal, poison_
 
 
@@ -105,13 +105,12 @@ class KvAppendCase(Case):
         return 0
 
     def shape(self) -> dict[str, int | str]:
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
         return {
             "T": self.num_tokens,
             "HKV": self.num_kv_heads,
             "D": self.head_dim,
             "page": self.page_size,
-            "kv_dtype": self.kv_dtype or names[self.dtype],
+            "kv_dtype": self.kv_dtype or SHORT_NAMES[self.dtype],
         }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ops._kv_codes import QUANTIZED_KV, as_bits, codes_per_row, dequantize_kv, quantize_kv
 from ...ops.paged_attention import paged_attention_ref
-from ..case import Args, Case, Kwargs
+from ..case import SHORT_NAMES, Args, Case, Kwargs
 from ..hostile import absurd_tails, normal, poison_unused_slots_
 
 SPARE_PAGES = 3
@@ -188,7 +188,6 @@ class PagedAttentionCase(Case):
 
     def shape(self) -> dict[str, int | str]:
         queries, keys = max(self.sequences, key=lambda sequence: sequence[1])
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
         window: dict[str, int | str] = {} if self.window is None else {"window": self.window}
         return window | {
             "B": len(self.sequences),
@@ -197,7 +196,7 @@ class PagedAttentionCase(Case):
             "HKV": self.num_kv_heads,
             "D": self.head_dim,
             "page": self.page_size,
-            "kv_dtype": self.kv_dtype or names[self.dtype],
+            "kv_dtype": self.kv_dtype or SHORT_NAMES[self.dtype],
             "q_len": queries,
         }
 
