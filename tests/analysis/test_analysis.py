@@ -23,11 +23,6 @@ from effllm.quantization import (
 TENSOR, TOKEN, CHANNEL = Granularity.tensor(), Granularity.token(), Granularity.channel()
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 # -- histograms -----------------------------------------------------------------------------------
 
 
@@ -57,9 +52,9 @@ def test_histogram_with_limits() -> None:
 @pytest.mark.parametrize(
     ("values", "bins", "limits", "message"),
     [
-        (torch.empty(0), 5, None, "must be finite, and at least one"),
-        (torch.tensor([1.0, math.nan]), 5, None, "must be finite"),
-        (torch.tensor([1.0, -math.inf]), 5, None, "must be finite"),
+        (torch.empty(0), 5, None, "must be finite, and at least one, got 0"),
+        (torch.tensor([1.0, math.nan]), 5, None, "got 2, of which 1 are NaN or inf"),
+        (torch.tensor([1.0, -math.inf]), 5, None, "got 2, of which 1 are NaN or inf"),
         (torch.ones(3), 0, None, r"at least one bin and ascending limits, got 0"),
         (torch.ones(3), 5, (2.0, 2.0), r"ascending limits, got 5, 2.0 and 2.0"),
     ],
@@ -271,8 +266,13 @@ def test_plots_show_the_data(tmp_path: Path) -> None:
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'effllm\[plot\]'"):
-        analysis.plot_granularity({})
+    search = analysis.ScaleSearch([0.0], [0.1], [1.0], ([0.1], [0.1]), 0)
+    for plot in (
+        lambda: analysis.plot_granularity({}),
+        lambda: analysis.plot_scale_search(search),
+    ):
+        with pytest.raises(ImportError, match=r"need matplotlib: pip install 'effllm\[plot\]'"):
+            plot()
 
 
 def test_the_extra_is_not_imported() -> None:

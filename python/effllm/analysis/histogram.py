@@ -46,7 +46,10 @@ def histogram(
     """
     flat = values.detach().flatten().double()
     if not flat.numel() or not torch.isfinite(flat).all():
-        raise ValueError("histogram: values must be finite, and at least one")
+        raise ValueError(
+            f"histogram: values must be finite, and at least one, got {flat.numel()}, of which "
+            f"{int((~torch.isfinite(flat)).sum())} are NaN or infinity"
+        )
     low, high = (float(flat.min()), float(flat.max())) if limits is None else limits
     if limits is None and low == high:
         low, high = low - 0.5, high + 0.5

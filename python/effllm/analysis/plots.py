@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from effllm.analysis.weights import GranularityError, ScaleSearch
 
 
-def _axes(axes: Any, title: str, x: str, y: str) -> Any:
-    """The axes given, or new ones, with a title and names.
+def _new_axes(columns: int, width: float) -> Any:
+    """Axes side by side, or the only ones, in a new figure of ``width`` inches.
 
     Raises ImportError naming the extra without matplotlib.
     """
@@ -29,8 +29,13 @@ def _axes(axes: Any, title: str, x: str, y: str) -> Any:
         raise ImportError(
             "effllm.analysis: plots need matplotlib: pip install 'effllm[plot]'"
         ) from error
+    return pyplot.subplots(1, columns, figsize=(width, 4.2), layout="constrained")[1]
+
+
+def _axes(axes: Any, title: str, x: str, y: str) -> Any:
+    """The axes given, or new ones, with a title and names."""
     if axes is None:
-        _, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+        axes = _new_axes(1, 7)
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -113,11 +118,7 @@ def plot_scale_search(search: ScaleSearch, axes: Any = None) -> Any:
     ``axes`` are two.
     """
     if axes is None:
-        _axes(None, "", "", "")  # says what is missing
-        from matplotlib import pyplot
-
-        pyplot.close()
-        _, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        axes = _new_axes(2, 11)
     left = _axes(axes[0], "AWQ's search", "exponent of the scales", "squared error of the output")
     left.plot(search.exponents, search.errors, "o-")
     best = search.exponents[search.best]
