@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from filled_cache import HKV, LAYERS, D, contents, feed, make_cache, state
 
-from effllm.cache import OutOfPages
+from effllm.cache import OutOfPages, paged
 from effllm.cache.swap import from_host, to_host
 
 
@@ -85,6 +87,31 @@ def test_a_swapped_sequence_refuses_everything_else() -> None:
         with pytest.raises(ValueError, match=f"sequence {a} is swapped out: swap_in comes first"):
             call()
     assert state(cache) == before
+
+
+@pytest.mark.parametrize("failing", ["to_host", "from_host"])
+def test_a_swap_that_runs_out_of_memory_changes_nothing(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache()
+    a = cache.add()
+    feed(cache, a, [1.0, 2.0, 3.0, 4.0, 5.0])
+    if failing == "from_host":
+        cache.swap_out(a)
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    before = state(cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(paged, failing, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            (cache.swap_out if failing == "to_host" else cache.swap_in)(a)
+    assert state(cache) == before
+    assert cache.is_swapped_out(a) == (failing == "from_host")
+    cache.swap_out(a)
+    cache.swap_in(a)
+    assert contents(cache, a) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.gpu
