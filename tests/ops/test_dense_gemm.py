@@ -82,6 +82,17 @@ def test_sizes_that_tma_cannot_read_are_a_named_error(n: int, k: int) -> None:
 
 
 @pytest.mark.gpu
+def test_rows_that_tma_cannot_read_are_a_named_error() -> None:
+    (x, _, bias), _ = CASE.make("cuda")
+    for cols, first in ((200, 4), (196, 0)):  # an address, and a stride, of 8 bytes
+        wide = torch.zeros(72, cols, dtype=x.dtype, device="cuda")
+        with pytest.raises(
+            RuntimeError, match="weight must have rows that start at multiples of 16"
+        ):
+            dense_gemm(x, wide[:, first : first + 192], bias)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("m", [0, 1, 300])
 def test_captured_as_the_very_first_call_and_repeatable(m: int) -> None:
     (x, weight, _), _ = DenseGemmCase(m, 520, 1032).make("cuda")

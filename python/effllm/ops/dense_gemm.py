@@ -27,8 +27,8 @@ def dense_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., N] in the dtype of x, contiguous. Differentiable in all three.
 
     Raises:
-        RuntimeError: a wrong dtype, device, rank or shape; or a GPU that is not of compute
-            capability 9.0.
+        RuntimeError: a wrong dtype, device, rank, shape or stride; on a GPU also a weight of other
+            sizes or alignment, or a compute capability that is not 9.0.
 
     Source:
         csrc/gemm/dense_gemm.h. Persistent warp-specialised tiles as in CUTLASS 3 and "Dissecting
@@ -41,7 +41,7 @@ def dense_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     torch._check(x.dim() >= 1, lambda: "dense_gemm: x must be [..., K], got a scalar")
     torch._check(
-        weight.dim() == 2, lambda: f"dense_gemm: weight must be [N, K], got {weight.shape}"
+        weight.dim() == 2, lambda: f"dense_gemm: weight must be [N, K], got {list(weight.shape)}"
     )
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
