@@ -86,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-tokens", type=int, default=65536, help="at most so many (65536)"
     )
-    parser.add_argument("--context", type=int, default=512, help="tokens of a sequence of these")
+    parser.add_argument(
+        "--context", type=int, default=512, help="tokens of a sequence of these (512)"
+    )
     parser.add_argument(
         "--format",
         choices=[*_SAFETENSORS, *_GGUF, _DENSE],
