@@ -16,10 +16,10 @@ import argparse
 import copy
 import importlib.metadata
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import torch
@@ -174,11 +174,11 @@ def gptq_rows(found: list[Layer], planted: bool) -> Iterator[dict[str, Any]]:
                         "act_order": act_order,
                         "outliers": planted,
                         "layers": len(found),
-                        "ours": mean([a for a, _ in pairs]),
-                        "theirs": mean([b for _, b in pairs]),
-                        "ratio": mean([a / b for a, b in pairs]),
+                        "ours": fmean([a for a, _ in pairs]),
+                        "theirs": fmean([b for _, b in pairs]),
+                        "ratio": fmean([a / b for a, b in pairs]),
                         "worst_ratio": max(a / b for a, b in pairs),
-                        "held_out_ratio": mean(later),
+                        "held_out_ratio": fmean(later),
                     }
 
 
@@ -265,17 +265,13 @@ def awq_rows(
             "symmetric": False,
             "outliers": planted,
             "blocks": len(blocks),
-            "ours": mean(errors["ours"]),
-            "ours_clipped": mean(errors["clipped"]),
-            "theirs": mean(errors["theirs"]),
-            "ratio": math.exp(mean([math.log(ratio) for ratio in ratios])),
+            "ours": fmean(errors["ours"]),
+            "ours_clipped": fmean(errors["clipped"]),
+            "theirs": fmean(errors["theirs"]),
+            "ratio": geometric_mean(ratios),
             "worst_ratio": max(ratios),
             "perplexity": {name: demo.perplexity(other, held_out) for name, other in found.items()},
         }
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -49,11 +51,11 @@ class InputStatistics:
 
     def scaled(self, scales: Tensor) -> InputStatistics:
         """Those of ``x / scales``, for scales ``[K]``."""
-        found = InputStatistics(len(scales), self.hessian.device, self.hessian.dtype)
         scales = scales.to(self.hessian.dtype)
-        found.hessian = self.hessian / scales / scales[:, None]
+        found = copy.copy(self)
+        found.hessian = (self.hessian / scales).div_(scales[:, None])
         found.magnitude, found.peak = self.magnitude / scales, self.peak / scales
-        found.tokens = self.tokens
+        found._factors = {}
         return found
 
     @property
