@@ -26,9 +26,9 @@ def int4_gemm(
     The codes are exact in the multiplier, scales and sums are fp32; the result is rounded once. A
     Hopper GPU may round the weights to the dtype of x, too, for more than 32 tokens: within those
     limits results there depend on the number of tokens. For few of them the time is that of reading
-    the N * K / 2 bytes of codes. On a CPU a token's
-    result does not depend, to the bit, on the tokens beside it; it does depend on the processor:
-    one with AVX-512 BF16 multiplies bf16 x in pairs, with numbers below 2^-126 taken as zero.
+    the N * K / 2 bytes of codes. On a CPU a token's result does not depend, to the bit, on the
+    tokens beside it; it does depend on the processor: one with AVX-512 BF16 multiplies bf16 x in
+    pairs, with numbers below 2^-126 taken as zero.
 
     Args:
         x: [..., K], fp16 or bf16; fp32 on the CPU only. Any strides, any number of tokens.
