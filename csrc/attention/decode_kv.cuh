@@ -223,7 +223,7 @@ class DecodeKv {
     for (int i = 0; i < kUnitWords; ++i) words[o * Octet::kWords + i] = unit[i];
   }
 
-  // To float16 in [1, 2) for the largest of the row. Exact but for what is 2^22 times smaller.
+  // To float16, the largest of the row in [1, 2): exact but for bits that lie below 2^-24.
   __device__ __forceinline__ void convert_queries(const uint4 (&octets)[kKeyOctets]) {
     uint32_t magnitude = 0;
 #pragma unroll

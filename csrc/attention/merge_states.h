@@ -62,18 +62,14 @@ inline MergeStatesParams check_merge_states(const std::vector<View>& outs,
   MergeStatesParams params{};
   params.num_states = static_cast<int>(outs.size());
   params.dtype = outs[0].dtype;
-  const int64_t element_bytes = params.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t bytes = element_bytes(params.dtype);
   int64_t all_bytes = 0;  // a multiple of 16 if all its terms are
   for (int idx = 0; idx < params.num_states; ++idx) {
     const View &out = outs[idx], &lse = lses[idx];
     check(out).dtype({params.dtype}).shape({tokens, q_heads, dim}).last_stride_one();
     check(lse).dtype({DType::kFloat32}).shape({tokens, q_heads});
-    params.states[idx] = {out.data_as<char>(),
-                          out.stride(0) * element_bytes,
-                          out.stride(1) * element_bytes,
-                          lse.data_as<float>(),
-                          lse.stride(0),
-                          lse.stride(1)};
+    params.states[idx] = {out.data_as<char>(),  out.stride(0) * bytes, out.stride(1) * bytes,
+                          lse.data_as<float>(), lse.stride(0),         lse.stride(1)};
     const AttentionState& state = params.states[idx];
     all_bytes |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(state.out)) |
                  state.stride_out_token_bytes | state.stride_out_head_bytes;
@@ -85,7 +81,7 @@ inline MergeStatesParams check_merge_states(const std::vector<View>& outs,
   params.num_tokens = *tokens;
   params.num_heads = static_cast<uint32_t>(*q_heads);
   params.head_dim = static_cast<uint32_t>(*dim);
-  params.wide = (all_bytes | (*dim * element_bytes)) % 16 == 0;
+  params.wide = (all_bytes | (*dim * bytes)) % 16 == 0;
   return params;
 }
 

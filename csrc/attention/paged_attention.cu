@@ -16,8 +16,7 @@ namespace effllm {
 namespace {
 
 constexpr const char* kOp = "paged_attention";
-constexpr int64_t kAlignment = 16;    // bytes; all loads are of 16
-constexpr int64_t kElementBytes = 2;  // of both dtypes that a GPU takes
+constexpr int64_t kAlignment = 16;  // bytes; of q, and of caches in its dtype, all loads are of 16
 
 // What rows of a cache must be multiples of: all that their loads need, and rows of any D have.
 int64_t cache_alignment(const View& cache) {
@@ -26,9 +25,9 @@ int64_t cache_alignment(const View& cache) {
 }
 
 bool has_aligned_rows(const View& q) {
+  const int64_t bytes = element_bytes(q.dtype);
   return reinterpret_cast<uintptr_t>(q.data) % kAlignment == 0 &&
-         q.stride(0) * kElementBytes % kAlignment == 0 &&
-         q.stride(1) * kElementBytes % kAlignment == 0;
+         q.stride(0) * bytes % kAlignment == 0 && q.stride(1) * bytes % kAlignment == 0;
 }
 
 std::tuple<Tensor, Tensor> paged_attention_cuda(
@@ -43,9 +42,8 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
       as_view(cu_seqlens_q, "cu_seqlens_q"), as_view(k_scale, "k_scale"),
       as_view(v_scale, "v_scale"), max_seqlen_q, scale, causal, window, softcap)};
   // A copy of the cache would cost more than the op: its layout is the caller's to mend.
-  const int64_t cache_element_bytes = is_quantized_kv(args.kv_dtype) ? 1 : kElementBytes;
-  Match(kOp, k_view).aligned(cache_alignment(k_view), cache_element_bytes);
-  Match(kOp, v_view).aligned(cache_alignment(v_view), cache_element_bytes);
+  Match(kOp, k_view).aligned(cache_alignment(k_view), element_bytes(args.kv_dtype));
+  Match(kOp, v_view).aligned(cache_alignment(v_view), element_bytes(args.kv_dtype));
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
 
   Tensor out = new_empty(q, {args.num_tokens, args.num_q_heads, args.head_dim}, args.dtype);

@@ -14,8 +14,8 @@
 // For one sequence time is latency, and hides little: launch, lengths, page table, keys, values,
 // merge. So the kernel may be launched before the one ahead is done, and asks for lengths and page
 // table to come to L2 until then; a warp has a tile of K and of V on the way at any time, of D =
-// 128 64 KiB per multiprocessor, where 3 TB/s over 132 of them at 0.8 us need 18 KiB; and there are
-// no more CTAs than multiprocessors, so that little has to be merged.
+// 128 in 16 bits 64 KiB per multiprocessor, where 3 TB/s over 132 of them at 0.8 us need 18 KiB;
+// and there are then no more CTAs than multiprocessors, so that little has to be merged.
 #pragma once
 
 #include <cstdint>

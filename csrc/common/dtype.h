@@ -42,6 +42,26 @@ constexpr const char* dtype_name(DType dtype) {
   return "another dtype";
 }
 
+constexpr int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kUInt8:
+    case DType::kInt8:
+    case DType::kFloat8E4M3:
+      return 1;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    case DType::kInt32:
+    case DType::kFloat32:
+      return 4;
+    case DType::kInt64:
+      return 8;
+    case DType::kOther:
+      break;
+  }
+  return 0;  // nobody knows; no check lets it pass
+}
+
 // Storage only: arithmetic is done in float. Conversions round to nearest even and are written
 // without branches on the common path, so that compilers vectorise loops over them.
 struct float16 {

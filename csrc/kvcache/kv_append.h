@@ -45,10 +45,6 @@ struct KvAppendParams {
   bool quantizes() const { return is_quantized_kv(cache_dtype); }
 };
 
-inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : is_quantized_kv(dtype) ? 1 : 2;
-}
-
 inline KvAppendRows kv_append_rows(const View& tokens, const View& cache, const KvScales& scales) {
   const int64_t token_bytes = element_bytes(tokens.dtype), bytes = element_bytes(cache.dtype);
   return {tokens.data_as<char>(),         tokens.stride(0) * token_bytes,
