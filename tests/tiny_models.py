@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,12 @@ def llama() -> Any:
 
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def using(model: Any, cache: Any) -> dict[str, Any]:
+    """The keyword of a cache: ``past_key_values``, which later transformers call ``cache``."""
+    names = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 IDS = torch.tensor([[1, 5, 9, 2, 70, 33, 8, 21]])

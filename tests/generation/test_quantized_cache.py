@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import using
 from torch import Tensor
 
 import effllm
@@ -100,7 +101,7 @@ def test_transformers_generate(llama: Any, kv_dtype: str, beams: int) -> None:
     for page_size in (1, 4):
         cache = PagedCache(llama.config, max_seq_len=32, page_size=page_size, kv_dtype=kv_dtype)
         results.append(
-            llama.generate(ids, past_key_values=cache, num_beams=beams, **arguments).tolist()
+            llama.generate(ids, **using(llama, cache), num_beams=beams, **arguments).tolist()
         )
         assert cache.pages is not None
         assert cache.pages.k[0].dtype == QUANTIZED_KV[kv_dtype]
@@ -123,10 +124,10 @@ def test_copies_of_a_cache_keep_its_dtype(llama: Any, kv_dtype: str) -> None:
     filled, exact = copy.deepcopy(unused), PagedCache(llama.config, max_seq_len=16)
     with torch.no_grad():
         for cache in (unused, filled, exact):
-            llama(ids, past_key_values=cache)
+            llama(ids, **using(llama, cache))
         shared = copy.deepcopy(filled)
         expected, *others, plain = (
-            llama(follow, past_key_values=cache).logits for cache in (unused, filled, shared, exact)
+            llama(follow, **using(llama, cache)).logits for cache in (unused, filled, shared, exact)
         )
     assert all(torch.equal(other, expected) for other in others)
     assert not torch.equal(plain, expected)

@@ -4,12 +4,11 @@ against DynamicCache and transformers' own attention. fp32 on the CPU."""
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import llama_config
+from tiny_models import llama_config, using
 from torch import Tensor
 
 from effllm import ops
@@ -30,16 +29,10 @@ IDS = torch.tensor(
 INPUTS = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 
 
-def keyword(function: Any) -> str:
-    """Of the cache: `past_key_values`, which later versions call `cache`."""
-    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
-
-
 def generate(model: Any, implementation: str, cache: Any, **options: Any) -> Tensor:
     model.set_attn_implementation(implementation)
     torch.manual_seed(5)
-    name = keyword(model.forward)
-    return model.generate(**options, **{name: cache})
+    return model.generate(**options, **using(model, cache))
 
 
 def compare(model: Any, page_size: int = 4, **options: Any) -> PagedCache:
@@ -106,7 +99,6 @@ def test_assistant_on_our_attention(llama: Any) -> None:
 
 def test_rows_repeated_and_selected_between_steps(llama: Any) -> None:
     """What contrastive search and samplers do to a cache, padding included; then a crop."""
-    name = keyword(llama.forward)
     ours = PagedCache(llama.config, max_seq_len=32, max_batch=6, page_size=4)
     theirs = transformers.DynamicCache(config=llama.config)
     follow = torch.arange(20, 32).view(4, 3)
@@ -115,7 +107,7 @@ def test_rows_repeated_and_selected_between_steps(llama: Any) -> None:
         llama.set_attn_implementation(implementation)
         mask = INPUTS["attention_mask"]
         with torch.no_grad():
-            llama(**INPUTS, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **{name: cache})
+            llama(**INPUTS, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **using(llama, cache))
             cache.batch_repeat_interleave(2)
             cache.reorder_cache(torch.tensor([5, 4, 3, 2, 1, 0]))
             cache.batch_select_indices(torch.tensor([0, 5, 3, 3]))
@@ -125,18 +117,18 @@ def test_rows_repeated_and_selected_between_steps(llama: Any) -> None:
                 input_ids=follow,
                 attention_mask=mask,
                 position_ids=(mask.cumsum(1) - 1)[:, -3:],
-                **{name: cache},
+                **using(llama, cache),
             ).logits
         results.append(logits)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_copies_continue_one_prompt_each_on_its_own(llama: Any) -> None:
-    prompt, name = torch.arange(1, 11)[None], keyword(llama.forward)
+    prompt = torch.arange(1, 11)[None]
     llama.set_attn_implementation("effllm")
     cache = PagedCache(llama.config, max_seq_len=24, max_batch=3, page_size=4)
     with torch.no_grad():
-        llama(input_ids=prompt, **{name: cache})
+        llama(input_ids=prompt, **using(llama, cache))
     free = cache.pages.pool.num_free
     copies = []
     for question in ([50, 51, 52], [60], [70, 71, 72, 73]):
@@ -170,13 +162,12 @@ def test_a_copy_of_an_unused_cache(llama: Any) -> None:
 
 
 def test_running_out_of_pages_changes_nothing(llama: Any) -> None:
-    name = keyword(llama.forward)
     llama.set_attn_implementation("effllm")
     cache = PagedCache(llama.config, max_seq_len=16, max_batch=1, page_size=4)
 
     def forward(to: PagedCache, ids: Tensor) -> Tensor:
         with torch.no_grad():
-            return llama(input_ids=ids, **{name: to}).logits
+            return llama(input_ids=ids, **using(llama, to)).logits
 
     # A first step that fails leaves no rows behind.
     for ids, error in ((IDS[1:, -4:], "max_batch=1"), (IDS[2:].repeat(1, 2), "max_seq_len is 16")):
@@ -200,11 +191,10 @@ def test_running_out_of_pages_changes_nothing(llama: Any) -> None:
 
 
 def test_rows_that_do_not_exist_or_do_not_fit_change_nothing(llama: Any) -> None:
-    name = keyword(llama.forward)
     llama.set_attn_implementation("effllm")
     cache = PagedCache(llama.config, max_seq_len=32, max_batch=3, page_size=4)
     with torch.no_grad():
-        llama(**INPUTS, **{name: cache})
+        llama(**INPUTS, **using(llama, cache))
     seqs, free = list(cache._seqs), cache.pages.pool.num_free
     with pytest.raises(ValueError, match="has room for max_batch=3 sequences, got 6"):
         cache.batch_repeat_interleave(2)

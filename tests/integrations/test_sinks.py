@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY
+from tiny_models import TINY, using
 from torch import Tensor
 
 from effllm.cache import PagedKVCache
@@ -105,8 +104,7 @@ def test_gpt_oss_generate(gpt_oss: Any, paged: bool, num_beams: int) -> None:
     gpt_oss.set_attn_implementation("effllm")
     if paged:
         cache = effllm.integrations.transformers.PagedCache(gpt_oss.config, max_seq_len=32)
-        names = inspect.signature(gpt_oss.forward).parameters
-        options["cache" if "cache" in names else "past_key_values"] = cache
+        options |= using(gpt_oss, cache)
     assert torch.equal(gpt_oss.generate(**options), expected)
 
 

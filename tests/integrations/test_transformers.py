@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY
+from tiny_models import TINY, using
 from torch import Tensor
 
 from effllm.cache import PagedKVCache
@@ -41,12 +40,6 @@ def logits(model: Any, implementation: str, **inputs: Any) -> Tensor:
     model.set_attn_implementation(implementation)
     with torch.no_grad():
         return model(**inputs).logits
-
-
-def using(model: Any, cache: Any) -> dict[str, Any]:
-    """The cache keyword: `past_key_values`, which later versions call `cache`."""
-    names = inspect.signature(model.forward).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
