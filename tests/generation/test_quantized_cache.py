@@ -55,6 +55,31 @@ def test_pages_and_scales_are_copied_together(kv_dtype: str, device: str) -> Non
     assert len(stored(cache, first)) == 8  # K, V and their scales, of two layers
 
 
+@every_dtype
+def test_reordered_cropped_and_swapped_sequences_keep_their_bits(
+    kv_dtype: str, device: str
+) -> None:
+    """Codes go with their scales, and nothing is quantised twice."""
+    options: dict[str, Any] = {"max_batch": 2, "max_seq_len": 20, "page_size": 4}
+    cache = PagedKVCache(2, 3, 16, kv_dtype=kv_dtype, device=device, **options)
+    rows = hostile.normal(15, 3, 16, dtype=torch.bfloat16, device=device)
+    seqs = [cache.add(), cache.add()]
+    append(cache, [(seqs[0], 6), (seqs[1], 5)], rows[:11])
+    cache.reorder(seqs, [1, 0])
+    cache.crop(seqs[0], 3)
+    for seq_id in seqs:
+        cache.swap_out(seq_id)
+    for seq_id in reversed(seqs):
+        cache.swap_in(seq_id)
+    append(cache, [(seqs[0], 2), (seqs[1], 2)], rows[11:])
+    plain = PagedKVCache(2, 3, 16, kv_dtype=kv_dtype, device=device, **options)
+    for seq_id, fed in zip(seqs, ([6, 7, 8, 11, 12], [*range(6), 13, 14]), strict=True):
+        alone = plain.add()
+        append(plain, [(alone, len(fed))], rows[fed])
+        for found, wanted in zip(stored(cache, seq_id), stored(plain, alone), strict=True):
+            assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("kv_dtype", "bytes_per_row"), [("e4m3", 64 + 4), ("int8", 64 + 4), ("int4", 32 + 4)]
 )

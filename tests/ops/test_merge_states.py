@@ -13,23 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from effllm.ops import merge_states, paged_attention
-from effllm.ops.merge_states import merge_states_ref
 from effllm.testing import hostile
 from effllm.testing.cases.merge_states import MergeStatesCase
-from effllm.testing.compare import assert_close_to_reference, assert_equal
+from effllm.testing.compare import assert_equal
+from effllm.testing.run import check_values
 
 CASE = MergeStatesCase(3, 7, 4, 64, torch.float16)
 INF, NAN = math.inf, math.nan
-
-
-def check(outs: list[Tensor], lses: list[Tensor]) -> None:
-    for got, exact, plain in zip(
-        merge_states(outs, lses),
-        merge_states_ref(outs, lses),
-        merge_states_ref(outs, lses, dtype=torch.float32),
-        strict=True,
-    ):
-        assert_close_to_reference(got, exact, plain.to(got.dtype))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,18 +31,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    num_states=st.integers(1, 32),
-    num_tokens=st.integers(0, 9),
-    heads=st.integers(1, 5),
-    dim=st.integers(1, 40),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-    empty=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    case=st.builds(
+        MergeStatesCase,
+        num_states=st.integers(1, 32),
+        num_tokens=st.integers(0, 9),
+        num_heads=st.integers(1, 5),
+        head_dim=st.integers(1, 40),
+        dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+        empty=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    )
 )
-def test_any_shape(
-    num_states: int, num_tokens: int, heads: int, dim: int, dtype: torch.dtype, empty: float
-) -> None:
-    (outs, lses), _ = MergeStatesCase(num_states, num_tokens, heads, dim, dtype, empty).make("cpu")
-    check(outs, lses)
+def test_any_shape(case: MergeStatesCase) -> None:
+    check_values(merge_states, case, "cpu")
 
 
 def test_attention_in_parts_is_whole_attention(device: str) -> None:
