@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from effllm.cache import PagedBatch, PagedKVCache
+from effllm.cache import PagedKVCache
 from effllm.integrations.context import PagedContext
 
 
@@ -68,7 +68,7 @@ class PagedCache(Cache):
         self.page_size = page_size
         self.kv_dtype = kv_dtype
         self._real = torch.ones(0, 0, dtype=torch.bool)  # [B, S]: which columns are tokens
-        self._batch: PagedBatch | None = None
+        self._context: PagedContext | None = None  # of the current step
         self._waiting: int | None = None  # layer whose marked keys have not been appended yet
 
     @property
@@ -102,7 +102,7 @@ class PagedCache(Cache):
         self._waiting = None
         if layer == 0:
             self._start_step(key, mask)
-        return PagedContext(cast(PagedKVCache, self.pages), cast(PagedBatch, self._batch))
+        return cast(PagedContext, self._context)
 
     def _start_step(self, key: Tensor, mask: Tensor | None) -> None:
         rows, heads, columns, head_dim = key.shape
@@ -132,14 +132,13 @@ class PagedCache(Cache):
         counts = real[:, seen:].sum(1).tolist()
         # A row whose new columns are all padding takes no part in this step.
         try:
-            self._batch = self.pages.step(
-                [(s, n) for s, n in zip(self._seqs, counts, strict=True) if n]
-            )
+            batch = self.pages.step([(s, n) for s, n in zip(self._seqs, counts, strict=True) if n])
         except BaseException:
             if seen == 0:
                 self.reset()  # the next call may bring another batch
             raise
         self._real = real
+        self._context = PagedContext(self.pages, batch)
 
     def _take_rows(self, rows: list[int]) -> None:
         """Batch row i gets the content of row rows[i]; pages are shared, not copied."""
@@ -201,7 +200,7 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Forgets every sequence; the memory stays."""
         self._free_rows()
-        self._batch, self._waiting = None, None
+        self._context, self._waiting = None, None
         self._real = self._real.new_ones(0, 0)
 
 
