@@ -69,7 +69,7 @@ def test_quantize_and_eval(
     effllm.quantize_(
         model, config, lambda module, name: name != "lm_head", calibration=data, progress=False
     )
-    loaded = effllm.load(out, progress=False)
+    loaded = effllm.load(out, progress=False, attn_implementation="effllm")
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             assert torch.equal(module.weight, loaded.get_submodule(name).weight), name

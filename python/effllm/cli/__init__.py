@@ -11,7 +11,7 @@ COMMANDS = {
     "inspect": "show the layers of a checkpoint: format, bits, group size, kernel, bytes",
     "convert": "write a checkpoint in another format, quantised to 4 bits if it is not yet",
     "quantize": "quantise a model by a method of choice and save it",
-    "eval": "score a text with a model: perplexity and tokens per second",
+    "eval": "score a text or tasks of lm-eval with a model: perplexity, speed, accuracy",
     "demo": "quantise the model that comes with effllm, and generate text with it",
 }
 
