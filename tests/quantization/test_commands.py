@@ -198,6 +198,7 @@ def test_an_interrupted_command_goes_on(
         (["--method", "gptq", "--weighted"], "--method gptq has no --weighted"),
         (["--method", "linear", "--average-bits", "3"], "--average-bits needs --calibration FILE"),
         (["--average-bits", "3", "--bits", "4"], "without --bits, got 3 and --bits 4"),
+        (["--method", "linear", "--device", "cuda:99"], "device 'cuda:99' cannot be used: "),
         (["--average-bits", "5"], r"--average-bits must be in 2\.\.4"),
         (["--calibration", "TEXT", "--context", "100000"], "must hold at least 100000 tokens, got"),
     ],

@@ -29,6 +29,7 @@ from effllm.quantization import (
 )
 from effllm.quantization.configs import GgufType
 from effllm.quantization.method import UniformMethod
+from effllm.quantization.quantize import usable_device
 
 _UNIFORM: dict[str, type[UniformMethod]] = {
     "linear": LinearConfig,
@@ -95,7 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the checkpoint (compressed-tensors; gguf-q4_0 for gguf); {_DENSE} has decoded "
         "weights, as large as before: to measure what a method costs, and the only one for kmeans",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where to compute: cpu or cuda, which need hold only one block at a time, but with "
+        "--average-bits all of the model (cpu)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
             raise FileExistsError(f"{target} exists and is no empty folder")
         tokenizer = read_tokenizer(source)
         calibration = _calibration(args, configs, tokenizer)
-        model = effllm.load(source).to(torch.device(args.device))
+        device = usable_device(args.device)
+        model = effllm.load(source)
         head = model.get_output_embeddings()
 
         def chosen(module: nn.Module, name: str) -> bool:
@@ -129,15 +136,18 @@ def run(args: argparse.Namespace) -> int:
         mixture: Method | dict[str, Method] = configs[0]
         if args.average_bits is not None:
             assert calibration is not None
+            model.to(device)
             mixture = choose_configs(
                 model, configs, calibration, average_bits=args.average_bits, filter_fn=chosen
             )
+            model.to("cpu")
         report = effllm.quantize_(
             model,
             mixture,
             chosen,
             calibration=calibration,
             state=None if calibration is None else state,
+            device=device,
         )
         if not report.layers:
             raise ValueError(f"{source} has no layers to quantise")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from effllm.nn.packed_linear import PackedLinear
 from effllm.quantization.calibration import Calibration, feed
+from effllm.quantization.decoding import dequantize_
 
 _HIDDEN = "hidden_states"
 
@@ -36,6 +38,34 @@ class Call:
         out = self.output(block, hidden)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    def to(self, device: torch.device) -> Call:
+        """With all tensors there."""
+        return Call(_moved(self.args, device), _moved(self.kwargs, device), self.by_name)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, inside of tuples, lists and mappings too, on the device; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(inner, device) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        items = [_moved(inner, device) for inner in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def decoded(block: nn.Module, device: torch.device | None) -> nn.Module:
+    """A copy on the device (None: where the block is) with dense layers: faster for many tokens,
+    and the GPU's kernels take no fp32."""
+    return dequantize_(copied(block, device))
+
+
+def copied(block: nn.Module, device: torch.device | None) -> nn.Module:
+    """A copy on the device; None: where the block is."""
+    twin = copy.deepcopy(block)
+    return twin if device is None else twin.to(device)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -63,27 +93,35 @@ class BlockStream:
     """The hidden states of all batches, on their way from block to block.
 
     Attributes:
-        hidden: of each batch: the input of the block that is next.
+        hidden: of each batch: the input of the block that is next. They stay where the model is.
     """
 
-    def __init__(self, hidden: list[Tensor], calls: list[list[Call]], masks: list[Any]) -> None:
-        """Input of the first block, calls of each block, and mask, of each batch."""
-        self.hidden = hidden
-        self._calls = calls
-        self._masks = masks
+    def __init__(self, device: torch.device | None) -> None:
+        """Without batches; ``device`` is where the blocks run that are given to it, None where they
+        are those of the model."""
+        self.hidden: list[Tensor] = []
+        self._calls: list[list[Call]] = []
+        self._masks: list[Any] = []
+        self._device = device
 
     @classmethod
     def of(
-        cls, model: nn.Module, blocks: list[nn.Module], calibration: Calibration
+        cls,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        calibration: Calibration,
+        device: torch.device | None = None,
     ) -> BlockStream | None:
         """Runs what comes before the first block.
 
         None for a model whose forward does not call all blocks once, in order, each on just what
         the one before returned: only then may they run without the model.
         """
-        stream = cls([], [], [])
+        stream = cls(device)
+        # The first block is run once more than the others, so that is done on the device as well.
+        first = None if device is None else partial(stream._output, decoded(blocks[0], device))
         for i, batch in enumerate(calibration.batches):
-            recorder = _Recorder(blocks)
+            recorder = _Recorder(blocks, first)
             try:
                 with recorder.installed():
                     feed(model, batch)
@@ -102,12 +140,26 @@ class BlockStream:
         """For each batch its mask and a function that runs ``block`` as the one of that index."""
         for hidden, calls, mask in zip(self.hidden, self._calls, self._masks, strict=True):
             call = calls[index]
-            yield mask, partial(call.run, block, hidden)
+            yield mask, partial(self._hidden_after, block, call, hidden)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Sends all batches through the block of that index: memory holds one block's inputs."""
         for i, calls in enumerate(self._calls):
-            self.hidden[i] = calls[index].run(block, self.hidden[i])
+            hidden = self.hidden[i]
+            self.hidden[i] = self._hidden_after(block, calls[index], hidden).to(hidden.device)
+
+    def _hidden_after(self, block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
+        """What the block makes of a batch, on the block's device: only here are inputs moved, so
+        that those of one batch are there at a time."""
+        if self._device is None:
+            return call.run(block, hidden)
+        return call.to(self._device).run(block, hidden.to(self._device))
+
+    def _output(self, block: nn.Module, call: Call, hidden: Tensor) -> Any:
+        """All that the block returns for a batch, on the model's device."""
+        assert self._device is not None
+        out = call.to(self._device).output(block, hidden.to(self._device))
+        return _moved(out, hidden.device)
 
 
 class _AllCalled(Exception):
@@ -123,8 +175,12 @@ class _Recorder:
 
     hidden: Tensor
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    def __init__(
+        self, blocks: list[nn.Module], first: Callable[[Call, Tensor], Any] | None
+    ) -> None:
+        """``first`` runs the first block, None: itself does."""
         self.blocks = blocks
+        self._first = first
         self.calls: list[Call] = []
         self._tail: tuple[Any, ...] | None = None
 
@@ -150,7 +206,8 @@ class _Recorder:
                 raise _AllCalled
             if index == 0:
                 # Blocks return hidden states, or a tuple that starts with them.
-                out = self.calls[0].output(forward, hidden)
+                call = self.calls[0]
+                out = self._first(call, hidden) if self._first else call.output(forward, hidden)
                 self._tail = out[1:] if isinstance(out, tuple) else None
             return hidden if self._tail is None else (hidden, *self._tail)
 

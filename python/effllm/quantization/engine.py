@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from effllm.quantization.blocks import BlockStream, evaluating, find_blocks
+from effllm.quantization.blocks import BlockStream, copied, decoded, evaluating, find_blocks
 from effllm.quantization.calibration import Calibration
 from effllm.quantization.collecting import (
     InputGroup,
@@ -20,11 +19,10 @@ from effllm.quantization.collecting import (
     trace_inputs,
     whole_pass,
 )
-from effllm.quantization.decoding import dequantize_
 from effllm.quantization.folding import find_folds
 from effllm.quantization.method import Method
 from effllm.quantization.quantize_layer import quantise_layer
-from effllm.quantization.report import QuantizationReport
+from effllm.quantization.report import QuantizationReport, progress_bar, show_layer
 from effllm.quantization.state import PartResult, RunState, fingerprint
 from effllm.quantization.targets import Target, sharing_modules
 
@@ -39,6 +37,7 @@ class _Part:
         targets: layers of the module; names are those in the model.
         passes: gives the batches, to be run through the module that it is called with.
         sharing: names of modules in the model that share parameters with others.
+        device: where it is computed; None: where it is.
     """
 
     name: str
@@ -46,6 +45,7 @@ class _Part:
     targets: list[Target]
     passes: Callable[[nn.Module], Pass]
     sharing: set[str]
+    device: torch.device | None
 
     def local(self, name: str) -> str:
         """A module's name inside the part."""
@@ -65,39 +65,35 @@ def quantise_with_calibration(
     targets: list[Target],
     calibration: Calibration,
     state: RunState | None,
+    device: torch.device | None,
     report: QuantizationReport,
     progress: bool,
 ) -> None:
     """Quantises the targets block by block, then those outside of the blocks.
 
-    Only the inputs of one block are in memory, for all batches. A block is quantised on a copy and
+    Only the inputs of one block are in memory, for all batches. With a ``device`` one block at a
+    time is there, and the inputs of one batch; what is outside of the blocks is computed where the
+    model is, which may not fit there. A block is quantised on a copy and
     then changed in one go, so that an interrupt leaves each block as it was or done; called again,
     the function goes on with the next one and comes to the same result.
     """
     name, blocks = find_blocks(model)
-    bar: Any = tqdm(
-        total=len(targets), desc="quantize", unit="layer", leave=False, disable=not progress
-    )
+    bar = progress_bar(len(targets), progress)
     sharing = sharing_modules(model)
     with evaluating(model), bar:
         last = max((i for i, b in enumerate(blocks) if _inside(b, targets)), default=-1)
-        stream = BlockStream.of(model, blocks, calibration) if last >= 0 else None
+        stream = BlockStream.of(model, blocks, calibration, device) if last >= 0 else None
         done: set[Target] = set()
         if stream is not None:
             for i, block in enumerate(blocks[: last + 1]):
-                part = _block_part(f"{name}.{i}", i, block, targets, stream, sharing)
+                part = _block_part(f"{name}.{i}", i, block, targets, stream, sharing, device)
                 _finish(model, part, i, calibration, state, report, bar)
                 done.update(part.targets)
                 if i < last:
-                    stream.advance(i, _decoded(block))
+                    stream.advance(i, decoded(block, device))
         rest = [target for target in targets if target not in done]
-        part = _Part("", model, rest, partial(whole_pass, calibration), sharing)
+        part = _Part("", model, rest, partial(whole_pass, calibration), sharing, None)
         _finish(model, part, len(blocks), calibration, state, report, bar)
-
-
-def _decoded(block: nn.Module) -> nn.Module:
-    """A copy with dense layers: faster for many tokens, and the GPU's kernels take no fp32."""
-    return dequantize_(copy.deepcopy(block))
 
 
 def _inside(block: nn.Module, targets: list[Target]) -> list[Target]:
@@ -112,11 +108,12 @@ def _block_part(
     targets: list[Target],
     stream: BlockStream,
     sharing: set[str],
+    device: torch.device | None,
 ) -> _Part:
     def passes(module: nn.Module) -> Pass:
         return partial(stream.run, index, module)
 
-    return _Part(name, block, _inside(block, targets), passes, sharing)
+    return _Part(name, block, _inside(block, targets), passes, sharing, device)
 
 
 def _finish(
@@ -157,7 +154,7 @@ def _install(model: nn.Module, target: Target, layer: nn.Module) -> None:
 def _quantise_part(part: _Part, bar: Any) -> PartResult:
     """Group by group of layers with a common input, on inputs of those that are done."""
     # There is no second copy of a whole model; its few layers beside blocks are swapped at once.
-    work = copy.deepcopy(part.module) if part.name else part.module
+    work = copied(part.module, part.device) if part.name else part.module
     targets = {
         work.get_submodule(part.local(next(filter(part.holds, target.names)))): target
         for target in part.targets
@@ -230,7 +227,7 @@ def _quantise_group(
             linear.weight.copy_(cast(Tensor, layer.weight))
         else:
             _install(work, target, layer)
-        result.layers[target.names[0]] = layer
+        # The block's dense weights are all that stays on the device.
+        result.layers[target.names[0]] = layer.to(target.linear.weight.device)
         result.results.append(found)
-        bar.set_postfix(layer=found.name, error=f"{found.output_error or 0:.2e}", refresh=False)
-        bar.update()
+        show_layer(bar, found)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,16 @@ class QuantizationReport:
             )
         lines += [f"{name}: left as it is ({why})" for name, why in self.skipped.items()]
         return "\n".join(lines)
+
+
+def progress_bar(layers: int, shown: bool) -> Any:
+    """One that shows the time left, to be used with ``show_layer``; none if there are no layers."""
+    disabled = not (shown and layers)
+    return tqdm(total=layers, desc="quantize", unit="layer", leave=False, disable=disabled)
+
+
+def show_layer(bar: Any, layer: LayerResult) -> None:
+    """One more is done: its name and the error of its output, without calibration its weight's."""
+    error = layer.weight_error if layer.output_error is None else layer.output_error
+    bar.set_postfix(layer=layer.name, error=f"{error:.2e}", refresh=False)
+    bar.update()
