@@ -1,14 +1,16 @@
 // paged_attention: schema and CPU implementation.
 //
 // The rows of one task, query tokens times the query heads of one KV head, share every key and
-// value that they load. Keys come in tiles that begin at multiples of kTileKeys, wherever the first
-// visible key is: a row's result then depends neither on the rows beside it nor on the batch, to
-// the bit.
+// value that they load. Keys come in tiles and tiles in splits, which begin at multiples of
+// kTileKeys and kSplitKeys wherever the first visible key is. Every split is an online softmax of
+// its own, merged in the order of keys: a row's result depends neither on the rows beside it, nor
+// on the batch, nor on which threads took its splits, to the bit.
 #include "attention/paged_attention.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <tuple>
@@ -24,6 +26,10 @@ namespace {
 
 constexpr int64_t kTileRows = 32;
 constexpr int64_t kTileKeys = kAttentionTileKeys;
+constexpr int64_t kSplitKeys = 512;
+// Up to which keys and values are decoded as they are used, and not once for all rows beforehand.
+constexpr int64_t kFewRows = 8;
+constexpr int64_t kTasksPerThread = 4;  // with fewer, threads share tasks
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct KeyRange {
@@ -94,177 +100,352 @@ void check_values(const PagedAttentionParams& params) {
                  std::to_string(longest_query) + ", got " + std::to_string(params.max_seqlen_q));
 }
 
-// Up to kTileRows rows of one sequence and KV head. Row r is query token r / group of the sequence
-// and query head r % group of the KV head.
+// Up to kTileRows rows of one sequence and KV head, and the keys that any of them sees. Row r is
+// query token r / group of the sequence and query head r % group of the KV head.
 struct Task {
   Sequence seq;
   int64_t kv_head, first_row, num_rows;
+  KeyRange keys;
+
+  int64_t first_split() const { return keys.begin / kSplitKeys; }
+  // At least one, so that a task without keys has its rows stored too.
+  int64_t num_splits() const {
+    return std::max<int64_t>((keys.end + kSplitKeys - 1) / kSplitKeys - first_split(), 1);
+  }
+  KeyRange split(int64_t idx) const {
+    const int64_t begin = (first_split() + idx) * kSplitKeys;
+    return keys & KeyRange{begin, begin + kSplitKeys};
+  }
 };
 
-std::vector<Task> split_into_tasks(const PagedAttentionParams& params) {
+std::vector<Task> make_tasks(const PagedAttentionParams& params) {
   const int64_t group = params.num_q_heads / params.num_kv_heads;
   std::vector<Task> tasks;
   for (int64_t idx = 0; idx < params.num_seqs; ++idx) {
     const Sequence seq = sequence_at(params, idx);
-    const int64_t num_rows = seq.num_queries * group;
-    for (int64_t row = 0; row < num_rows; row += kTileRows) {
+    const int64_t total_rows = seq.num_queries * group;
+    for (int64_t row = 0; row < total_rows; row += kTileRows) {
+      const int64_t num_rows = std::min(kTileRows, total_rows - row);
+      const KeyRange keys = seq.visible_keys(params, row / group, (row + num_rows - 1) / group);
       for (int64_t head = 0; head < params.num_kv_heads; ++head) {
-        tasks.push_back({seq, head, row, std::min(kTileRows, num_rows - row)});
+        tasks.push_back({seq, head, row, num_rows, keys});
       }
     }
   }
   return tasks;
 }
 
-// What one thread works in, all in fp32.
+int64_t padded_dim(const PagedAttentionParams& params) {
+  return (params.head_dim + kAttentionDimStep - 1) / kAttentionDimStep * kAttentionDimStep;
+}
+
+// Where element d of a query is among a padded row's: see kv_vectors.h.
+int64_t lane_of(const PagedAttentionParams& params, int64_t d) {
+  return params.kv_dtype == DType::kUInt8 ? d / 2 + d % 2 * (padded_dim(params) / 2) : d;
+}
+
+// The online softmax of up to kTileRows rows over some keys.
+struct RowStates {
+  static int64_t size(int64_t num_rows, int64_t dim) { return num_rows * (dim + 2); }
+
+  RowStates(float* memory, int64_t num_rows, int64_t dim)
+      : num_rows(num_rows),
+        dim(dim),
+        sums(memory),
+        maxima(sums + num_rows * dim),
+        totals(maxima + num_rows) {}
+
+  void clear() {
+    std::fill_n(sums, num_rows * dim, 0.0f);
+    std::fill_n(maxima, num_rows, -kInfinity);
+    std::fill_n(totals, num_rows, 0.0f);
+  }
+
+  // Adds what later keys gave.
+  void merge(const RowStates& later) {
+    for (int64_t row = 0; row < num_rows; ++row) {
+      if (later.maxima[row] == -kInfinity && later.totals[row] == 0.0f) continue;
+      const float maximum = later.maxima[row] > maxima[row] ? later.maxima[row] : maxima[row];
+      const float base = maximum == -kInfinity ? 0.0f : maximum;
+      const float ours = std::exp(maxima[row] - base);
+      const float theirs = std::exp(later.maxima[row] - base);
+      for (int64_t d = row * dim; d < (row + 1) * dim; ++d) {
+        sums[d] = sums[d] * ours + later.sums[d] * theirs;
+      }
+      totals[row] = totals[row] * ours + later.totals[row] * theirs;
+      maxima[row] = maximum;
+    }
+  }
+
+  int64_t num_rows, dim;
+  float* sums;    // [num_rows, dim], of exp(score - maximum) * value
+  float* maxima;  // largest score of each row
+  float* totals;  // of exp(score - maximum)
+};
+
+// What one thread works in.
 struct Workspace {
   static int64_t size(int64_t dim) {
-    return (2 * kTileRows + kAttentionKeyStride + kTileKeys) * dim;
+    return kTileRows * dim + 2 * RowStates::size(kTileRows, dim) + (2 * kTileKeys + 1) * dim;
   }
 
   Workspace(float* memory, int64_t dim)
       : queries(memory),
-        sums(queries + kTileRows * dim),
-        keys(sums + kTileRows * dim),
-        values(keys + kAttentionKeyStride * dim) {}
+        whole(queries + kTileRows * dim),
+        split(whole + RowStates::size(kTileRows, dim)),
+        keys(split + RowStates::size(kTileRows, dim)),
+        values(keys + kTileKeys * dim),
+        padded_row(values + kTileKeys * dim) {}
 
-  float* queries;           // [kTileRows, D]
-  float* sums;              // [kTileRows, D], of exp(score - maximum) * value
-  float* keys;              // [D, kAttentionKeyStride]
-  float* values;            // [kTileKeys, D]
-  float maxima[kTileRows];  // largest score of each row so far
-  float totals[kTileRows];  // of exp(score - maximum)
+  float* queries;      // [kTileRows, padded D]
+  float* whole;        // memory of RowStates
+  float* split;        // likewise
+  float* keys;         // [kTileKeys, padded D]: decoded rows
+  float* values;       // likewise
+  float* padded_row;   // [padded D], of a cache whose rows are shorter; zeros behind
+  KvRows key_rows[2];  // of this tile and the next
+  KvRows value_rows[2];
 };
 
-AttentionRowsKernel select_rows_kernel() {
+AttentionKernels select_kernels(DType kv_dtype) {
   if constexpr (kHasX86Isas) {
-    if (cpu_isa() >= CpuIsa::kAvx512) return attention_rows_avx512;
-    if (cpu_isa() == CpuIsa::kAvx2) return attention_rows_avx2;
+    if (cpu_isa() >= CpuIsa::kAvx512) return attention_kernels_avx512(kv_dtype);
+    if (cpu_isa() == CpuIsa::kAvx2) return attention_kernels_avx2(kv_dtype);
   }
-  return update_rows<4>;
+  return attention_kernels<4>(kv_dtype);
 }
 
 template <class T>
 void load_queries(const PagedAttentionParams& params, const Task& task, Workspace& work) {
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
+  const int64_t group = params.num_q_heads / params.num_kv_heads, dim = padded_dim(params);
+  std::fill_n(work.queries, task.num_rows * dim, 0.0f);
   for (int64_t idx = 0; idx < task.num_rows; ++idx) {
     const int64_t row = task.first_row + idx;
     const T* query = static_cast<const T*>(params.q) +
                      (task.seq.first_token + row / group) * params.stride_q_token +
                      (task.kv_head * group + row % group) * params.stride_q_head;
     for (int64_t d = 0; d < params.head_dim; ++d) {
-      work.queries[idx * params.head_dim + d] = to_float(query[d]);
+      work.queries[idx * dim + lane_of(params, d)] = to_float(query[d]);
     }
   }
 }
 
-// One row of a cache in fp32. `Kv` is the cache's element, or the codec of a quantised one.
+// One of the two caches.
+struct Cache {
+  const void* data;
+  int64_t stride_page, stride_slot, stride_head;
+  const KvScales* scales;
+};
+
+// Where rows of `range`, which lies in one tile, are, and what decodes them.
 template <class Kv>
-void load_row(const void* cache, int64_t offset, const KvScales& scales, int64_t scale_offset,
-              int64_t dim, float* row) {
-  if constexpr (requires { Kv::decode; }) {
-    Kv::decode(static_cast<const uint8_t*>(cache) + offset, scales.words[scale_offset], dim, row);
-  } else {
-    const Kv* elements = static_cast<const Kv*>(cache) + offset;
-    for (int64_t d = 0; d < dim; ++d) row[d] = to_float(elements[d]);
+void locate_rows(const PagedAttentionParams& params, const Cache& cache, const Task& task,
+                 KeyRange range, KvRows& rows) {
+  const int32_t* pages = params.page_table + task.seq.index * params.stride_page_table_seq;
+  int64_t entry = range.begin / params.page_size, slot = range.begin % params.page_size;
+  for (int64_t position = range.begin; position < range.end; ++position) {
+    const int64_t key = position % kTileKeys, page = pages[entry];
+    const int64_t offset =
+        page * cache.stride_page + slot * cache.stride_slot + task.kv_head * cache.stride_head;
+    rows.rows[key] = static_cast<const char*>(cache.data) + offset * sizeof(Kv);
+    rows.scales[key] = KvVectors<Kv>::kPower;
+    rows.zeros[key] = 0.0f;
+    if constexpr (requires { Kv::decoding; }) {
+      const uint32_t word =
+          cache.scales->words[page * cache.scales->stride_page + slot * cache.scales->stride_slot +
+                              task.kv_head * cache.scales->stride_head];
+      const auto [scale, zero] = Kv::decoding(word);
+      rows.scales[key] *= scale;
+      rows.zeros[key] = zero;
+    }
+    if (++slot == params.page_size) ++entry, slot = 0;
   }
 }
 
-// Keys (transposed) and values of `range`, which lies in the tile that begins at `tile_begin`.
-template <class Kv>
-void load_keys_and_values(const PagedAttentionParams& params, const Task& task, KeyRange range,
-                          int64_t tile_begin, Workspace& work) {
-  const auto scale_offset = [&](const KvScales& scales, int64_t page, int64_t slot) {
-    return page * scales.stride_page + slot * scales.stride_slot +
-           task.kv_head * scales.stride_head;
-  };
-  const int32_t* pages = params.page_table + task.seq.index * params.stride_page_table_seq;
-  for (int64_t position = range.begin; position < range.end; ++position) {
-    const int64_t page = pages[position / params.page_size];
-    const int64_t slot = position % params.page_size;
-    const int64_t k_offset = page * params.stride_k_page + slot * params.stride_k_slot +
-                             task.kv_head * params.stride_k_head;
-    const int64_t v_offset = page * params.stride_v_page + slot * params.stride_v_slot +
-                             task.kv_head * params.stride_v_head;
-    float key[kMaxHeadDim];
-    load_row<Kv>(params.k_cache, k_offset, params.k_scales,
-                 scale_offset(params.k_scales, page, slot), params.head_dim, key);
-    float* key_column = work.keys + (position - tile_begin);
-    for (int64_t d = 0; d < params.head_dim; ++d) key_column[d * kAttentionKeyStride] = key[d];
-    load_row<Kv>(params.v_cache, v_offset, params.v_scales,
-                 scale_offset(params.v_scales, page, slot), params.head_dim,
-                 work.values + (position - tile_begin) * params.head_dim);
+using RowLocator = decltype(&locate_rows<float>);
+
+RowLocator select_locator(const PagedAttentionParams& params) {
+  if (is_quantized_kv(params.kv_dtype)) {
+    return dispatch_kv_codec(params.kv_dtype,
+                             [](auto codec) -> RowLocator { return locate_rows<decltype(codec)>; });
   }
+  return dispatch_float(params.kv_dtype,
+                        [](auto element) -> RowLocator { return locate_rows<decltype(element)>; });
 }
 
 template <class T>
-void store_rows(const PagedAttentionParams& params, const Task& task, const Workspace& work) {
+void store_rows(const PagedAttentionParams& params, const Task& task, const RowStates& states) {
   const int64_t group = params.num_q_heads / params.num_kv_heads;
   for (int64_t idx = 0; idx < task.num_rows; ++idx) {
     const int64_t row = task.first_row + idx;
     const int64_t out_row = (task.seq.first_token + row / group) * params.num_q_heads +
                             task.kv_head * group + row % group;
-    const float total = work.totals[idx];
-    params.lse[out_row] = work.maxima[idx] + std::log(total);  // log(0) = -inf: no key
+    const float total = states.totals[idx];
+    params.lse[out_row] = states.maxima[idx] + std::log(total);  // log(0) = -inf: no key
     T* out = static_cast<T*>(params.out) + out_row * params.head_dim;
     for (int64_t d = 0; d < params.head_dim; ++d) {
-      const float sum = work.sums[idx * params.head_dim + d];
+      const float sum = states.sums[idx * states.dim + lane_of(params, d)];
       out[d] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
     }
   }
 }
 
-using KeysAndValuesLoader = decltype(&load_keys_and_values<float>);
+// A call: the params and what their dtypes choose.
+struct Call {
+  explicit Call(const PagedAttentionParams& params)
+      : params(params),
+        dim(padded_dim(params)),
+        locate(select_locator(params)),
+        kernels(select_kernels(params.kv_dtype)),
+        float_kernels(select_kernels(DType::kFloat32)),
+        k_cache{params.k_cache, params.stride_k_page, params.stride_k_slot, params.stride_k_head,
+                &params.k_scales},
+        v_cache{params.v_cache, params.stride_v_page, params.stride_v_slot, params.stride_v_head,
+                &params.v_scales} {}
 
-KeysAndValuesLoader select_loader(const PagedAttentionParams& params) {
-  if (is_quantized_kv(params.kv_dtype)) {
-    return dispatch_kv_codec(params.kv_dtype, [](auto codec) -> KeysAndValuesLoader {
-      return load_keys_and_values<decltype(codec)>;
-    });
+  void locate_tile(const Task& task, KeyRange tile, KvRows& keys, KvRows& values) const {
+    locate(params, k_cache, task, tile, keys);
+    locate(params, v_cache, task, tile, values);
   }
-  return dispatch_float(params.kv_dtype, [](auto element) -> KeysAndValuesLoader {
-    return load_keys_and_values<decltype(element)>;
-  });
-}
 
-template <class T>
-void run_task(const PagedAttentionParams& params, const Task& task, Workspace& work,
-              KeysAndValuesLoader load_keys_and_values, AttentionRowsKernel update_rows) {
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
-  load_queries<T>(params, task, work);
-  std::fill_n(work.sums, task.num_rows * params.head_dim, 0.0f);
-  std::fill_n(work.maxima, task.num_rows, -kInfinity);
-  std::fill_n(work.totals, task.num_rows, 0.0f);
+  // Puts floats in place of a tile's rows.
+  void decode_rows(KeyRange tile, float* padded_row, float* decoded, KvRows& rows) const {
+    const int64_t row_bytes = params.head_dim * kernels.element_bits / 8;
+    for (int64_t position = tile.begin; position < tile.end; ++position) {
+      const int64_t key = position % kTileKeys;
+      const void* row = rows.rows[key];
+      if (params.head_dim != dim) row = std::memcpy(padded_row, row, row_bytes);
+      kernels.decode_row(row, rows.zeros[key], dim, decoded + key * dim);
+      rows.rows[key] = decoded + key * dim;
+    }
+  }
 
-  const AttentionTile operands{.dim = params.head_dim,
-                               .scale = params.scale,
-                               .softcap = params.softcap,
-                               .queries = work.queries,
-                               .keys = work.keys,
-                               .values = work.values,
-                               .sums = work.sums,
-                               .maxima = work.maxima,
-                               .totals = work.totals};
-  const KeyRange keys = task.seq.visible_keys(params, task.first_row / group,
-                                              (task.first_row + task.num_rows - 1) / group);
-  for (int64_t tile_begin = keys.begin / kTileKeys * kTileKeys; tile_begin < keys.end;
-       tile_begin += kTileKeys) {
-    const KeyRange tile = keys & KeyRange{tile_begin, tile_begin + kTileKeys};
-    load_keys_and_values(params, task, tile, tile_begin, work);
+  // The online softmax of a task's rows over `keys`, from the beginning.
+  void attend(const Task& task, KeyRange keys, Workspace& work, RowStates& states) const {
+    states.clear();
+    const bool as_stored = task.num_rows <= kFewRows && params.head_dim == dim;
+    const auto tile_at = [&](int64_t begin) { return keys & KeyRange{begin, begin + kTileKeys}; };
+    KeyRange tile = tile_at(keys.begin / kTileKeys * kTileKeys);
+    if (tile.empty()) return;
+    KvRows *key_rows = work.key_rows, *next_key_rows = key_rows + 1;
+    KvRows *value_rows = work.value_rows, *next_value_rows = value_rows + 1;
+    locate_tile(task, tile, *key_rows, *value_rows);
+    for (; !tile.empty(); tile = tile_at(tile.end)) {
+      const KeyRange next = tile_at(tile.end);
+      if (!next.empty()) locate_tile(task, next, *next_key_rows, *next_value_rows);
+      if (!as_stored) {
+        decode_rows(tile, work.padded_row, work.keys, *key_rows);
+        decode_rows(tile, work.padded_row, work.values, *value_rows);
+      }
+      const bool prefetch = as_stored && !next.empty();
+      const AttentionTile operands{.dim = dim,
+                                   .scale = params.scale,
+                                   .softcap = params.softcap,
+                                   .queries = work.queries,
+                                   .keys = key_rows,
+                                   .values = value_rows,
+                                   .next_keys = prefetch ? next_key_rows : nullptr,
+                                   .next_values = prefetch ? next_value_rows : nullptr,
+                                   .sums = states.sums,
+                                   .maxima = states.maxima,
+                                   .totals = states.totals};
+      update_tile(task, tile, as_stored ? kernels : float_kernels, operands);
+      std::swap(key_rows, next_key_rows);
+      std::swap(value_rows, next_value_rows);
+    }
+  }
+
+  // Rows that see the same keys of the tile go together.
+  void update_tile(const Task& task, KeyRange tile, const AttentionKernels& chosen,
+                   const AttentionTile& operands) const {
+    const int64_t group = params.num_q_heads / params.num_kv_heads;
+    const int64_t tile_begin = tile.begin / kTileKeys * kTileKeys;
     const auto visible_keys = [&](int64_t row) {
       return tile & task.seq.visible_keys(params, (task.first_row + row) / group);
     };
-    // Rows that see the same keys of the tile go together.
     for (int64_t row = 0, next; row < task.num_rows; row = next) {
       const KeyRange visible = visible_keys(row);
       for (next = row + 1; next < task.num_rows && visible_keys(next) == visible; ++next) {
       }
       if (visible.empty()) continue;
-      update_rows(operands, row, next - row, static_cast<int>(visible.begin - tile_begin),
-                  static_cast<int>(visible.end - tile_begin));
+      chosen.update_rows(operands, row, next - row, static_cast<int>(visible.begin - tile_begin),
+                         static_cast<int>(visible.end - tile_begin));
     }
   }
-  store_rows<T>(params, task, work);
+
+  const PagedAttentionParams& params;
+  int64_t dim;  // padded
+  RowLocator locate;
+  AttentionKernels kernels, float_kernels;
+  Cache k_cache, v_cache;
+};
+
+// Takes work one by one, as pieces differ in length, on as many threads as there are or pieces.
+// Nothing may throw: an exception in a thread would end the process.
+template <class Body>
+void share_out(int64_t num_pieces, int64_t dim, const Body& body) {
+  const int64_t num_workers = std::min<int64_t>(torch::stable::get_num_threads(), num_pieces);
+  std::vector<float> memory(num_workers * Workspace::size(dim));
+  std::atomic<int64_t> next_piece{0};
+  parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      Workspace work(memory.data() + worker * Workspace::size(dim), dim);
+      for (int64_t idx = next_piece++; idx < num_pieces; idx = next_piece++) body(idx, work);
+    }
+  });
+}
+
+// A thread for each task.
+template <class T>
+void run_tasks(const Call& call, const std::vector<Task>& tasks) {
+  share_out(static_cast<int64_t>(tasks.size()), call.dim, [&](int64_t idx, Workspace& work) {
+    const Task& task = tasks[idx];
+    load_queries<T>(call.params, task, work);
+    RowStates whole(work.whole, task.num_rows, call.dim);
+    RowStates split(work.split, task.num_rows, call.dim);
+    whole.clear();
+    for (int64_t part = 0; part < task.num_splits(); ++part) {
+      call.attend(task, task.split(part), work, split);
+      whole.merge(split);
+    }
+    store_rows<T>(call.params, task, whole);
+  });
+}
+
+// A thread for each split; the one that finishes a task merges its splits.
+template <class T>
+void run_splits(const Call& call, const std::vector<Task>& tasks) {
+  struct Split {
+    int64_t task, idx, state;  // where its RowStates lie
+  };
+  std::vector<Split> splits;
+  std::vector<std::atomic<int64_t>> unfinished(tasks.size());
+  int64_t num_floats = 0;
+  for (size_t task = 0; task < tasks.size(); ++task) {
+    unfinished[task] = tasks[task].num_splits();
+    for (int64_t idx = 0; idx < tasks[task].num_splits(); ++idx) {
+      splits.push_back({static_cast<int64_t>(task), idx, num_floats});
+      num_floats += RowStates::size(tasks[task].num_rows, call.dim);
+    }
+  }
+  std::vector<float> states(num_floats);
+  share_out(static_cast<int64_t>(splits.size()), call.dim, [&](int64_t idx, Workspace& work) {
+    const Split& split = splits[idx];
+    const Task& task = tasks[split.task];
+    const auto states_of = [&](int64_t part) {
+      const int64_t size = RowStates::size(task.num_rows, call.dim);
+      return RowStates(states.data() + split.state + (part - split.idx) * size, task.num_rows,
+                       call.dim);
+    };
+    load_queries<T>(call.params, task, work);
+    RowStates own = states_of(split.idx);
+    call.attend(task, task.split(split.idx), work, own);
+    if (--unfinished[split.task] > 0) return;
+    RowStates whole(work.whole, task.num_rows, call.dim);
+    whole.clear();
+    for (int64_t part = 0; part < task.num_splits(); ++part) whole.merge(states_of(part));
+    store_rows<T>(call.params, task, whole);
+  });
 }
 
 template <class T>
@@ -276,24 +457,14 @@ void run_paged_attention(const PagedAttentionParams& params) {
             static_cast<T*>(params.out) + num_rows * params.head_dim, T{});
   std::fill(params.lse + first_unused, params.lse + num_rows, -kInfinity);
 
-  const AttentionRowsKernel rows_kernel = select_rows_kernel();
-  const KeysAndValuesLoader loader = select_loader(params);
-  // Tasks differ in length, so threads take the next one when they are done with theirs. All memory
-  // is there before they start: an exception in a thread would end the process.
-  const std::vector<Task> tasks = split_into_tasks(params);
-  const int64_t num_workers =
-      std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(tasks.size()));
-  const int64_t workspace_size = Workspace::size(params.head_dim);
-  std::vector<float> memory(num_workers * workspace_size);
-  std::atomic<size_t> next_task{0};
-  parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      Workspace work(memory.data() + worker * workspace_size, params.head_dim);
-      for (size_t idx = next_task++; idx < tasks.size(); idx = next_task++) {
-        run_task<T>(params, tasks[idx], work, loader, rows_kernel);
-      }
-    }
-  });
+  const Call call(params);
+  const std::vector<Task> tasks = make_tasks(params);
+  const int64_t enough = kTasksPerThread * torch::stable::get_num_threads();
+  if (static_cast<int64_t>(tasks.size()) >= enough) {
+    run_tasks<T>(call, tasks);
+  } else {
+    run_splits<T>(call, tasks);
+  }
 }
 
 std::tuple<Tensor, Tensor> paged_attention_cpu(

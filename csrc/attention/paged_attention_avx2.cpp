@@ -2,9 +2,6 @@
 
 namespace effllm {
 
-void attention_rows_avx2(const AttentionTile& tile, int64_t first_row, int64_t num_rows, int begin,
-                         int end) {
-  update_rows<8>(tile, first_row, num_rows, begin, end);
-}
+AttentionKernels attention_kernels_avx2(DType kv_dtype) { return attention_kernels<8>(kv_dtype); }
 
 }  // namespace effllm

@@ -2,9 +2,8 @@
 
 namespace effllm {
 
-void attention_rows_avx512(const AttentionTile& tile, int64_t first_row, int64_t num_rows,
-                           int begin, int end) {
-  update_rows<16>(tile, first_row, num_rows, begin, end);
+AttentionKernels attention_kernels_avx512(DType kv_dtype) {
+  return attention_kernels<16>(kv_dtype);
 }
 
 }  // namespace effllm

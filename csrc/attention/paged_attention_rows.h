@@ -3,40 +3,57 @@
 // One source for every vector width, compiled by `paged_attention.cpp` for the oldest processors
 // and by `paged_attention_<isa>.cpp` with that ISA's flags. All of it has internal linkage and
 // calls no inline function that has not: see common/vector.h.
+//
+// Keys and values become floats in registers, four query rows at a time, which for the usual
+// groups is once. A row's result does not depend on how many rows go together: every product has
+// its own chain of additions in the same order.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
-#include "common/vector.h"
+#include "attention/kv_vectors.h"
 
 namespace effllm {
 
 inline constexpr int kAttentionTileKeys = 64;
-// Of the transposed keys: an odd number of cache lines, or one key's values would all compete for a
-// few sets of L1.
-inline constexpr int kAttentionKeyStride = 80;
+// What D is padded to: two vectors, the pair that kv_vectors.h loads, of the widest ISA.
+inline constexpr int64_t kAttentionDimStep = 32;
 
-struct AttentionTile {
-  int64_t dim;  // D, a multiple of 8
-  float scale, softcap;
-  const float* queries;  // [rows, D]
-  const float* keys;     // [D, 80], of which 64 are used
-  const float* values;   // [64, D]
-  float* sums;           // [rows, D], of exp(score - maximum) * value so far
-  float* maxima;         // [rows], largest score so far
-  float* totals;         // [rows], of exp(score - maximum)
+// Pointers to rows of a cache and what else decodes them, by key of the tile.
+struct KvRows {
+  const void* rows[kAttentionTileKeys];
+  float scales[kAttentionTileKeys];  // kPower of KvVectors included; 1 without scales
+  float zeros[kAttentionTileKeys];   // of int4, else 0
 };
 
-// One step of the online softmax: rows first_row .. meet keys begin .. end - 1 of the tile, at
-// least one.
-using AttentionRowsKernel = void (*)(const AttentionTile& tile, int64_t first_row, int64_t num_rows,
-                                     int begin, int end);
+struct AttentionTile {
+  int64_t dim;  // D, padded with zeros
+  float scale, softcap;
+  const float* queries;  // [rows, D]
+  const KvRows* keys;
+  const KvRows* values;
+  // Those of the next tile, to be prefetched; null if there is none.
+  const KvRows* next_keys;
+  const KvRows* next_values;
+  float* sums;    // [rows, D], of exp(score - maximum) * value so far
+  float* maxima;  // [rows], largest score so far
+  float* totals;  // [rows], of exp(score - maximum)
+};
 
-// Defined in paged_attention_<isa>.cpp, on x86-64 alone.
-void attention_rows_avx2(const AttentionTile& tile, int64_t first_row, int64_t num_rows, int begin,
-                         int end);
-void attention_rows_avx512(const AttentionTile& tile, int64_t first_row, int64_t num_rows,
-                           int begin, int end);
+struct AttentionKernels {
+  // One step of the online softmax: rows first_row .. meet keys begin .. end - 1 of the tile, at
+  // least one.
+  void (*update_rows)(const AttentionTile& tile, int64_t first_row, int64_t num_rows, int begin,
+                      int end);
+  // A row as floats that `update_rows` of a float cache takes in its place; not scaled.
+  void (*decode_row)(const void* row, float zero, int64_t dim, float* out);
+  int element_bits;  // of the cache
+};
+
+// For a cache of a checked dtype. Defined in paged_attention_<isa>.cpp, on x86-64 alone.
+AttentionKernels attention_kernels_avx2(DType kv_dtype);
+AttentionKernels attention_kernels_avx512(DType kv_dtype);
 
 namespace {
 
@@ -66,56 +83,136 @@ inline FloatVector<kWidth> exp_of_negative(FloatVector<kWidth> x) {
   return vanishes ? Float{} : series * power;
 }
 
-// Some columns of add_weighted_rows. Sums of 32 rows first, in registers: shorter chains round
-// less.
-template <int kLanes, int kVectors, int kOuts>
-inline void add_weighted_columns(const float* weights, int64_t stride_weights, const float* rows,
-                                 int64_t stride_rows, int64_t count, int64_t stride_out,
-                                 float* out) {
-  using Float = FloatVector<kLanes>;
-  for (int64_t first = 0; first < count; first += 32) {
-    const int64_t last = first + 32 < count ? first + 32 : count;
-    Float sums[kOuts][kVectors] = {};
-    for (int64_t row = first; row < last; ++row) {
-      for (int idx = 0; idx < kVectors; ++idx) {
-        const float* from = rows + row * stride_rows + idx * kLanes;
-        const Float values = kOuts == 1 ? load_vector<Float>(from) : load_once<Float>(from);
-        for (int o = 0; o < kOuts; ++o) {
-          sums[o][idx] = weights[o * stride_weights + row] * values + sums[o][idx];
+// Into L2, a tile ahead: hardware prefetches neither over the end of a page nor the first lines of
+// the next.
+template <class Kv>
+inline void prefetch_row(const KvRows* next, int key, int64_t dim) {
+  if (next == nullptr) return;
+  const char* row = static_cast<const char*>(next->rows[key]);
+  for (int64_t byte = 0; byte < dim * KvVectors<Kv>::kBits / 8; byte += 64) {
+    __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
+// Lane i of the result: a[i] + a[i ^ kStep] where i has not the bit kStep, else the same of b.
+template <int kWidth, int kStep, int... kLanes>
+inline FloatVector<kWidth> add_across(FloatVector<kWidth> a, FloatVector<kWidth> b,
+                                      std::integer_sequence<int, kLanes...>) {
+  using Int = Vector<int32_t, kWidth>;
+  const Int here = {(kLanes & kStep ? kWidth + kLanes : kLanes)...};
+  const Int across = {(kLanes & kStep ? kWidth + (kLanes ^ kStep) : kLanes ^ kStep)...};
+  return __builtin_shuffle(a, b, here) + __builtin_shuffle(a, b, across);
+}
+
+// The sums of kWidth vectors' lanes: lane i is that of vectors[i].
+template <int kWidth, int kStep = 1>
+inline FloatVector<kWidth> sum_lanes(FloatVector<kWidth>* vectors) {
+  if constexpr (kStep == kWidth) {
+    return vectors[0];
+  } else {
+    for (int idx = 0; idx < kWidth / kStep; idx += 2) {
+      vectors[idx / 2] = add_across<kWidth, kStep>(vectors[idx], vectors[idx + 1],
+                                                   std::make_integer_sequence<int, kWidth>());
+    }
+    return sum_lanes<kWidth, 2 * kStep>(vectors);
+  }
+}
+
+// Room behind the products of a row for a block of keys that ends beyond the tile.
+constexpr int kProductStride = kAttentionTileKeys + 16;
+
+// products[r, key] = queries[row + r] * keys[key], for keys begin .. end - 1.
+template <class Kv, int kWidth, int kRows>
+inline void multiply_keys(const AttentionTile& tile, int64_t row, int begin, int end,
+                          float* products) {
+  using Float = FloatVector<kWidth>;
+  constexpr int kKeys = kWidth / kRows;
+  const int64_t half = tile.dim / (2 * kWidth);
+  const float* queries = tile.queries + row * tile.dim;
+  for (int first = begin; first < end; first += kKeys) {
+    const void* rows[kKeys];
+    float zeros[kKeys];
+    for (int k = 0; k < kKeys; ++k) {
+      const int key = first + k < end ? first + k : end - 1;
+      rows[k] = tile.keys->rows[key];
+      zeros[k] = tile.keys->zeros[key];
+      prefetch_row<Kv>(tile.next_keys, key, tile.dim);
+    }
+    Float sums[kWidth] = {};
+    for (int64_t idx = 0; idx < half; ++idx) {
+      Float query[kRows][2];
+      for (int r = 0; r < kRows; ++r) {
+        const float* from = queries + r * tile.dim + idx * kWidth;
+        query[r][0] = load_once<Float>(from);
+        query[r][1] = load_once<Float>(from + half * kWidth);
+      }
+      for (int k = 0; k < kKeys; ++k) {
+        Float pair[2];
+        load_pair<Kv, kWidth>(rows[k], idx, half, zeros[k], pair);
+        for (int r = 0; r < kRows; ++r) {
+          Float& sum = sums[r * kKeys + k];
+          sum = query[r][0] * pair[0] + sum;
+          sum = query[r][1] * pair[1] + sum;
         }
       }
     }
-    for (int o = 0; o < kOuts; ++o) {
-      for (int idx = 0; idx < kVectors; ++idx) {
-        float* to = out + o * stride_out + idx * kLanes;
-        store_vector(load_vector<Float>(to) + sums[o][idx], to);
+    const Float dots = sum_lanes<kWidth>(sums);
+    for (int r = 0; r < kRows; ++r) {
+      __builtin_memcpy(products + r * kProductStride + first,
+                       reinterpret_cast<const float*>(&dots) + r * kKeys, kKeys * sizeof(float));
+    }
+  }
+}
+
+// sums[row + r] += the sum over keys of weights[r, key] * values[key], in some columns: the pairs
+// of vectors from `pair` on.
+template <class Kv, int kWidth, int kRows, int kPairs>
+inline void add_weighted_columns(const AttentionTile& tile, const float* weights, int64_t row,
+                                 int64_t pair, int begin, int end) {
+  using Float = FloatVector<kWidth>;
+  const int64_t half = tile.dim / (2 * kWidth);
+  Float sums[kRows][kPairs][2] = {};
+  for (int key = begin; key < end; ++key) {
+    if (pair == 0) prefetch_row<Kv>(tile.next_values, key, tile.dim);
+    for (int idx = 0; idx < kPairs; ++idx) {
+      Float values[2];
+      load_pair<Kv, kWidth>(tile.values->rows[key], pair + idx, half, tile.values->zeros[key],
+                            values);
+      for (int r = 0; r < kRows; ++r) {
+        const float weight = weights[r * kProductStride + key];
+        sums[r][idx][0] = weight * values[0] + sums[r][idx][0];
+        sums[r][idx][1] = weight * values[1] + sums[r][idx][1];
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int idx = 0; idx < kPairs; ++idx) {
+      for (int side = 0; side < 2; ++side) {
+        float* to = tile.sums + (row + r) * tile.dim + (side * half + pair + idx) * kWidth;
+        store_vector(load_vector<Float>(to) + sums[r][idx][side], to);
       }
     }
   }
 }
 
-// out[o, 0 .. width) += the sum over rows of weights[o, row] * rows[row, 0 .. width), for kOuts
-// values of o; width a multiple of 8. Both matrix products are made of it: no sum crosses lanes,
-// and each is the same whatever kOuts is.
-template <int kWidth, int kOuts>
-inline void add_weighted_rows(const float* weights, int64_t stride_weights, const float* rows,
-                              int64_t stride_rows, int64_t count, int64_t width, float* out) {
-  constexpr int kVectors = 8 / kOuts;  // eight registers of sums hide the latency of adding
-  constexpr int kTail = kWidth < 8 ? kWidth : 8;
-  int64_t col = 0;
-  for (; col + kVectors * kWidth <= width; col += kVectors * kWidth) {
-    add_weighted_columns<kWidth, kVectors, kOuts>(weights, stride_weights, rows + col, stride_rows,
-                                                  count, width, out + col);
+// All columns.
+template <class Kv, int kWidth, int kRows>
+inline void add_weighted_values(const AttentionTile& tile, const float* weights, int64_t row,
+                                int begin, int end) {
+  // Eight registers of sums hide the latency of adding; of 32, sixteen share what they load.
+  constexpr int kPairs = (kWidth == 16 ? 8 : 4) / kRows;
+  const int64_t half = tile.dim / (2 * kWidth);
+  int64_t pair = 0;
+  for (; pair + kPairs <= half; pair += kPairs) {
+    add_weighted_columns<Kv, kWidth, kRows, kPairs>(tile, weights, row, pair, begin, end);
   }
-  if constexpr (kVectors * kWidth > 8) {
-    for (; col < width; col += 8) {
-      add_weighted_columns<kTail, 8 / kTail, kOuts>(weights, stride_weights, rows + col,
-                                                    stride_rows, count, width, out + col);
-    }
+  for (; pair < half; ++pair) {
+    add_weighted_columns<Kv, kWidth, kRows, 1>(tile, weights, row, pair, begin, end);
   }
 }
 
-// Products of one row with a tile's keys become weights, exp(score - maximum): 0 where invisible.
+// Products of one row with a tile's keys become weights, exp(score - maximum), times the
+// values' scales: of no meaning where invisible.
 template <int kWidth>
 inline void weigh(const AttentionTile& tile, int64_t row, int begin, int end, float* products) {
   using Float = FloatVector<kWidth>;
@@ -123,7 +220,7 @@ inline void weigh(const AttentionTile& tile, int64_t row, int begin, int end, fl
   constexpr int kVectors = kAttentionTileKeys / kWidth;
   for (int key = 0; key < kAttentionTileKeys; ++key) {
     // What an invisible key holds, even NaN, has no influence.
-    const float score = products[key] * tile.scale;
+    const float score = products[key] * tile.keys->scales[key] * tile.scale;
     products[key] = key >= begin && key < end ? score : -kInfinity;
   }
   if (tile.softcap > 0.0f) {
@@ -158,28 +255,62 @@ inline void weigh(const AttentionTile& tile, int64_t row, int begin, int end, fl
   if (rescale != 1.0f) {
     for (int64_t d = 0; d < tile.dim; ++d) tile.sums[row * tile.dim + d] *= rescale;
   }
+  for (int key = 0; key < kAttentionTileKeys; ++key) products[key] *= tile.values->scales[key];
 }
 
-template <int kWidth, int kRows>
+template <class Kv, int kWidth, int kRows>
 void update_block(const AttentionTile& tile, int64_t row, int begin, int end) {
-  float weights[kRows][kAttentionTileKeys] = {};
-  add_weighted_rows<kWidth, kRows>(tile.queries + row * tile.dim, tile.dim, tile.keys,
-                                   kAttentionKeyStride, tile.dim, kAttentionTileKeys, weights[0]);
-  for (int idx = 0; idx < kRows; ++idx) weigh<kWidth>(tile, row + idx, begin, end, weights[idx]);
+  float weights[kRows * kProductStride];
+  multiply_keys<Kv, kWidth, kRows>(tile, row, begin, end, weights);
+  for (int r = 0; r < kRows; ++r) {
+    weigh<kWidth>(tile, row + r, begin, end, weights + r * kProductStride);
+  }
   // Only visible values are read: the weight 0 would not make NaN vanish.
-  add_weighted_rows<kWidth, kRows>(weights[0] + begin, kAttentionTileKeys,
-                                   tile.values + begin * tile.dim, tile.dim, end - begin, tile.dim,
-                                   tile.sums + row * tile.dim);
+  add_weighted_values<Kv, kWidth, kRows>(tile, weights, row, begin, end);
 }
 
 // Four rows at a time use what they load of keys and values four times.
-template <int kWidth>
+template <class Kv, int kWidth>
 void update_rows(const AttentionTile& tile, int64_t first_row, int64_t num_rows, int begin,
                  int end) {
   const int64_t last_row = first_row + num_rows;
   int64_t row = first_row;
-  for (; row + 4 <= last_row; row += 4) update_block<kWidth, 4>(tile, row, begin, end);
-  for (; row < last_row; ++row) update_block<kWidth, 1>(tile, row, begin, end);
+  for (; row + 4 <= last_row; row += 4) update_block<Kv, kWidth, 4>(tile, row, begin, end);
+  for (; row < last_row; ++row) update_block<Kv, kWidth, 1>(tile, row, begin, end);
+}
+
+template <class Kv, int kWidth>
+void decode_row(const void* row, float zero, int64_t dim, float* out) {
+  const int64_t half = dim / (2 * kWidth);
+  for (int64_t idx = 0; idx < half; ++idx) {
+    FloatVector<kWidth> pair[2];
+    load_pair<Kv, kWidth>(row, idx, half, zero, pair);
+    store_vector(pair[0], out + idx * kWidth);
+    store_vector(pair[1], out + (half + idx) * kWidth);
+  }
+}
+
+template <class Kv, int kWidth>
+AttentionKernels attention_kernels_of() {
+  return {update_rows<Kv, kWidth>, decode_row<Kv, kWidth>, KvVectors<Kv>::kBits};
+}
+
+template <int kWidth>
+AttentionKernels attention_kernels(DType kv_dtype) {
+  switch (kv_dtype) {
+    case DType::kFloat32:
+      return attention_kernels_of<float, kWidth>();
+    case DType::kBFloat16:
+      return attention_kernels_of<bfloat16, kWidth>();
+    case DType::kFloat16:
+      return attention_kernels_of<float16, kWidth>();
+    case DType::kFloat8E4M3:
+      return attention_kernels_of<KvE4M3, kWidth>();
+    case DType::kInt8:
+      return attention_kernels_of<KvInt8, kWidth>();
+    default:
+      return attention_kernels_of<KvInt4, kWidth>();
+  }
 }
 
 }  // namespace

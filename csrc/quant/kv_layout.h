@@ -20,7 +20,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -101,17 +100,13 @@ inline float symmetric_scale(int32_t magnitude_bits, float largest_code) {
   return magnitude_bits == 0 ? 1.0f : std::max(scale, std::numeric_limits<float>::min());
 }
 
-// The codecs: one row, element by element, for the CPU. Loops vectorise.
-struct KvE4M3 {
-  // Looked up: computing takes more instructions than vectors of four save.
-  static constexpr std::array<float, 256> kValues = [] {
-    std::array<float, 256> values{};
-    for (int code = 0; code < 256; ++code) {
-      values[code] = to_float(float8_e4m3{static_cast<uint8_t>(code)});
-    }
-    return values;
-  }();
+// What a word says: an element is scale * (code - zero).
+struct KvDecoding {
+  float scale, zero;
+};
 
+// The codecs of one row, element by element, for the CPU.
+struct KvE4M3 {
   template <class T>
   static uint32_t encode(const T* row, int64_t dim, uint8_t* codes) {
     const float scale = symmetric_scale(max_magnitude_bits(row, dim), kE4M3Max);
@@ -122,10 +117,7 @@ struct KvE4M3 {
     return std::bit_cast<uint32_t>(scale);
   }
 
-  static void decode(const uint8_t* codes, uint32_t word, int64_t dim, float* row) {
-    const auto scale = std::bit_cast<float>(word);
-    for (int64_t d = 0; d < dim; ++d) row[d] = scale * kValues[codes[d]];
-  }
+  static KvDecoding decoding(uint32_t word) { return {std::bit_cast<float>(word), 0.0f}; }
 };
 
 struct KvInt8 {
@@ -141,11 +133,7 @@ struct KvInt8 {
     return std::bit_cast<uint32_t>(scale);
   }
 
-  static void decode(const uint8_t* codes, uint32_t word, int64_t dim, float* row) {
-    const auto scale = std::bit_cast<float>(word);
-    for (int64_t d = 0; d < dim; ++d)
-      row[d] = scale * static_cast<float>(static_cast<int8_t>(codes[d]));
-  }
+  static KvDecoding decoding(uint32_t word) { return {std::bit_cast<float>(word), 0.0f}; }
 };
 
 struct KvInt4 {
@@ -178,13 +166,9 @@ struct KvInt4 {
     return half_scale.bits | static_cast<uint32_t>(from_float<float16>(zero).bits) << 16;
   }
 
-  static void decode(const uint8_t* codes, uint32_t word, int64_t dim, float* row) {
-    const float scale = to_float(float16{static_cast<uint16_t>(word)});
-    const float zero = to_float(float16{static_cast<uint16_t>(word >> 16)});
-    for (int64_t idx = 0; idx < dim / 2; ++idx) {
-      row[2 * idx] = scale * (static_cast<float>(codes[idx] & 15) - zero);
-      row[2 * idx + 1] = scale * (static_cast<float>(codes[idx] >> 4) - zero);
-    }
+  static KvDecoding decoding(uint32_t word) {
+    return {to_float(float16{static_cast<uint16_t>(word)}),
+            to_float(float16{static_cast<uint16_t>(word >> 16)})};
   }
 };
 
