@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attention/paged_attention_rows.h"
+#include "attention/row_states.h"
 #include "common/cpu_isa.h"
 #include "common/dispatch.h"
 #include "common/torch.h"
@@ -139,50 +140,6 @@ int64_t padded_dim(const PagedAttentionParams& params) {
   return (params.head_dim + kAttentionDimStep - 1) / kAttentionDimStep * kAttentionDimStep;
 }
 
-// Where element d of a query is among a padded row's: see kv_vectors.h.
-int64_t lane_of(const PagedAttentionParams& params, int64_t d) {
-  return params.kv_dtype == DType::kUInt8 ? d / 2 + d % 2 * (padded_dim(params) / 2) : d;
-}
-
-// The online softmax of up to kTileRows rows over some keys.
-struct RowStates {
-  static int64_t size(int64_t num_rows, int64_t dim) { return num_rows * (dim + 2); }
-
-  RowStates(float* memory, int64_t num_rows, int64_t dim)
-      : num_rows(num_rows),
-        dim(dim),
-        sums(memory),
-        maxima(sums + num_rows * dim),
-        totals(maxima + num_rows) {}
-
-  void clear() {
-    std::fill_n(sums, num_rows * dim, 0.0f);
-    std::fill_n(maxima, num_rows, -kInfinity);
-    std::fill_n(totals, num_rows, 0.0f);
-  }
-
-  // Adds what later keys gave.
-  void merge(const RowStates& later) {
-    for (int64_t row = 0; row < num_rows; ++row) {
-      if (later.maxima[row] == -kInfinity && later.totals[row] == 0.0f) continue;
-      const float maximum = later.maxima[row] > maxima[row] ? later.maxima[row] : maxima[row];
-      const float base = maximum == -kInfinity ? 0.0f : maximum;
-      const float ours = std::exp(maxima[row] - base);
-      const float theirs = std::exp(later.maxima[row] - base);
-      for (int64_t d = row * dim; d < (row + 1) * dim; ++d) {
-        sums[d] = sums[d] * ours + later.sums[d] * theirs;
-      }
-      totals[row] = totals[row] * ours + later.totals[row] * theirs;
-      maxima[row] = maximum;
-    }
-  }
-
-  int64_t num_rows, dim;
-  float* sums;    // [num_rows, dim], of exp(score - maximum) * value
-  float* maxima;  // largest score of each row
-  float* totals;  // of exp(score - maximum)
-};
-
 // What one thread works in.
 struct Workspace {
   static int64_t size(int64_t dim) {
@@ -207,27 +164,15 @@ struct Workspace {
   KvRows value_rows[2];
 };
 
-AttentionKernels select_kernels(DType kv_dtype) {
+AttentionKernels select_kernels(const PagedAttentionParams& params) {
   if constexpr (kHasX86Isas) {
-    if (cpu_isa() >= CpuIsa::kAvx512) return attention_kernels_avx512(kv_dtype);
-    if (cpu_isa() == CpuIsa::kAvx2) return attention_kernels_avx2(kv_dtype);
-  }
-  return attention_kernels<4>(kv_dtype);
-}
-
-template <class T>
-void load_queries(const PagedAttentionParams& params, const Task& task, Workspace& work) {
-  const int64_t group = params.num_q_heads / params.num_kv_heads, dim = padded_dim(params);
-  std::fill_n(work.queries, task.num_rows * dim, 0.0f);
-  for (int64_t idx = 0; idx < task.num_rows; ++idx) {
-    const int64_t row = task.first_row + idx;
-    const T* query = static_cast<const T*>(params.q) +
-                     (task.seq.first_token + row / group) * params.stride_q_token +
-                     (task.kv_head * group + row % group) * params.stride_q_head;
-    for (int64_t d = 0; d < params.head_dim; ++d) {
-      work.queries[idx * dim + lane_of(params, d)] = to_float(query[d]);
+    if (cpu_isa() >= CpuIsa::kAvx512Bf16 && params.dtype == DType::kBFloat16) {
+      return attention_kernels_avx512bf16(params.kv_dtype);
     }
+    if (cpu_isa() >= CpuIsa::kAvx512) return attention_kernels_avx512(params.kv_dtype);
+    if (cpu_isa() == CpuIsa::kAvx2) return attention_kernels_avx2(params.kv_dtype);
   }
+  return attention_kernels<4>(params.kv_dtype);
 }
 
 // One of the two caches.
@@ -273,42 +218,61 @@ RowLocator select_locator(const PagedAttentionParams& params) {
                         [](auto element) -> RowLocator { return locate_rows<decltype(element)>; });
 }
 
-template <class T>
-void store_rows(const PagedAttentionParams& params, const Task& task, const RowStates& states) {
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
-  for (int64_t idx = 0; idx < task.num_rows; ++idx) {
-    const int64_t row = task.first_row + idx;
-    const int64_t out_row = (task.seq.first_token + row / group) * params.num_q_heads +
-                            task.kv_head * group + row % group;
-    const float total = states.totals[idx];
-    params.lse[out_row] = states.maxima[idx] + std::log(total);  // log(0) = -inf: no key
-    T* out = static_cast<T*>(params.out) + out_row * params.head_dim;
-    for (int64_t d = 0; d < params.head_dim; ++d) {
-      const float sum = states.sums[idx * states.dim + lane_of(params, d)];
-      out[d] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
-    }
-  }
-}
-
 // A call: the params and what their dtypes choose.
 struct Call {
   explicit Call(const PagedAttentionParams& params)
       : params(params),
         dim(padded_dim(params)),
         locate(select_locator(params)),
-        kernels(select_kernels(params.kv_dtype)),
-        float_kernels(select_kernels(DType::kFloat32)),
+        kernels(select_kernels(params)),
         k_cache{params.k_cache, params.stride_k_page, params.stride_k_slot, params.stride_k_head,
                 &params.k_scales},
         v_cache{params.v_cache, params.stride_v_page, params.stride_v_slot, params.stride_v_head,
                 &params.v_scales} {}
+
+  // Where element d is in a padded row of queries and sums.
+  int64_t lane_of(int64_t d) const {
+    return kernels.splits_neighbours ? d / 2 + d % 2 * (dim / 2) : d;
+  }
+
+  template <class T>
+  void load_queries(const Task& task, Workspace& work) const {
+    const int64_t group = params.num_q_heads / params.num_kv_heads;
+    std::fill_n(work.queries, task.num_rows * dim, 0.0f);
+    for (int64_t idx = 0; idx < task.num_rows; ++idx) {
+      const int64_t row = task.first_row + idx;
+      const T* query = static_cast<const T*>(params.q) +
+                       (task.seq.first_token + row / group) * params.stride_q_token +
+                       (task.kv_head * group + row % group) * params.stride_q_head;
+      for (int64_t d = 0; d < params.head_dim; ++d) {
+        work.queries[idx * dim + lane_of(d)] = to_float(query[d]);
+      }
+    }
+  }
+
+  template <class T>
+  void store_rows(const Task& task, const RowStates& states) const {
+    const int64_t group = params.num_q_heads / params.num_kv_heads;
+    for (int64_t idx = 0; idx < task.num_rows; ++idx) {
+      const int64_t row = task.first_row + idx;
+      const int64_t out_row = (task.seq.first_token + row / group) * params.num_q_heads +
+                              task.kv_head * group + row % group;
+      const float total = states.totals[idx];
+      params.lse[out_row] = states.maxima[idx] + std::log(total);  // log(0) = -inf: no key
+      T* out = static_cast<T*>(params.out) + out_row * params.head_dim;
+      for (int64_t d = 0; d < params.head_dim; ++d) {
+        const float sum = states.sums[idx * states.dim + lane_of(d)];
+        out[d] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
+      }
+    }
+  }
 
   void locate_tile(const Task& task, KeyRange tile, KvRows& keys, KvRows& values) const {
     locate(params, k_cache, task, tile, keys);
     locate(params, v_cache, task, tile, values);
   }
 
-  // Puts floats in place of a tile's rows.
+  // Puts decoded rows in place of a tile's rows.
   void decode_rows(KeyRange tile, float* padded_row, float* decoded, KvRows& rows) const {
     const int64_t row_bytes = params.head_dim * kernels.element_bits / 8;
     for (int64_t position = tile.begin; position < tile.end; ++position) {
@@ -323,7 +287,9 @@ struct Call {
   // The online softmax of a task's rows over `keys`, from the beginning.
   void attend(const Task& task, KeyRange keys, Workspace& work, RowStates& states) const {
     states.clear();
-    const bool as_stored = task.num_rows <= kFewRows && params.head_dim == dim;
+    const bool needs_no_decoding = kernels.update_rows == kernels.update_decoded_rows;
+    const bool as_stored =
+        params.head_dim == dim && (task.num_rows <= kFewRows || needs_no_decoding);
     const auto tile_at = [&](int64_t begin) { return keys & KeyRange{begin, begin + kTileKeys}; };
     KeyRange tile = tile_at(keys.begin / kTileKeys * kTileKeys);
     if (tile.empty()) return;
@@ -349,14 +315,16 @@ struct Call {
                                    .sums = states.sums,
                                    .maxima = states.maxima,
                                    .totals = states.totals};
-      update_tile(task, tile, as_stored ? kernels : float_kernels, operands);
+      update_tile(task, tile, as_stored ? kernels.update_rows : kernels.update_decoded_rows,
+                  operands);
       std::swap(key_rows, next_key_rows);
       std::swap(value_rows, next_value_rows);
     }
   }
 
   // Rows that see the same keys of the tile go together.
-  void update_tile(const Task& task, KeyRange tile, const AttentionKernels& chosen,
+  void update_tile(const Task& task, KeyRange tile,
+                   decltype(AttentionKernels::update_rows) update_rows,
                    const AttentionTile& operands) const {
     const int64_t group = params.num_q_heads / params.num_kv_heads;
     const int64_t tile_begin = tile.begin / kTileKeys * kTileKeys;
@@ -368,15 +336,15 @@ struct Call {
       for (next = row + 1; next < task.num_rows && visible_keys(next) == visible; ++next) {
       }
       if (visible.empty()) continue;
-      chosen.update_rows(operands, row, next - row, static_cast<int>(visible.begin - tile_begin),
-                         static_cast<int>(visible.end - tile_begin));
+      update_rows(operands, row, next - row, static_cast<int>(visible.begin - tile_begin),
+                  static_cast<int>(visible.end - tile_begin));
     }
   }
 
   const PagedAttentionParams& params;
   int64_t dim;  // padded
   RowLocator locate;
-  AttentionKernels kernels, float_kernels;
+  AttentionKernels kernels;
   Cache k_cache, v_cache;
 };
 
@@ -400,7 +368,7 @@ template <class T>
 void run_tasks(const Call& call, const std::vector<Task>& tasks) {
   share_out(static_cast<int64_t>(tasks.size()), call.dim, [&](int64_t idx, Workspace& work) {
     const Task& task = tasks[idx];
-    load_queries<T>(call.params, task, work);
+    call.load_queries<T>(task, work);
     RowStates whole(work.whole, task.num_rows, call.dim);
     RowStates split(work.split, task.num_rows, call.dim);
     whole.clear();
@@ -408,7 +376,7 @@ void run_tasks(const Call& call, const std::vector<Task>& tasks) {
       call.attend(task, task.split(part), work, split);
       whole.merge(split);
     }
-    store_rows<T>(call.params, task, whole);
+    call.store_rows<T>(task, whole);
   });
 }
 
@@ -437,14 +405,14 @@ void run_splits(const Call& call, const std::vector<Task>& tasks) {
       return RowStates(states.data() + split.state + (part - split.idx) * size, task.num_rows,
                        call.dim);
     };
-    load_queries<T>(call.params, task, work);
+    call.load_queries<T>(task, work);
     RowStates own = states_of(split.idx);
     call.attend(task, task.split(split.idx), work, own);
     if (--unfinished[split.task] > 0) return;
     RowStates whole(work.whole, task.num_rows, call.dim);
     whole.clear();
     for (int64_t part = 0; part < task.num_splits(); ++part) whole.merge(states_of(part));
-    store_rows<T>(call.params, task, whole);
+    call.store_rows<T>(task, whole);
   });
 }
 

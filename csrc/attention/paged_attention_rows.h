@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "attention/kv_vectors.h"
@@ -46,14 +47,21 @@ struct AttentionKernels {
   // least one.
   void (*update_rows)(const AttentionTile& tile, int64_t first_row, int64_t num_rows, int begin,
                       int end);
-  // A row as floats that `update_rows` of a float cache takes in its place; not scaled.
+  // The same where the tile's rows are what `decode_row` made of them; not scaled.
+  void (*update_decoded_rows)(const AttentionTile& tile, int64_t first_row, int64_t num_rows,
+                              int begin, int end);
+  // `out` has room for `dim` floats.
   void (*decode_row)(const void* row, float zero, int64_t dim, float* out);
   int element_bits;  // of the cache
+  // Of each pair of neighbouring elements, the second is in the second half of queries and sums.
+  bool splits_neighbours;
 };
 
 // For a cache of a checked dtype. Defined in paged_attention_<isa>.cpp, on x86-64 alone.
 AttentionKernels attention_kernels_avx2(DType kv_dtype);
 AttentionKernels attention_kernels_avx512(DType kv_dtype);
+// For queries of bf16 and no cache of other floats.
+AttentionKernels attention_kernels_avx512bf16(DType kv_dtype);
 
 namespace {
 
@@ -118,8 +126,19 @@ inline FloatVector<kWidth> sum_lanes(FloatVector<kWidth>* vectors) {
   }
 }
 
-// Room behind the products of a row for a block of keys that ends beyond the tile.
-constexpr int kProductStride = kAttentionTileKeys + 16;
+// Room behind the products of a row for blocks of keys that end beyond the tile.
+constexpr int kProductStride = kAttentionTileKeys + 32;
+
+// Sums of the lanes of [kRows, keys] vectors into the products of as many keys.
+template <int kWidth, int kRows>
+inline void store_products(FloatVector<kWidth>* sums, float* products) {
+  constexpr int kKeys = kWidth / kRows;
+  const FloatVector<kWidth> dots = sum_lanes<kWidth>(sums);
+  for (int r = 0; r < kRows; ++r) {
+    __builtin_memcpy(products + r * kProductStride,
+                     reinterpret_cast<const float*>(&dots) + r * kKeys, kKeys * sizeof(float));
+  }
+}
 
 // products[r, key] = queries[row + r] * keys[key], for keys begin .. end - 1.
 template <class Kv, int kWidth, int kRows>
@@ -156,11 +175,16 @@ inline void multiply_keys(const AttentionTile& tile, int64_t row, int begin, int
         }
       }
     }
-    const Float dots = sum_lanes<kWidth>(sums);
-    for (int r = 0; r < kRows; ++r) {
-      __builtin_memcpy(products + r * kProductStride + first,
-                       reinterpret_cast<const float*>(&dots) + r * kKeys, kKeys * sizeof(float));
-    }
+    store_products<kWidth, kRows>(sums, products + first);
+  }
+}
+
+template <int kWidth>
+inline void add_to_sums(const AttentionTile& tile, int64_t row, int64_t pair,
+                        const FloatVector<kWidth> (&values)[2]) {
+  for (int side = 0; side < 2; ++side) {
+    float* to = tile.sums + row * tile.dim + side * (tile.dim / 2) + pair * kWidth;
+    store_vector(load_vector<FloatVector<kWidth>>(to) + values[side], to);
   }
 }
 
@@ -187,10 +211,7 @@ inline void add_weighted_columns(const AttentionTile& tile, const float* weights
   }
   for (int r = 0; r < kRows; ++r) {
     for (int idx = 0; idx < kPairs; ++idx) {
-      for (int side = 0; side < 2; ++side) {
-        float* to = tile.sums + (row + r) * tile.dim + (side * half + pair + idx) * kWidth;
-        store_vector(load_vector<Float>(to) + sums[r][idx][side], to);
-      }
+      add_to_sums<kWidth>(tile, row + r, pair + idx, sums[r][idx]);
     }
   }
 }
@@ -292,7 +313,8 @@ void decode_row(const void* row, float zero, int64_t dim, float* out) {
 
 template <class Kv, int kWidth>
 AttentionKernels attention_kernels_of() {
-  return {update_rows<Kv, kWidth>, decode_row<Kv, kWidth>, KvVectors<Kv>::kBits};
+  return {update_rows<Kv, kWidth>, update_rows<float, kWidth>, decode_row<Kv, kWidth>,
+          KvVectors<Kv>::kBits, std::is_same_v<Kv, KvInt4>};
 }
 
 template <int kWidth>
