@@ -187,23 +187,27 @@ template <class Kv>
 void locate_rows(const PagedAttentionParams& params, const Cache& cache, const Task& task,
                  KeyRange range, KvRows& rows) {
   const int32_t* pages = params.page_table + task.seq.index * params.stride_page_table_seq;
-  int64_t entry = range.begin / params.page_size, slot = range.begin % params.page_size;
-  for (int64_t position = range.begin; position < range.end; ++position) {
-    const int64_t key = position % kTileKeys, page = pages[entry];
-    const int64_t offset =
-        page * cache.stride_page + slot * cache.stride_slot + task.kv_head * cache.stride_head;
-    rows.rows[key] = static_cast<const char*>(cache.data) + offset * sizeof(Kv);
-    rows.scales[key] = KvVectors<Kv>::kPower;
-    rows.zeros[key] = 0.0f;
-    if constexpr (requires { Kv::decoding; }) {
-      const uint32_t word =
-          cache.scales->words[page * cache.scales->stride_page + slot * cache.scales->stride_slot +
-                              task.kv_head * cache.scales->stride_head];
-      const auto [scale, zero] = Kv::decoding(word);
-      rows.scales[key] *= scale;
-      rows.zeros[key] = zero;
+  const KvScales scales = *cache.scales;
+  const int64_t page_size = params.page_size;
+  int64_t entry = range.begin / page_size, slot = range.begin % page_size;
+  for (int64_t position = range.begin; position < range.end; slot = 0, ++entry) {
+    // The rows of one page.
+    const int64_t last = std::min(range.end, position + page_size - slot), page = pages[entry];
+    const char* row =
+        static_cast<const char*>(cache.data) +
+        (page * cache.stride_page + slot * cache.stride_slot + task.kv_head * cache.stride_head) *
+            static_cast<int64_t>(sizeof(Kv));
+    const int64_t stride = cache.stride_slot * static_cast<int64_t>(sizeof(Kv));
+    int64_t word =
+        page * scales.stride_page + slot * scales.stride_slot + task.kv_head * scales.stride_head;
+    for (; position < last; ++position, row += stride, word += scales.stride_slot) {
+      const int64_t key = position % kTileKeys;
+      rows.rows[key] = row;
+      KvDecoding decoding{1.0f, 0.0f};
+      if constexpr (requires { Kv::decoding; }) decoding = Kv::decoding(scales.words[word]);
+      rows.scales[key] = decoding.scale * KvVectors<Kv>::kPower;
+      rows.zeros[key] = decoding.zero;
     }
-    if (++slot == params.page_size) ++entry, slot = 0;
   }
 }
 
