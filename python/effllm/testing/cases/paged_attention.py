@@ -314,3 +314,12 @@ def _bench() -> list[PagedAttentionCase]:
 
 
 BENCH = _bench()
+CPU_BENCH = [
+    PagedAttentionCase(((1, 4096),) * batch, 32, 8, 128, 64, dtype, kv_dtype=kv_dtype)
+    for batch in (1, 4)
+    for dtype, kv_dtype in (
+        (torch.float32, None),
+        *((torch.bfloat16, name) for name in (None, *QUANTIZED_KV)),
+    )
+    if batch > 1 or dtype is torch.float32  # the others of one sequence are in BENCH
+]
