@@ -144,6 +144,23 @@ def test_neighbours_in_the_batch_do_not_matter_on_the_cpu() -> None:
             assert_equal(actual[1], lse[first:end])
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+def test_the_number_of_threads_does_not_matter_on_the_cpu(kv_dtype: str | None) -> None:
+    """With few threads each takes whole tasks, with more they share the splits of one."""
+    sequences = ((1, 1500), (3, 1030), (1, 5))
+    args = named(PagedAttentionCase(sequences, 8, 2, 64, 16, kv_dtype=kv_dtype), "cpu")
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(paged_attention(**args))
+    finally:
+        torch.set_num_threads(before)
+    for actual, wanted in zip(*results, strict=True):
+        assert_equal(actual, wanted)
+
+
 def test_halves_merge_by_their_lse(device: str) -> None:
     """That lse is the natural logarithm of what out was divided by."""
     case = PagedAttentionCase(((5, 64),), 4, 2, 64, 16, torch.float16, causal=False)
