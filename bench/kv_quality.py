@@ -30,8 +30,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Perplexity of the demo model (bf16, D = {result['head_dim']}) over "
         f"{result['held_out_tokens']:,} held-out tokens in windows of {CONTEXT}; bytes of one key",
-        "or value of one head, its scale included. Differences of about 0.03 are noise at this",
-        f"many tokens. Made by `bench/kv_quality.py` with torch {result['torch']} on a CPU.",
+        "or value of one head, its scale included.",
+        f"Made by `bench/kv_quality.py` with torch {result['torch']} on a CPU.",
         "",
         "| kv_dtype | perplexity | over bf16 | bytes |",
         "|---|---:|---:|---:|",
