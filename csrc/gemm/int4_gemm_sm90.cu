@@ -84,9 +84,11 @@ bool launch_int4_gemm_sm90(const Int4GemmParams& params, int device, cudaStream_
     return params.m <= kInt4GemmDirectTokens &&
            launch_int4_gemm_direct_sm90(params, num_sms, stream);
   }
+  const bool takes_wide = params.m > kPackedGemmNarrowTokens && whole_tile_groups &&
+                          params.n % 8 == 0 && is_aligned(params.out);
   static PerDevice<PackedGemmNarrowResidency> narrow_residency;
   std::optional<PackedGemmNarrowPlan> narrow;
-  if (whole_tile_groups) {
+  if (whole_tile_groups && (!takes_wide || params.m <= kInt4GemmNarrowTokens)) {
     narrow = plan_packed_gemm_narrow(params, num_sms,
                                      narrow_residency.get(device, int4_gemm_narrow_residency));
   }
@@ -95,8 +97,7 @@ bool launch_int4_gemm_sm90(const Int4GemmParams& params, int device, cudaStream_
       launch_int4_gemm_direct_sm90(params, num_sms, stream)) {
     return true;
   }
-  if (params.m > kPackedGemmNarrowTokens && whole_tile_groups && params.n % 8 == 0 &&
-      is_aligned(params.out)) {
+  if (takes_wide) {
     // The other model was fitted to fewer tokens; where it says so much less, it is right.
     constexpr double kMargin = 1.5;
     static PerDevice<Int4GemmResidency> wide_residency;

@@ -52,6 +52,8 @@ inline constexpr std::array<Int4GemmWideShape, 4> kInt4GemmWideShapes{{
 using Int4GemmResidency = std::array<std::array<int, kMaxClusterCtas>, kInt4GemmWideShapes.size()>;
 Int4GemmResidency int4_gemm_wide_residency();
 
+// Up to which narrow tiles were measured beside wide ones; where both can do it, more are wide.
+inline constexpr int kInt4GemmNarrowTokens = 128;
 PackedGemmNarrowResidency int4_gemm_narrow_residency();
 void launch_int4_gemm_narrow_sm90(const Int4GemmParams& params, const PackedGemmNarrowPlan& plan,
                                   cudaStream_t stream);

@@ -31,8 +31,8 @@ def dense_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             sizes or alignment, or a compute capability that is not 9.0.
 
     Source:
-        csrc/gemm/dense_gemm.h. Persistent warp-specialised tiles as in CUTLASS 3 and "Dissecting
-        the NVIDIA Hopper Architecture" (arXiv:2402.13499).
+        csrc/gemm/dense_gemm.h. Persistent warp-specialised tiles as in CUTLASS 3; wgmma's rates
+        as in arXiv:2402.13499.
     """
     return _op(x, weight, bias)
 
