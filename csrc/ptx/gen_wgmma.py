@@ -6,6 +6,7 @@ Run it after a change: python csrc/ptx/gen_wgmma.py. Its output is checked in; a
 from pathlib import Path
 
 WIDTHS = (8, 16, 32, 64, 128, 256)
+SHARED_WIDTHS = (128, 256)  # with A in shared memory
 TYPES = {"float16": "f16", "bfloat16": "bf16"}
 
 HEADER = """\
@@ -53,11 +54,13 @@ def function(ptx: str, width: int, argument: str, a: list[str], flags: str) -> s
 
 def wrapper(name: str, ptx: str, width: int) -> str:
     registers = [f'"r"(a[{i}])' for i in range(4)]
+    functions = function(ptx, width, "const uint32_t (&a)[4]", registers, "1, 1, 0")
+    if width in SHARED_WIDTHS:
+        functions += function(ptx, width, "uint64_t a", ['"l"(a)'], "1, 1, 0, 0")
     return f"""
 template <>
 struct Wgmma<{name}, {width}> {{
-{function(ptx, width, "const uint32_t (&a)[4]", registers, "1, 1, 0")}\
-{function(ptx, width, "uint64_t a", ['"l"(a)'], "1, 1, 0, 0")}}};
+{functions}}};
 """
 
 
