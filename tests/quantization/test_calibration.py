@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted_runs import Interrupted, assert_equal, state_of
 from tiny_models import llama_config
 from torch import Tensor, nn
 
@@ -225,28 +226,6 @@ def test_a_list_of_linear_layers_and_one_layer_in_two_places() -> None:
 
 
 # -- interrupts -----------------------------------------------------------------------------------
-
-
-class Interrupted(GptqConfig):
-    """Raises at the call of a number."""
-
-    left = 10**9
-
-    def quantise(self, *args: Any) -> Any:
-        type(self).left -= 1
-        if type(self).left < 0:
-            raise KeyboardInterrupt
-        return super().quantise(*args)
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert torch.equal(tensor, b[name]), name
 
 
 @pytest.mark.parametrize("calls", [0, 3, 7, 16, 21])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted_runs import Interrupted, assert_equal, state_of
 from other_device import OTHER, other_device
 from tiny_models import llama_config
 from torch import Tensor, nn
@@ -27,16 +28,6 @@ METHODS: dict[str, Any] = {
         "*.mlp.*": LinearConfig(3, GROUP),
     },
 }
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert torch.equal(tensor, b[name]), name
 
 
 def home_of(model: nn.Module) -> list[Tensor]:
@@ -109,17 +100,8 @@ def test_biases_stay_with_their_layers() -> None:
 
 def test_a_run_that_was_interrupted_goes_on(llama: Any, tmp_path: Path) -> None:
     """With the other device or without; the finished blocks are the same."""
-
-    class Interrupted(GptqConfig):
-        left = 10**9
-
-        def quantise(self, *args: Any) -> Any:
-            type(self).left -= 1
-            if type(self).left < 0:
-                raise KeyboardInterrupt
-            return super().quantise(*args)
-
     config = Interrupted(3, GROUP)
+    Interrupted.left = 10**9
     expected, third = copy.deepcopy(llama), copy.deepcopy(llama)
     effllm.quantize_(expected, config, calibration=IDS, progress=False)
     options: dict[str, Any] = {"calibration": IDS, "state": tmp_path, "progress": False}
