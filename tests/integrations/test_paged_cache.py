@@ -202,3 +202,10 @@ def test_rows_that_do_not_exist_or_do_not_fit_change_nothing(llama: Any) -> None
         cache.reorder_cache(torch.tensor([0, 1, 3]))
     assert (cache._seqs, cache.pages.pool.num_free) == (seqs, free)
     assert set(cache.pages._seqs) == set(seqs)
+
+
+def test_a_wrong_kv_dtype_is_refused_before_the_first_token(llama: Any) -> None:
+    with pytest.raises(
+        ValueError, match="PagedCache: kv_dtype must be e4m3, int8, int4 or None, got 'fp4'"
+    ):
+        PagedCache(llama.config, max_seq_len=8, kv_dtype="fp4")

@@ -9,9 +9,8 @@ import torch
 from tiny_models import TINY, using
 from torch import Tensor
 
-from effllm.cache import PagedKVCache
-from effllm.integrations.context import PagedContext
-from effllm.integrations.sinks import apply_sinks
+from effllm.cache import PagedContext, PagedKVCache
+from effllm.cache.sinks import apply_sinks
 from effllm.nn import PagedAttention
 from effllm.testing import hostile
 

@@ -11,8 +11,7 @@ import torch
 from tiny_models import TINY
 from torch import Tensor, nn
 
-from effllm.cache import PagedKVCache
-from effllm.integrations.context import PagedContext
+from effllm.cache import PagedContext, PagedKVCache
 from effllm.nn import PagedAttention
 
 

@@ -2,6 +2,7 @@
 
 from .._host import BlockPool, OutOfPages
 from .batch import PagedBatch
+from .context import PagedContext
 from .paged import PagedKVCache
 
-__all__ = ["BlockPool", "OutOfPages", "PagedBatch", "PagedKVCache"]
+__all__ = ["BlockPool", "OutOfPages", "PagedBatch", "PagedContext", "PagedKVCache"]

@@ -43,6 +43,12 @@ class _Sequence(NamedTuple):
     host: tuple[Tensor, ...] = ()
 
 
+def check_kv_dtype(owner: str, kv_dtype: str | None) -> None:
+    """Raises ValueError for a name that no quantised cache has."""
+    if kv_dtype is not None and kv_dtype not in QUANTIZED_KV:
+        raise ValueError(f"{owner}: kv_dtype must be e4m3, int8, int4 or None, got {kv_dtype!r}")
+
+
 class PagedKVCache:
     """Keys and values of many sequences in pages of P tokens, one K and one V tensor per layer.
 
@@ -86,10 +92,7 @@ class PagedKVCache:
             )
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"PagedKVCache: dtype must be bf16, fp16 or fp32, got {dtype}")
-        if kv_dtype is not None and kv_dtype not in QUANTIZED_KV:
-            raise ValueError(
-                f"PagedKVCache: kv_dtype must be e4m3, int8, int4 or None, got {kv_dtype!r}"
-            )
+        check_kv_dtype("PagedKVCache", kv_dtype)
         if kv_dtype == "int4" and head_dim % 2:
             raise ValueError(f"PagedKVCache: int4 needs an even head_dim, got {head_dim}")
         self.num_layers = num_layers

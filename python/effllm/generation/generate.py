@@ -10,10 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from effllm.cache import PagedBatch, PagedKVCache
+from effllm.cache import PagedBatch, PagedContext, PagedKVCache
 from effllm.generation.request import Prompts, Request, make_requests
 from effllm.generation.sampling import Sampling
-from effllm.integrations.context import PagedContext
 
 _PAGE_SIZE = 16
 

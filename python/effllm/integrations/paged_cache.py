@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from effllm.cache import PagedKVCache
-from effllm.integrations.context import PagedContext
+from effllm.cache import PagedContext, PagedKVCache
+from effllm.cache.paged import check_kv_dtype
 
 
 class PagedCache(Cache):
@@ -50,7 +50,10 @@ class PagedCache(Cache):
                 many as the first call brings.
             page_size: tokens per page.
             kv_dtype: "e4m3", "int8" or "int4" to keep keys and values in 8 or 4 bits.
+
+        Raises ValueError for another kv_dtype, or layers of a type that pages do not hold.
         """
+        check_kv_dtype("PagedCache", kv_dtype)
         self.pages: PagedKVCache | None = None
         self._seqs: list[int] = []  # one sequence of `pages` per batch row
         self.config = config.get_text_config(decoder=True)

@@ -27,9 +27,9 @@ from transformers.masking_utils import (
 )
 
 from effllm import ops
-from effllm.integrations.context import PagedContext
+from effllm.cache import PagedContext
+from effllm.cache.sinks import apply_sinks
 from effllm.integrations.paged_cache import PagedCache
-from effllm.integrations.sinks import apply_sinks
 
 __all__ = ["PagedCache", "PagedContext", "effllm_attention", "effllm_mask"]
 

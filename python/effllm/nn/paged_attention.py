@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from effllm.integrations.context import PagedContext
+    from effllm.cache import PagedContext
 
 # What paged_attention takes.
 _HEAD_DIM_STEP, _MAX_HEAD_DIM = 8, 256
@@ -23,7 +23,7 @@ class PagedAttention(nn.Module):
 
         attention = effllm.nn.PagedAttention(32, 8, 128)
         batch = cache.step([(seq, n) ...])                   # effllm.cache.PagedKVCache
-        context = PagedContext(cache, batch)                 # effllm.integrations.context
+        context = PagedContext(cache, batch)                 # effllm.cache
         out = o_proj(attention(q_proj(x), k_proj(x), v_proj(x), context, layer=0))
     """
 

@@ -32,9 +32,12 @@ def paged_attention(
     """``softmax(scale * Q K^T) V`` for sequences of any lengths, prefill and decode in one batch.
 
     Query i of the n of a sequence with s keys stands at position s - n + i (bottom-right
-    alignment): the new keys are already in the cache. Softmax and sums are fp32. Lengths and
-    tables are read on the device; nothing synchronises, so calls can be captured in CUDA graphs.
-    Decoding costs the reading of the keys and values once; GQA heads share it.
+    alignment): the new keys are already in the cache. Softmax and sums are fp32; weights, times
+    the scales of values in 8 or 4 bits, are rounded to 16 bits before they meet the values on a
+    GPU, and on a CPU with AVX-512 BF16 for bf16 q. NaN codes of e4m3, which kv_append never
+    stores, need not give NaN. Lengths and tables are read on the device; nothing synchronises, so
+    calls can be captured in CUDA graphs. Decoding costs the reading of the keys and values once;
+    GQA heads share it.
 
     Args:
         q: [T, HQ, D], fp16 or bf16; fp32 on the CPU only. The query tokens of all sequences, one

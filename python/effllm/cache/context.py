@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from effllm import ops
-from effllm.cache import PagedBatch, PagedKVCache
-from effllm.integrations.sinks import apply_sinks
+from .. import ops
+from .batch import PagedBatch
+from .paged import PagedKVCache
+from .sinks import apply_sinks
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from effllm import ops
+from .. import ops
 
 
 def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
