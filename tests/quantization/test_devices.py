@@ -33,25 +33,27 @@ METHODS: dict[str, Method] = {
 }
 
 
-def model_and_batches(device: str) -> tuple[nn.Module, list[Tensor]]:
-    """A norm and two layers in fp32: of a width beyond a block of GPTQ, and with a short group."""
+def model_and_batches(
+    device: str, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, list[Tensor]]:
+    """A norm and two layers: of a width beyond a block of GPTQ, and with a short group."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.LayerNorm(160), nn.Linear(160, 80, bias=False), nn.ReLU(), nn.Linear(80, 48)
     )
     model[0].weight.data.normal_().exp_()
     batches = [torch.randn(64, 160) @ torch.randn(160, 160) for _ in range(3)]
-    return model.to(device), [batch.to(device) for batch in batches]
+    return model.to(device, dtype), [batch.to(device, dtype) for batch in batches]
 
 
 @torch.no_grad()
 def output_error(method: Method, device: str) -> tuple[float, list[float]]:
     """Of the model with decoded weights, in fp64 on the CPU, and those of the report."""
-    model, batches = model_and_batches(device)
+    model, batches = model_and_batches(device, torch.bfloat16)
     exact, x = model(batches[0]).cpu().double(), batches[0]
     report = effllm.quantize_(model, method, calibration=batches, progress=False)
     assert all(p.device.type == device for p in model.parameters())
-    difference = dequantize_(model, torch.float32)(x).cpu().double() - exact
+    difference = dequantize_(model, torch.bfloat16)(x).cpu().double() - exact
     error = float(difference.square().sum() / exact.square().sum())
     return error, [layer.output_error or 0.0 for layer in report.layers]
 
@@ -64,6 +66,16 @@ def test_errors_are_those_of_the_cpu(method: str, device: str) -> None:
     assert 0 < error < 0.2
     assert error == pytest.approx(expected, rel=0.1)
     assert layers == pytest.approx(expected_layers, rel=0.05)
+
+
+@pytest.mark.gpu
+def test_float32_on_cuda_is_refused_before_anything_is_done() -> None:
+    """Without calibration nothing runs there in float32."""
+    model, batches = model_and_batches("cuda")
+    with pytest.raises(ValueError, match=r"layer '1' has float32 weights.* on cuda"):
+        effllm.quantize_(model, METHODS["gptq"], calibration=batches, progress=False)
+    assert type(model[1]) is nn.Linear
+    effllm.quantize_(model, METHODS["linear"], progress=False)
 
 
 def test_choices_and_analysis(device: str) -> None:

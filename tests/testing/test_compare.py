@@ -54,6 +54,19 @@ def test_a_row_of_outliers_does_not_excuse_the_others() -> None:
         assert_close_to_reference(actual, exact, plain)
 
 
+def test_an_outlier_in_its_row_may_err_by_one_step_of_its_own() -> None:
+    exact = torch.ones(4, 64, dtype=torch.float64)
+    exact[1, 5] = 8 + 2.0**-9  # in float16, the nearest are 8 and 8 + 2**-7
+    actual = exact.half()
+    actual[1, 5] = 8 + 2.0**-7
+    assert_close_to_reference(actual, exact, exact)
+    for row, dim, value in ((1, 5, 8 + 2.0**-6), (1, 6, 1 + 2.0**-8)):
+        wrong = exact.half()
+        wrong[row, dim] = value
+        with pytest.raises(AssertionError, match=rf"at \[{row}, {dim}\]"):
+            assert_close_to_reference(wrong, exact, exact)
+
+
 def test_a_row_of_zeros_has_to_be_zero() -> None:
     exact = torch.zeros(3, 8, dtype=torch.float64)
     exact[0] = 1.0
