@@ -71,7 +71,7 @@ class PartialResults {
 
   // By a warp: outputs weighted by 2^(maximum - maximum of all) and added in the order of the
   // parts, whichever came last.
-  __device__ __forceinline__ void merge(int row_in_tile, int64_t out_row) const {
+  __device__ __forceinline__ void merge(int row_in_tile, const OutputRow& out_row) const {
     constexpr int kBatch = 16;  // loads of a lane that are on the way together
     const int lane_idx = static_cast<int>(threadIdx.x % 32);
     const int head_dim = static_cast<int>(args_.head_dim);
@@ -128,13 +128,13 @@ class PartialResults {
       for (int lanes = 1; lanes < 32; lanes *= 2) {
         total.sum += __shfl_xor_sync(~0u, total.sum, lanes);
       }
-      const float inverse = total.inverse_sum();
+      const float inverse = total.inverse_sum(sink_score(args_, out_row.head));
       if (dim < head_dim) {
         store_output<typename Config::Element>(
-            args_, out_row, dim,
+            args_, out_row.idx, dim,
             {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse});
       }
-      if (dim == 0) args_.lse[out_row] = total.lse2() * kLn2;
+      if (dim == 0) args_.lse[out_row.idx] = total.lse2() * kLn2;
     }
   }
 

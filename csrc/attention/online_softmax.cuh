@@ -56,13 +56,21 @@ class ScoreMap {
   float slope_, cap_, tanh_slope_;
 };
 
+// The score of a query head's sink.
+__device__ __forceinline__ float sink_score(const PagedAttentionParams& params, int head) {
+  return params.sinks != nullptr ? kLog2E * params.sinks[head] : kMaskedScore;
+}
+
 struct SoftmaxRow {
   float maximum = kNoMaximum;
   float sum = 0.f;
 
   // The row has seen no key. A NaN sum is not empty: NaN in, NaN out.
   __device__ __forceinline__ bool empty() const { return sum == 0.f; }
-  __device__ __forceinline__ float inverse_sum() const { return empty() ? 0.f : 1.f / sum; }
+  // `sink2` is one more score to divide by, that of a sink; kMaskedScore if there is none.
+  __device__ __forceinline__ float inverse_sum(float sink2) const {
+    return empty() ? 0.f : 1.f / (sum + ptx::exp2_approx(sink2 - maximum));
+  }
   __device__ __forceinline__ float lse2() const {
     return empty() ? -INFINITY : maximum + log2f(sum);
   }

@@ -46,11 +46,12 @@ struct KeyRange {
 struct Sequence {
   int64_t index, first_token, num_queries, num_keys;
 
+  int64_t position(int64_t query) const { return num_keys - num_queries + query; }
+
   // What query `query` of this sequence sees. Both ends grow with `query`.
   KeyRange visible_keys(const PagedAttentionParams& params, int64_t query) const {
-    const int64_t position = num_keys - num_queries + query;
-    return {std::max<int64_t>(position - params.window + 1, 0),
-            params.causal ? std::min(position + 1, num_keys) : num_keys};
+    return {std::max<int64_t>(position(query) - params.window + 1, 0),
+            params.causal ? std::min(position(query) + 1, num_keys) : num_keys};
   }
 
   KeyRange visible_keys(const PagedAttentionParams& params, int64_t first, int64_t last) const {
@@ -162,6 +163,7 @@ struct Workspace {
   float* padded_row;   // [padded D], of a cache whose rows are shorter; zeros behind
   KvRows key_rows[2];  // of this tile and the next
   KvRows value_rows[2];
+  AlibiRow alibi[kTileRows];
 };
 
 AttentionKernels select_kernels(const PagedAttentionParams& params) {
@@ -251,6 +253,10 @@ struct Call {
       for (int64_t d = 0; d < params.head_dim; ++d) {
         work.queries[idx * dim + lane_of(d)] = to_float(query[d]);
       }
+      if (params.alibi_slopes != nullptr) {
+        work.alibi[idx] = {params.alibi_slopes[task.kv_head * group + row % group],
+                           task.seq.position(row / group)};
+      }
     }
   }
 
@@ -259,14 +265,16 @@ struct Call {
     const int64_t group = params.num_q_heads / params.num_kv_heads;
     for (int64_t idx = 0; idx < task.num_rows; ++idx) {
       const int64_t row = task.first_row + idx;
-      const int64_t out_row = (task.seq.first_token + row / group) * params.num_q_heads +
-                              task.kv_head * group + row % group;
+      const int64_t head = task.kv_head * group + row % group;
+      const int64_t out_row = (task.seq.first_token + row / group) * params.num_q_heads + head;
       const float total = states.totals[idx];
       params.lse[out_row] = states.maxima[idx] + std::log(total);  // log(0) = -inf: no key
+      const float sink = params.sinks != nullptr ? params.sinks[head] : -kInfinity;
+      const float divisor = total + std::exp(sink - states.maxima[idx]);
       T* out = static_cast<T*>(params.out) + out_row * params.head_dim;
       for (int64_t d = 0; d < params.head_dim; ++d) {
         const float sum = states.sums[idx * states.dim + lane_of(d)];
-        out[d] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
+        out[d] = from_float<T>(total == 0.0f ? 0.0f : sum / divisor);
       }
     }
   }
@@ -316,6 +324,8 @@ struct Call {
                                    .values = value_rows,
                                    .next_keys = prefetch ? next_key_rows : nullptr,
                                    .next_values = prefetch ? next_value_rows : nullptr,
+                                   .first_key = tile.begin / kTileKeys * kTileKeys,
+                                   .alibi = params.alibi_slopes != nullptr ? work.alibi : nullptr,
                                    .sums = states.sums,
                                    .maxima = states.maxima,
                                    .totals = states.totals};
@@ -442,13 +452,15 @@ void run_paged_attention(const PagedAttentionParams& params) {
 std::tuple<Tensor, Tensor> paged_attention_cpu(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
     const Tensor& seq_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale, int64_t max_seqlen_q, std::optional<double> scale,
+    const std::optional<Tensor>& v_scale, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& alibi_slopes, int64_t max_seqlen_q, std::optional<double> scale,
     bool causal, std::optional<int64_t> window, double softcap) {
   PagedAttentionParams params = check_paged_attention(
       as_view(q, "q"), as_view(k_cache, "k_cache"), as_view(v_cache, "v_cache"),
       as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
       as_view(cu_seqlens_q, "cu_seqlens_q"), as_view(k_scale, "k_scale"),
-      as_view(v_scale, "v_scale"), max_seqlen_q, scale, causal, window, softcap);
+      as_view(v_scale, "v_scale"), as_view(sinks, "sinks"), as_view(alibi_slopes, "alibi_slopes"),
+      max_seqlen_q, scale, causal, window, softcap);
   check_values(params);
 
   Tensor out = new_empty(q, {params.num_tokens, params.num_q_heads, params.head_dim}, params.dtype);
@@ -467,9 +479,10 @@ std::tuple<Tensor, Tensor> paged_attention_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NS, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
-      "Tensor seq_lens, Tensor cu_seqlens_q, Tensor? k_scale=None, Tensor? v_scale=None, *, "
-      "SymInt max_seqlen_q, float? scale=None, bool causal=True, int? window=None, "
-      "float softcap=0.) -> (Tensor, Tensor)");
+      "Tensor seq_lens, Tensor cu_seqlens_q, Tensor? k_scale=None, Tensor? v_scale=None, "
+      "Tensor? sinks=None, Tensor? alibi_slopes=None, *, SymInt max_seqlen_q, "
+      "float? scale=None, bool causal=True, int? window=None, float softcap=0.) -> (Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NS, CPU, m) {

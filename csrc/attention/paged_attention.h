@@ -7,13 +7,16 @@
 //   page_table   [B, MAXP] int32   page of each P keys; entries without a visible key are not read
 //   seq_lens     [B] int32         keys of each sequence, those of its query tokens included
 //   cu_seqlens_q [B + 1] int32     sequence b owns query tokens cu_seqlens_q[b] .. [b + 1], from 0
-//   out          [T, HQ, D]        and lse [T, HQ] fp32, natural logarithm
+//   sinks        [HQ] fp32         optional: a logit per query head that has no key and no value
+//   alibi_slopes [HQ] fp32         optional: what a score loses for each position of distance
+//   out          [T, HQ, D]        and lse [T, HQ] fp32, natural logarithm, of the keys alone
 //
 // Query i of the n of a sequence with s keys stands at position s - n + i (bottom-right alignment).
 // It sees key j if, when causal, j <= position, and, with a window w, j > position - w.
-// Scores are softcap * tanh(scale * qk / softcap) if softcap > 0. A row that sees no key is 0 with
-// lse -inf; so is a query token of no sequence (cu_seqlens_q[B] < T), and a row whose scores are
-// all -inf. Query head h reads KV head h / (HQ / HKV).
+// Scores are softcap * tanh(scale * qk / softcap) if softcap > 0, then less alibi_slopes[h] *
+// |position - j|. A sink joins what weights are divided by: out * 1 / (1 + exp(sink - lse)). A row
+// that sees no key is 0 with lse -inf; so is a query token of no sequence (cu_seqlens_q[B] < T),
+// and a row whose scores are all -inf. Query head h reads KV head h / (HQ / HKV).
 //
 // Lengths and tables are data: the CPU raises on a value out of range, the GPU, which cannot raise,
 // clamps it (seq_lens to MAXP * P, pages to NP - 1), so that nothing outside the tensors is read,
@@ -52,6 +55,8 @@ struct PagedAttentionParams {
   int64_t stride_page_table_seq;
   const int32_t* seq_lens;
   const int32_t* cu_seqlens_q;
+  const float* sinks;         // [HQ], or null
+  const float* alibi_slopes;  // likewise
 
   float scale, softcap;
   bool causal;
@@ -67,7 +72,8 @@ struct PagedAttentionParams {
 inline PagedAttentionParams check_paged_attention(
     const View& q, const View& k_cache, const View& v_cache, const View& page_table,
     const View& seq_lens, const View& cu_seqlens_q, const std::optional<View>& k_scale,
-    const std::optional<View>& v_scale, int64_t max_seqlen_q, std::optional<double> scale,
+    const std::optional<View>& v_scale, const std::optional<View>& sinks,
+    const std::optional<View>& alibi_slopes, int64_t max_seqlen_q, std::optional<double> scale,
     bool causal, std::optional<int64_t> window, double softcap) {
   Check check("paged_attention");
   Sym tokens("T"), q_heads("HQ"), dim("D"), pages("NP"), page_size("P"), kv_heads("HKV");
@@ -87,6 +93,14 @@ inline PagedAttentionParams check_paged_attention(
   check(page_table).dtype({DType::kInt32}).shape({seqs, max_pages}).last_stride_one();
   check(seq_lens).dtype({DType::kInt32}).shape({seqs}).last_stride_one();
   check(cu_seqlens_q).dtype({DType::kInt32}).shape({{"B + 1", *seqs + 1}}).last_stride_one();
+  const auto of_heads = [&](const std::optional<View>& view) -> const float* {
+    if (!view) return nullptr;
+    check(*view).dtype({DType::kFloat32}).shape({q_heads}).last_stride_one();
+    return view->data_as<float>();
+  };
+  PagedAttentionParams params{};
+  params.sinks = of_heads(sinks);
+  params.alibi_slopes = of_heads(alibi_slopes);
 
   check.that(
       *dim % 8 == 0 && *dim >= 8 && *dim <= kMaxHeadDim,
@@ -105,7 +119,6 @@ inline PagedAttentionParams check_paged_attention(
   check.that(!scale || std::abs(*scale) <= FLT_MAX,
              "scale must be finite, got " + std::to_string(scale.value_or(0.0)));
 
-  PagedAttentionParams params{};
   params.num_seqs = *seqs;
   params.num_tokens = *tokens;
   params.num_q_heads = *q_heads;

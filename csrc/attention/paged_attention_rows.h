@@ -28,6 +28,12 @@ struct KvRows {
   float zeros[kAttentionTileKeys];   // of int4, else 0
 };
 
+// Of a query row whose scores lose `slope` for each position between it and the key.
+struct AlibiRow {
+  float slope;
+  int64_t position;
+};
+
 struct AttentionTile {
   int64_t dim;  // D, padded with zeros
   float scale, softcap;
@@ -37,9 +43,11 @@ struct AttentionTile {
   // Those of the next tile, to be prefetched; null if there is none.
   const KvRows* next_keys;
   const KvRows* next_values;
-  float* sums;    // [rows, D], of exp(score - maximum) * value so far
-  float* maxima;  // [rows], largest score so far
-  float* totals;  // [rows], of exp(score - maximum)
+  int64_t first_key;      // position of the tile's key 0
+  const AlibiRow* alibi;  // [rows], or null
+  float* sums;            // [rows, D], of exp(score - maximum) * value so far
+  float* maxima;          // [rows], largest score so far
+  float* totals;          // [rows], of exp(score - maximum)
 };
 
 struct AttentionKernels {
@@ -247,6 +255,14 @@ inline void weigh(const AttentionTile& tile, int64_t row, int begin, int end, fl
   if (tile.softcap > 0.0f) {
     for (int key = begin; key < end; ++key) {
       products[key] = tile.softcap * __builtin_tanhf(products[key] / tile.softcap);
+    }
+  }
+
+  if (tile.alibi != nullptr) {
+    const AlibiRow alibi = tile.alibi[row];
+    for (int key = begin; key < end; ++key) {
+      const int64_t distance = alibi.position - tile.first_key - key;
+      products[key] -= alibi.slope * static_cast<float>(distance < 0 ? -distance : distance);
     }
   }
 

@@ -26,6 +26,7 @@
 #include <type_traits>
 
 #include "attention/online_softmax.cuh"
+#include "attention/paged_prefill_storage.cuh"
 #include "attention/paged_sequence.cuh"
 #include "attention/value_exponent.cuh"
 #include "common/math.h"
@@ -37,45 +38,6 @@
 #include "quant/dequant.cuh"
 
 namespace effllm {
-
-// kHeadDim is D rounded up to what is compiled; loads past D give zeros, the scale is that of D.
-// `Kv_` is the cache's element, or the codec of a quantised one.
-template <class Element_, int kHeadDim_, class Kv_ = Element_>
-struct PagedPrefillConfig {
-  using Element = Element_;
-  using Kv = Kv_;
-  static constexpr bool kQuantized = !std::is_same_v<Element, Kv>;
-  static constexpr int kHeadDim = kHeadDim_;
-  // A fragment of K or V that a warp reads serves 32 rows, so that shared memory keeps pace with
-  // the tensor cores. The output of D = 256 leaves registers for 16 rows and 32 keys; codes on
-  // their way take some, too.
-  static constexpr int kRowTiles = kHeadDim <= 128 && !kQuantized ? 2 : 1;  // of 16 rows in a warp
-  static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
-  static constexpr int kWarps = 4;
-  static constexpr int kWarpRows = kRowTiles * 16;
-  static constexpr int kBlockM = kWarps * kWarpRows;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kChunks = kHeadDim / 8;
-  static_assert(kHeadDim % 64 == 0, "rows must be multiples of 128 bytes for the swizzle");
-};
-
-template <class Config>
-struct PagedPrefillStorage {
-  uint4 q[Config::kBlockM][Config::kChunks];  // the output in the end
-  uint4 k[Config::kBlockN][Config::kChunks];
-  uint4 v[Config::kBlockN][Config::kChunks];
-  // Element offsets of the keys of two tiles, kNoKey past the last.
-  int64_t k_offset[2][Config::kBlockN];
-  int64_t v_offset[2][Config::kBlockN];
-  // Their words, of quantised caches: see quant/kv_layout.h.
-  static constexpr int kNumWords = Config::kQuantized ? Config::kBlockN : 1;
-  uint32_t k_word[2][kNumWords];
-  uint32_t v_word[2][kNumWords];
-
-  static constexpr int64_t kNoKey = -1;
-};
-
-__device__ __forceinline__ int swizzled_chunk(int row, int chunk) { return chunk ^ (row & 7); }
 
 template <class Config>
 class PagedPrefill {
@@ -151,6 +113,7 @@ class PagedPrefill {
                     visible_keys_of_row(warp_row_).end};
     load_queries();
     locate_tile(0);
+    locate_biases();
     __syncthreads();  // the offsets are there
     begin_load(smem_.k, args_.k_cache, smem_.k_offset[0]);
     ptx::cp_async_wait<0>();
@@ -171,6 +134,18 @@ class PagedPrefill {
                head * args_.stride_q_head + chunk * 8;
       }
       ptx::cp_async_16(&smem_.q[row][swizzled_chunk(row, chunk)], src, valid);
+    }
+  }
+
+  // What the scores of each row get besides. Rows past the last go along with it.
+  __device__ __forceinline__ void locate_biases() {
+    static_assert(Config::kBlockM <= Config::kThreads);
+    if (threadIdx.x >= Config::kBlockM) return;
+    const int row = min(first_row_ + static_cast<int>(threadIdx.x), num_rows_ - 1);
+    const OutputRow out_row(args_, sequence_, kv_head_, row);
+    smem_.sink[threadIdx.x] = sink_score(args_, out_row.head);
+    if (args_.alibi_slopes != nullptr) {
+      smem_.alibi[threadIdx.x] = AlibiRow::of(args_, sequence_, kv_head_, row);
     }
   }
 
@@ -297,6 +272,7 @@ class PagedPrefill {
     for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
       if constexpr (Config::kQuantized) scale_keys(scores[row_tile], smem_.k_word[tile_idx % 2]);
       map.apply(scores[row_tile]);
+      if (args_.alibi_slopes != nullptr) add_biases(scores[row_tile], row_tile, first_key);
       if (!whole) mask(scores[row_tile], row_tile, first_key);
       update_rows(scores[row_tile], row_tile);
     }
@@ -338,6 +314,19 @@ class PagedPrefill {
     for (auto& of_row_tile : output_) {
 #pragma unroll
       for (int i = 0; i < kDimTiles * 4; ++i) of_row_tile[i / 4][i % 4] *= factor;
+    }
+  }
+
+  __device__ __forceinline__ void add_biases(float (&scores)[kKeyTiles][4], int row_tile,
+                                             int first_key) const {
+    const AlibiRow* const alibi = &smem_.alibi[warp_row_ + row_tile * 16 + lane_idx_ / 4];
+#pragma unroll
+    for (int tile = 0; tile < kKeyTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = first_key + tile * 8 + lane_idx_ % 4 * 2 + i % 2;
+        scores[tile][i] = alibi[i / 2 * 8].biased(scores[tile][i], key);
+      }
     }
   }
 
@@ -424,8 +413,8 @@ class PagedPrefill {
       SoftmaxRow& row = rows_[i / 2][i % 2];
       row.sum += __shfl_xor_sync(~0u, row.sum, 1);
       row.sum += __shfl_xor_sync(~0u, row.sum, 2);
-      const float inverse = row.inverse_sum();
       const int row_idx = warp_row_ + i * 8 + lane_idx_ / 4;
+      const float inverse = row.inverse_sum(smem_.sink[row_idx]);
 #pragma unroll
       for (int tile = 0; tile < kDimTiles; ++tile) {
         auto* chunk = reinterpret_cast<uint32_t*>(&smem_.q[row_idx][swizzled_chunk(row_idx, tile)]);
@@ -433,7 +422,8 @@ class PagedPrefill {
         chunk[lane_idx_ % 4] = ptx::pack_pair<Element>(pair[0] * inverse, pair[1] * inverse);
       }
       if (lane_idx_ % 4 == 0 && first_row_ + row_idx < num_rows_) {
-        args_.lse[output_row(args_, sequence_, kv_head_, first_row_ + row_idx)] = row.lse2() * kLn2;
+        const OutputRow out_row(args_, sequence_, kv_head_, first_row_ + row_idx);
+        args_.lse[out_row.idx] = row.lse2() * kLn2;
       }
     }
     __syncwarp();
@@ -441,8 +431,8 @@ class PagedPrefill {
     for (int i = lane_idx_; i < Config::kWarpRows * Config::kChunks; i += 32) {
       const int row_idx = warp_row_ + i / Config::kChunks, chunk = i % Config::kChunks;
       if (first_row_ + row_idx >= num_rows_ || chunk >= dim_chunks) continue;
-      const int64_t row = output_row(args_, sequence_, kv_head_, first_row_ + row_idx);
-      auto* dst = static_cast<Element*>(args_.out) + row * args_.head_dim + chunk * 8;
+      const OutputRow out_row(args_, sequence_, kv_head_, first_row_ + row_idx);
+      auto* dst = static_cast<Element*>(args_.out) + out_row.idx * args_.head_dim + chunk * 8;
       *reinterpret_cast<uint4*>(dst) = smem_.q[row_idx][swizzled_chunk(row_idx, chunk)];
     }
   }

@@ -20,6 +20,7 @@
 
 #include <cstdint>
 
+#include "attention/alibi.cuh"
 #include "attention/combine.cuh"
 #include "attention/decode_kv.cuh"
 #include "attention/decode_split.cuh"
@@ -39,7 +40,8 @@ struct PagedDecodeStorage {
   alignas(16) float output[Config::kWarps][Config::kRows][Config::kHeadDim + 4];
   float maximum[Config::kWarps][Config::kRows];
   float sum[Config::kWarps][Config::kRows];
-  bool is_last;  // this CTA merges the parts
+  AlibiRow alibi[Config::kRows];  // unless there are no slopes
+  bool is_last;                   // this CTA merges the parts
 };
 
 template <class Config>
@@ -50,8 +52,9 @@ class PagedDecode {
 
  public:
   __device__ __forceinline__ PagedDecode(const PagedAttentionArgs& args, const Sequence& sequence,
-                                         const Tile& tile, int kv_head)
+                                         const Tile& tile, int kv_head, const AlibiRow* alibi)
       : args_(args),
+        alibi_(alibi),
         kv_(args, sequence, kv_head),
         group_lane_(threadIdx.x % 32 / 4),
         quad_lane_(threadIdx.x % 4) {
@@ -110,6 +113,13 @@ class PagedDecode {
  private:
   __device__ __forceinline__ void softmax(float (&scores)[1][4], int first_key, int end) {
     ScoreMap(args_).apply(scores);
+    if (args_.alibi_slopes != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = first_key + i / 2 * 8 + group_lane_;
+        scores[0][i] = alibi_[quad_lane_ * 2 + i % 2].biased(scores[0][i], key);
+      }
+    }
     float maximum[2] = {rows_[0].maximum, rows_[1].maximum};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -169,6 +179,7 @@ class PagedDecode {
   }
 
   const PagedAttentionArgs& args_;
+  const AlibiRow* const alibi_;  // of the row tile, in shared memory
   Kv kv_;
   const int group_lane_, quad_lane_;
   KeyRange visible_[2];  // of rows 2c and 2c + 1
@@ -235,6 +246,13 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   if (part.num_parts > 1 && part.idx == 0 && threadIdx.x == 0) {
     PartialResults<Config>(args, part, smem.row_tile).open();
   }
+  if (args.alibi_slopes != nullptr) {
+    if (threadIdx.x < Config::kRows) {
+      const int row = min(tile.first_row + static_cast<int>(threadIdx.x), tile.num_rows - 1);
+      smem.alibi[threadIdx.x] = AlibiRow::of(args, sequence, part.kv_head, row);
+    }
+    __syncthreads();
+  }
   {
     const KeyRange seen = sequence.seen_keys(args);
     const auto num_keys = static_cast<int>(
@@ -242,7 +260,7 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
     const KeyRange keys{max(seen.begin + part.begin * Config::kBlockKeys, tile.keys.begin),
                         min(seen.begin + num_keys, tile.keys.end)};
     prefetch_page_row(args, sequence, keys);
-    PagedDecode<Config> decode(args, sequence, tile, part.kv_head);
+    PagedDecode<Config> decode(args, sequence, tile, part.kv_head, smem.alibi);
     decode.run(keys);
     decode.store(smem);
   }
@@ -257,11 +275,11 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
     SoftmaxRow total;
     float4 value = merge_warps(smem, row, dim, total);
     if (whole) {
-      const int64_t out_row = output_row(args, sequence, part.kv_head, tile.first_row + row);
-      const float inverse = total.inverse_sum();
+      const OutputRow out_row(args, sequence, part.kv_head, tile.first_row + row);
+      const float inverse = total.inverse_sum(sink_score(args, out_row.head));
       value = {value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse};
-      store_output<Element>(args, out_row, dim, value);
-      if (dim == 0) args.lse[out_row] = total.lse2() * kLn2;
+      store_output<Element>(args, out_row.idx, dim, value);
+      if (dim == 0) args.lse[out_row.idx] = total.lse2() * kLn2;
     } else {
       const int64_t partial_row = partial.row(part.idx, row);
       *reinterpret_cast<float4*>(args.partial_out + partial_row * args.head_dim + dim) = value;
@@ -277,7 +295,7 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   __syncthreads();
   if (!smem.is_last) return;
   for (int row = threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
-    partial.merge(row, output_row(args, sequence, part.kv_head, tile.first_row + row));
+    partial.merge(row, OutputRow(args, sequence, part.kv_head, tile.first_row + row));
   }
 }
 

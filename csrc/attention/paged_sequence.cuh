@@ -67,13 +67,18 @@ struct Sequence {
   }
 };
 
-// Row `row` of (sequence, KV head) in [T * HQ]: the index into lse, and into out by D.
-__device__ __forceinline__ int64_t output_row(const PagedAttentionArgs& args,
-                                              const Sequence& sequence, int kv_head, int row) {
-  const int query_idx = static_cast<int>(args.group_divisor.quotient(row));
-  const int head = kv_head * args.group + row - query_idx * args.group;
-  return (sequence.first_token + query_idx) * args.num_q_heads + head;
-}
+// Where the result of a packed row goes.
+struct OutputRow {
+  int head;
+  int64_t idx;  // in [T * HQ]: of lse, and of out by D
+
+  __device__ __forceinline__ OutputRow(const PagedAttentionArgs& args, const Sequence& sequence,
+                                       int kv_head, int row) {
+    const int query_idx = static_cast<int>(args.group_divisor.quotient(row));
+    head = kv_head * args.group + row - query_idx * args.group;
+    idx = (sequence.first_token + query_idx) * args.num_q_heads + head;
+  }
+};
 
 // Writes out = 0 and lse = -inf for the tokens [begin, end) and the query heads of `kv_head`.
 template <class T>

@@ -1,4 +1,4 @@
-"""Attention sinks: the formula, and gpt-oss through every way into the attention."""
+"""Attention sinks in the layer, and gpt-oss through every way into the attention."""
 
 from __future__ import annotations
 
@@ -10,31 +10,12 @@ from tiny_models import TINY, using
 from torch import Tensor
 
 from effllm.cache import PagedContext, PagedKVCache
-from effllm.cache.sinks import apply_sinks
 from effllm.nn import PagedAttention
 from effllm.testing import hostile
 
 transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
 
 import effllm.integrations.transformers  # noqa: E402  (imports transformers)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_formula(dtype: torch.dtype, device: str) -> None:
-    """softmax over the scores and the sink, of which the sink's part is dropped."""
-    scores = 4 * torch.randn(5, 3, 9, dtype=torch.float64)
-    scores[1, 2] = -torch.inf  # no key: nothing to attend to but the sink
-    values = torch.randn(9, 3, 16, dtype=torch.float64)
-    sinks = torch.tensor([-30.0, 0.5, 6.0]).to(dtype)
-    with_sink = torch.cat([scores, sinks.double()[:, None].expand(5, 3, 1)], -1).softmax(-1)
-    expected = torch.einsum("qhk,khd->qhd", with_sink[..., :-1], values)
-    plain = torch.einsum("qhk,khd->qhd", scores.softmax(-1).nan_to_num(0.0), values)
-    lse = scores.logsumexp(-1).float()
-    out = apply_sinks(plain.to(device, dtype), lse.to(device), sinks.to(device))
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(out.cpu().double(), expected, atol=tolerance, rtol=tolerance)
-    assert out.dtype == dtype
-    assert apply_sinks(plain, lse, None) is plain
 
 
 def test_in_the_layer(device: str) -> None:

@@ -72,6 +72,8 @@ draw_case = st.builds(
     window=st.none() | st.integers(1, 100),
     softcap=st.sampled_from([0.0, 2.0]),
     padding=st.integers(0, 2),
+    sinks=st.booleans(),
+    alibi=st.booleans(),
 )
 
 

@@ -99,6 +99,15 @@ ERRORS = [
     (wrong(cu_seqlens_q=torch.tensor([0, 3, 4])), "cu_seqlens_q must be int32, got int64"),
     (wrong(cu_seqlens_q=int32(0, 4)), r"cu_seqlens_q must be \[B \+ 1\] = \[3\], got \[2\]"),
     (wrong(cu_seqlens_q=int32(0, 0, 3, 0, 4, 0)[::2]), "cu_seqlens_q must have stride 1"),
+    (wrong(sinks=torch.ones(3)), r"sinks must be \[HQ\] = \[4\], got \[3\]"),
+    (wrong(sinks=torch.ones(4, dtype=HALF)), "sinks must be float32, got float16"),
+    (wrong(sinks=torch.ones(8)[::2]), "sinks must have stride 1 in its last dimension"),
+    (
+        wrong(alibi_slopes=torch.ones(2, 4)),
+        r"alibi_slopes must be \[HQ\] = \[4\], got \[2, 4\]",
+    ),
+    (wrong(alibi_slopes=torch.ones(4).double()), "alibi_slopes must be float32, got another"),
+    (wrong(alibi_slopes=torch.ones(1).expand(4)), "alibi_slopes must have stride 1"),
     (wrong(max_seqlen_q=-1), "max_seqlen_q must be at least 0, got -1"),
     (wrong(window=0), "window must be at least 1 or None, got 0"),
     (wrong(softcap=-1.0), r"softcap must be finite and at least 0 \(0 = none\), got -1"),
@@ -187,10 +196,12 @@ def test_fp32_on_the_gpu_is_a_named_error() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "name", ["q", "k_cache", "v_cache", "page_table", "seq_lens", "cu_seqlens_q"]
+    "name",
+    ["q", "k_cache", "v_cache", "page_table", "seq_lens", "cu_seqlens_q", "sinks", "alibi_slopes"],
 )
 def test_mixed_devices_are_a_named_error(name: str) -> None:
-    args = arguments("cuda")
+    heads = {name: torch.ones(4, device="cuda") for name in ("sinks", "alibi_slopes")}
+    args = arguments("cuda") | heads
     args[name] = args[name].cpu()
     with pytest.raises(RuntimeError, match=r"must be on (cpu|cuda:0) as q is, got (cpu|cuda:0)"):
         paged_attention(**args)

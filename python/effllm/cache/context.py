@@ -9,7 +9,6 @@ from torch import Tensor
 from .. import ops
 from .batch import PagedBatch
 from .paged import PagedKVCache
-from .sinks import apply_sinks
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,14 @@ class PagedContext:
         window: int | None = None,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         """Appends k, v ``[T, HKV, D]`` to the layer's pages and attends q ``[T, HQ, D]`` to them.
 
         Causal. ``scale`` defaults to D ** -0.5, ``window`` counts the keys seen including the
         token's own, ``softcap`` 0 is off, ``sinks`` ``[HQ]`` are logits that take part in the
-        softmax without a value. Returns ``[T, HQ, D]``.
+        softmax without a value, ``alibi_slopes`` ``[HQ]`` times the distance is taken from scores;
+        both in any float dtype. Returns ``[T, HQ, D]``.
         """
         batch = self.batch
         k_cache, v_cache, k_scale, v_scale = self.cache.layer(layer)
@@ -46,7 +47,7 @@ class PagedContext:
         ops.kv_append(
             k.detach(), v.detach(), k_cache, v_cache, batch.slot_mapping, k_scale, v_scale
         )
-        out, lse = ops.paged_attention(
+        out, _ = ops.paged_attention(
             q,
             k_cache,
             v_cache,
@@ -55,9 +56,11 @@ class PagedContext:
             batch.cu_seqlens_q,
             k_scale,
             v_scale,
+            None if sinks is None else sinks.float(),
+            None if alibi_slopes is None else alibi_slopes.float(),
             max_seqlen_q=batch.max_seqlen_q,
             scale=scale,
             window=window,
             softcap=softcap,
         )
-        return apply_sinks(out, lse, sinks)
+        return out

@@ -28,7 +28,6 @@ from transformers.masking_utils import (
 
 from effllm import ops
 from effllm.cache import PagedContext
-from effllm.cache.sinks import apply_sinks
 from effllm.integrations.paged_cache import PagedCache
 
 __all__ = ["PagedCache", "PagedContext", "effllm_attention", "effllm_mask"]
@@ -77,7 +76,7 @@ def effllm_attention(
         "scale": scaling,
         "window": sliding_window,
         "softcap": softcap or 0.0,
-        "sinks": s_aux,
+        "sinks": None if s_aux is None else s_aux.float(),
     }
 
     if effllm is not None:
@@ -121,7 +120,6 @@ def _attend_in_place(
     mask: Tensor | None,
     lens_q: Tensor,
     max_seqlen_q: int,
-    sinks: Tensor | None,
     **options: Any,
 ) -> Tensor:
     """q [T, HQ, D] against key and value [B, HKV, SK, D] seen as B pages of SK tokens."""
@@ -135,7 +133,7 @@ def _attend_in_place(
         order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
         key = key[:, :, :columns].take_along_dim(order, dim=2)
         value = value[:, :, :columns].take_along_dim(order, dim=2)
-    out, lse = ops.paged_attention(
+    out, _ = ops.paged_attention(
         q,
         _as_pages(key),
         _as_pages(value),
@@ -145,7 +143,7 @@ def _attend_in_place(
         max_seqlen_q=max_seqlen_q,
         **options,
     )
-    return apply_sinks(out, lse, sinks)
+    return out
 
 
 def _as_pages(x: Tensor) -> Tensor:

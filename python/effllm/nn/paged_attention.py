@@ -72,6 +72,7 @@ class PagedAttention(nn.Module):
         layer: int,
         *,
         sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         """The attention of the T new tokens of a step, packed in the order of its items.
 
@@ -82,6 +83,8 @@ class PagedAttention(nn.Module):
             layer: whose pages.
             sinks: ``[HQ]``, any float dtype: a logit per head that takes part in the softmax and
                 has no value (gpt-oss).
+            alibi_slopes: ``[HQ]``, any float dtype: how much less a score is for each position
+                between token and key (ALiBi).
 
         Returns:
             In the shape of q. Inference only: the backward pass raises.
@@ -98,6 +101,7 @@ class PagedAttention(nn.Module):
             window=self.window,
             softcap=self.softcap,
             sinks=sinks,
+            alibi_slopes=alibi_slopes,
         )
         return out.view(q.shape)
 

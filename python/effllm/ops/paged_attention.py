@@ -22,6 +22,8 @@ def paged_attention(
     cu_seqlens_q: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     max_seqlen_q: int,
     scale: float | None = None,
@@ -55,6 +57,12 @@ def paged_attention(
         k_scale, v_scale: of caches in e4m3 or int8, [NP, P, HKV] fp32, any strides; of int4
             [NP, P, HKV, 2] fp16 (scale, zero). Slots that no query sees may hold NaN, as those of
             the caches. None for all other caches.
+        sinks: fp32 [HQ], a logit per query head that is one more to divide by, without a key and a
+            value (GPT-OSS): out becomes out / (1 + exp(sink - lse)). -inf is no sink, NaN gives
+            NaN. None for no sinks.
+        alibi_slopes: fp32 [HQ]: query head h takes slope[h] * distance from each score, after
+            softcap, where the distance between query and key counts positions. Any finite slope;
+            None for no biases.
         max_seqlen_q: at least the number of query tokens of the longest sequence.
         scale: multiplies the scores; None means 1 / sqrt(D).
         causal: whether a query sees no key behind its own position.
@@ -64,7 +72,8 @@ def paged_attention(
 
     Returns:
         out [T, HQ, D] in the dtype of q, and lse fp32 [T, HQ], the natural logarithm of the sum of
-        the exponentials of the scores; both contiguous. A row that sees no key is 0 with lse -inf.
+        the exponentials of the keys' scores, the sink's is not one of them; both contiguous. A row
+        that sees no key is 0 with lse -inf.
 
     Raises:
         RuntimeError: a wrong dtype, device, rank, shape, stride or number; on the CPU also a length
@@ -73,7 +82,7 @@ def paged_attention(
 
     Source:
         csrc/attention/paged_attention.h. Pages as in PagedAttention (arXiv:2309.06180), the online
-        softmax of FlashAttention (arXiv:2205.14135).
+        softmax of FlashAttention (arXiv:2205.14135), linear biases of ALiBi (arXiv:2108.12409).
     """
     return _op(
         q,
@@ -84,6 +93,8 @@ def paged_attention(
         cu_seqlens_q,
         k_scale,
         v_scale,
+        sinks,
+        alibi_slopes,
         max_seqlen_q=max_seqlen_q,
         scale=scale,
         causal=causal,
@@ -102,6 +113,8 @@ def _fake(
     cu_seqlens_q: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     max_seqlen_q: int,
     scale: float | None = None,
@@ -150,6 +163,13 @@ def _fake(
             f"{list(seq_lens.shape)} and cu_seqlens_q {list(cu_seqlens_q.shape)}"
         ),
     )
+    for name, of_heads in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        torch._check(
+            of_heads is None or of_heads.shape == q.shape[1:2],
+            lambda name=name, of_heads=of_heads: (
+                f"paged_attention: {name} must be [HQ] = [{q.shape[1]}], got {list(of_heads.shape)}"
+            ),
+        )
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -165,6 +185,8 @@ def paged_attention_ref(
     cu_seqlens_q: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     max_seqlen_q: int,
     scale: float | None = None,
@@ -208,6 +230,9 @@ def paged_attention_ref(
             scores = torch.einsum("qhd,khd->hqk", q[rows].to(dtype), keys) * scale
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)
+            if alibi_slopes is not None:
+                distance = (position - key[used]).abs().to(dtype)
+                scores = scores - alibi_slopes.to(dtype)[:, None, None] * distance
             scores = scores.masked_fill(~visible[:, used], -math.inf)
             row_lse = scores.logsumexp(-1)
             # Rows without a key: any finite number in place of -inf makes all their weights 0.
@@ -216,6 +241,9 @@ def paged_attention_ref(
             factor = _weight_factor(v_scale, pages, slots, group, dtype)
             weights = (weights * factor).to(weights_dtype).to(dtype) / factor
             out[rows] = torch.einsum("hqk,khd->qhd", weights, values)
+            if sinks is not None:
+                # What the keys have of a softmax over them and the sink.
+                out[rows] *= torch.sigmoid(base[..., 0].T - sinks.to(dtype))[..., None]
             lse[rows] = row_lse.T
     return out, lse
 

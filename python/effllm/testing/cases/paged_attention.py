@@ -56,6 +56,8 @@ class PagedAttentionCase(Case):
     scale: float | None = None
     padding: int = 0
     """Query tokens past the last sequence."""
+    sinks: bool = False
+    alibi: bool = False
     kv_dtype: str | None = None
     """Of a quantised cache: a key of QUANTIZED_KV; None: the cache is in ``dtype``."""
     op: ClassVar[str] = "paged_attention"
@@ -73,6 +75,8 @@ class PagedAttentionCase(Case):
             f"softcap{self.softcap:g}": self.softcap > 0,
             f"scale{self.scale}": self.scale is not None,
             f"pad{self.padding}": self.padding > 0,
+            "sinks": self.sinks,
+            "alibi": self.alibi,
             f"{self.kv_dtype}": self.kv_dtype is not None,
         }
         names = [name for name, used in options.items() if used]
@@ -115,6 +119,12 @@ class PagedAttentionCase(Case):
             "window": self.window,
             "softcap": self.softcap,
         }
+        if self.sinks:  # from none to one that takes all
+            kwargs["sinks"] = torch.linspace(-3.0, 9.0, self.num_q_heads, device=device)
+            kwargs["sinks"][0] = -math.inf
+        if self.alibi:  # the slopes of the paper: a geometric sequence down to 2^-8
+            heads = torch.arange(1, self.num_q_heads + 1, device=device)
+            kwargs["alibi_slopes"] = torch.exp2(-8 * heads / self.num_q_heads)
         page_table = absurd_tails(page_table, seq_lens, self.page_size).to(device)
         cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=device)
         tables = (page_table, seq_lens.to(device), cu_seqlens_q)
@@ -137,6 +147,7 @@ class PagedAttentionCase(Case):
         lengths = set(self.sequences)
         queries, keys = next(iter(lengths), (0, 0))
         plain = self.window is None and self.softcap == 0 and self.padding == 0 and self.causal
+        plain = plain and not self.sinks and not self.alibi
         if len(lengths) != 1 or not plain or queries not in (1, keys):
             return super().prepare_baseline(*args, **kwargs)
         q, k_cache, v_cache, page_table, _, _, *scales = args
@@ -229,6 +240,14 @@ def _cases() -> list[PagedAttentionCase]:
         case(MIXED, dtype=half, softcap=5.0, window=9, causal=False, scale=0.3),
         case(MIXED, scale=0.0),
         case(MIXED, scale=-0.125),
+        case(MIXED, sinks=True),
+        case(MIXED, 6, 2, 128, 16, half, window=9, sinks=True),
+        case(MIXED, alibi=True),
+        case(MIXED, 6, 2, 128, 16, half, alibi=True, sinks=True, window=9),
+        case(MIXED, 8, 8, 256, 16, alibi=True, softcap=5.0, causal=False),
+        case(((1, 1500), (1, 3), (1, 700)), 8, 2, 128, 16, sinks=True, alibi=True),
+        case(((150, 150), (70, 300)), 4, 1, 64, 16, sinks=True, alibi=True),
+        case(((0, 0), (3, 0)), padding=2, sinks=True, alibi=True),
         # Many keys: decoding splits them. Many queries: several tiles of both.
         case(((1, 1500), (1, 3), (1, 700)), 8, 2, 128, 16),
         case(((4, 1100), (2, 900)), 8, 2, 64, 64, half, window=600),
@@ -265,6 +284,8 @@ def _quantized_cases() -> list[PagedAttentionCase]:
         case(((150, 150), (70, 300)), 4, 1, 128, 16, bf16),
         case(((130, 200),), 4, 4, 256, 16, half, window=50),
         case(((1, 20), (0, 0)), 8, 2, 64, 1, bf16, padding=5),
+        case(MIXED, 8, 2, 128, 16, bf16, sinks=True, alibi=True),
+        case(long, 8, 2, 128, 16, half, sinks=True, alibi=True),
     ]
     return [replace(each, kv_dtype=kv_dtype) for kv_dtype in QUANTIZED_KV for each in cases]
 
@@ -277,6 +298,7 @@ CPU_CASES = [
         (6, 40, 3, {"window": 5}),
         (8, 256, 1, {"softcap": 3.0}),
         (10, 72, 64, {"causal": False}),
+        (6, 64, 16, {"sinks": True, "alibi": True}),
     )
 ]
 
