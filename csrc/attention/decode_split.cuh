@@ -31,14 +31,17 @@ struct PagedDecodeConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kNarrow = kNarrow_;
   static constexpr bool kQuantized = !std::is_same_v<Element, Kv>;
-  static constexpr int kRows = 8;       // packed rows of a CTA
-  static constexpr int kTileKeys = 16;  // keys of a warp's step
-  // Eight warps fill a multiprocessor's registers (of D = 64, half of them).
+  static constexpr bool kInt4 = std::is_same_v<Kv, KvInt4>;
+  static constexpr int kRows = 8;  // packed rows of a CTA
+  // Keys of a warp's step. What a step costs beside its keys is much where these are of 4 bits.
+  static constexpr int kTileKeys = kInt4 && kHeadDim <= 128 ? 32 : 16;
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = kWarps * 32;
-  // Codes take fewer registers, and need more warps for as many bytes on the way.
-  static constexpr int kCtasPerSm =
-      (kHeadDim == 64 || (kHeadDim == 128 && kQuantized) ? 16 : 8) / kWarps;
+  // As registers allow. Codes take fewer, and need more warps for as many bytes on the way.
+  static constexpr int kWarpsPerSm = kHeadDim == 64                  ? 16
+                                     : kHeadDim == 128 && kQuantized ? (kInt4 ? 12 : 16)
+                                                                     : 8;
+  static constexpr int kCtasPerSm = kWarpsPerSm / kWarps;
   // V arrives while the scores are computed, and the next K while V is used. K and V of D = 256
   // together do not fit into the registers of a thread: there the other warps hide the latency.
   static constexpr bool kOverlapLoads = kQuantized || kHeadDim <= 128;
@@ -119,7 +122,7 @@ class DecodeSchedule {
   __device__ __forceinline__ static unsigned count_blocks(const PagedAttentionArgs& args,
                                                           int seq_idx) {
     if (seq_idx < 0 || seq_idx >= args.num_seqs) return 0;
-    const KeyRange keys = Sequence(args, seq_idx).seen_keys(args);
+    const KeyRange keys = Sequence(args, seq_idx, LoadPastL1{}).seen_keys(args);
     return ceil_div<unsigned>(keys.end - keys.begin, Config::kBlockKeys);
   }
 

@@ -64,7 +64,8 @@ void launch_paged_attention(const PagedAttentionArgs& args, const AttentionConte
     return launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim, Kv>>(args, context.stream);
   }
   // Shared memory is for four warps of D = 256.
-  using Config = PagedDecodeConfig<Element, kHeadDim, kHeadDim == 256 ? 4 : 8, Kv>;
+  constexpr int kWarps = kHeadDim == 256 || std::is_same_v<Kv, KvInt4> ? 4 : 8;
+  using Config = PagedDecodeConfig<Element, kHeadDim, kWarps, Kv>;
   if constexpr (Config::kQuantized) {
     if (args.head_dim % DecodeKv<Config>::kKeyUnitDims != 0) {
       return decode<PagedDecodeConfig<Element, 256, 4, Kv, true>>(args, context);

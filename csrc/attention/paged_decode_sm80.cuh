@@ -1,21 +1,22 @@
 // Paged attention for few query rows: decode and short speculative steps, keys split over CTAs.
 //
 // Roofline: bytes. Each key costs 4 * D bytes of K and V (in e4m3 and int8 2 * D + 8, in int4 D +
-// 8), read once; an H100 reads 3.06 TB/s. Nothing is staged: a warp loads 16 keys from the cache
-// straight into the registers of mma fragments (decode_kv.cuh), so any page size, stride and dtype
-// costs the same.
+// 8), read once; an H100 reads 3.06 TB/s. Nothing is staged: a warp loads a tile of keys from the
+// cache straight into the registers of mma fragments (decode_kv.cuh), so any page size, stride and
+// dtype costs the same.
 //
-//   part of a row tile:     keys  [ tile | tile | tile | ... ]    16 keys each
+//   part of a row tile:     keys  [ tile | tile | tile | ... ]    16 keys each, of int4 32
 //                           warp      0      1      2   ...  0 ..
 //
 // Warps merge in shared memory, parts in the CTA that is done last (combine.cuh), both in a fixed
 // order. Who has which part says decode_split.cuh.
 //
 // For one sequence time is latency, and hides little: launch, lengths, page table, keys, values,
-// merge. So the kernel may be launched before the one ahead is done, and asks for lengths and page
-// table to come to L2 until then; a warp has a tile of K and of V on the way at any time, of D =
-// 128 in 16 bits 64 KiB per multiprocessor, where 3 TB/s over 132 of them at 0.8 us need 18 KiB;
-// and there are then no more CTAs than multiprocessors, so that little has to be merged.
+// merge. So the kernel may be launched before the one ahead is done, finds its share until then and
+// asks for its first keys to come to L2 (decode_prefetch.cuh); a warp has a tile of K and of V on
+// the way at any time, of D = 128 in 16 bits 64 KiB per multiprocessor, where 3 TB/s over 132 of
+// them at 0.8 us need 18 KiB; and there are then no more CTAs than multiprocessors, so that little
+// has to be merged.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,7 @@
 #include "attention/alibi.cuh"
 #include "attention/combine.cuh"
 #include "attention/decode_kv.cuh"
+#include "attention/decode_prefetch.cuh"
 #include "attention/decode_split.cuh"
 #include "attention/online_softmax.cuh"
 #include "cuda/launch.h"
@@ -36,6 +38,7 @@ template <class Config>
 struct PagedDecodeStorage {
   DecodeSchedule<Config> schedule;
   int row_tile;
+  DecodeTileKeys<Config> keys[Config::kWarps];
   // Rows are padded by 16 bytes against bank conflicts.
   alignas(16) float output[Config::kWarps][Config::kRows][Config::kHeadDim + 4];
   float maximum[Config::kWarps][Config::kRows];
@@ -49,22 +52,25 @@ class PagedDecode {
   using Element = typename Config::Element;
   using Tile = DecodeTile<Config>;
   using Kv = DecodeKv<Config>;
+  using Scores = typename Kv::Scores;
 
  public:
   __device__ __forceinline__ PagedDecode(const PagedAttentionArgs& args, const Sequence& sequence,
-                                         const Tile& tile, int kv_head, const AlibiRow* alibi)
+                                         const Tile& tile, int kv_head,
+                                         PagedDecodeStorage<Config>& smem)
       : args_(args),
-        alibi_(alibi),
-        kv_(args, sequence, kv_head),
+        alibi_(smem.alibi),
+        kv_(args, sequence, kv_head, smem.keys[threadIdx.x / 32]),
         group_lane_(threadIdx.x % 32 / 4),
         quad_lane_(threadIdx.x % 4) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = tile.first_row + quad_lane_ * 2 + i;
-      visible_[i] = row < tile.num_rows
-                        ? sequence.visible_keys(args, args.group_divisor.quotient(row))
-                        : KeyRange{0, 0};
+      // What comes of rows past the last is not used.
+      const int row = min(tile.first_row + quad_lane_ * 2 + i, tile.num_rows - 1);
+      visible_[i] = sequence.visible_keys(args, args.group_divisor.quotient(row));
     }
+    seen_by_all_ = {__reduce_max_sync(~0u, max(visible_[0].begin, visible_[1].begin)),
+                    __reduce_min_sync(~0u, min(visible_[0].end, visible_[1].end))};
     kv_.load_queries(tile.first_row, tile.num_rows);
   }
 
@@ -72,17 +78,25 @@ class PagedDecode {
   __device__ __forceinline__ void run(KeyRange keys) {
     constexpr int kStride = Config::kWarps * Config::kTileKeys;
     int key = keys.begin + threadIdx.x / 32 * Config::kTileKeys;
-    if (key < keys.end) kv_.load_keys(key, keys.end);
+    const auto load_keys = [&](int first_key) {  // whose pages were asked for
+      kv_.locate_keys();
+      kv_.find_page(first_key + kStride, keys.end);
+      kv_.load_keys();
+    };
+    if (key < keys.end) {
+      kv_.find_page(key, keys.end);
+      load_keys(key);
+    }
     for (; key < keys.end; key += kStride) {
-      if constexpr (Config::kOverlapLoads) kv_.load_values(key, keys.end);
-      float scores[1][4] = {};
-      kv_.compute_scores(scores[0]);
-      if constexpr (!Config::kOverlapLoads) kv_.load_values(key, keys.end);
+      if constexpr (Config::kOverlapLoads) kv_.load_values();
+      Scores scores = {};
+      kv_.compute_scores(scores);
+      if constexpr (!Config::kOverlapLoads) kv_.load_values();
       const bool more = key + kStride < keys.end;
-      if (Config::kOverlapLoads && more) kv_.load_keys(key + kStride, keys.end);
+      if (Config::kOverlapLoads && more) load_keys(key + kStride);
       softmax(scores, key, keys.end);
-      kv_.accumulate(output_, scores[0]);
-      if (!Config::kOverlapLoads && more) kv_.load_keys(key + kStride, keys.end);
+      kv_.accumulate(output_, scores);
+      if (!Config::kOverlapLoads && more) load_keys(key + kStride);
     }
     finish_sums();
     kv_.finish(output_);
@@ -111,23 +125,23 @@ class PagedDecode {
   }
 
  private:
-  __device__ __forceinline__ void softmax(float (&scores)[1][4], int first_key, int end) {
+  __device__ __forceinline__ void softmax(Scores& scores, int first_key, int end) {
     ScoreMap(args_).apply(scores);
     if (args_.alibi_slopes != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = first_key + i / 2 * 8 + group_lane_;
-        scores[0][i] = alibi_[quad_lane_ * 2 + i % 2].biased(scores[0][i], key);
-      }
+      for_each_score(scores, [&](float& x, int row, int key) {
+        x = alibi_[quad_lane_ * 2 + row].biased(x, first_key + key);
+      });
+    }
+    // All rows see all keys of most tiles.
+    if (first_key < seen_by_all_.begin ||
+        first_key + Config::kTileKeys > min(seen_by_all_.end, end)) {
+      for_each_score(scores, [&](float& x, int row, int key) {
+        const int idx = first_key + key;
+        if (idx >= end || !visible_[row].contains(idx)) x = kMaskedScore;
+      });
     }
     float maximum[2] = {rows_[0].maximum, rows_[1].maximum};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = first_key + i / 2 * 8 + group_lane_;
-      float& x = scores[0][i];
-      if (key >= end || !visible_[i % 2].contains(key)) x = kMaskedScore;
-      maximum[i % 2] = fmaxf(maximum[i % 2], x);
-    }
+    for_each_score(scores, [&](float x, int row, int) { maximum[row] = fmaxf(maximum[row], x); });
 #pragma unroll
     for (int lanes = 4; lanes < 32; lanes *= 2) {
       maximum[0] = fmaxf(maximum[0], __shfl_xor_sync(~0u, maximum[0], lanes));
@@ -139,20 +153,30 @@ class PagedDecode {
                             maximum[1] > rows_[1].maximum + kSlack)) {
       rescale(maximum);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      scores[0][i] = ptx::exp2_approx(scores[0][i] - rows_[i % 2].maximum);
-      rows_[i % 2].sum += scores[0][i];
-    }
+    for_each_score(scores, [&](float& x, int row, int) {
+      x = ptx::exp2_approx(x - rows_[row].maximum);
+      rows_[row].sum += x;
+    });
     if constexpr (Config::kQuantized) {
       float factor;
-      if (kv_.scale_weights(scores[0], factor)) {
+      if (kv_.scale_weights(scores, factor)) {
 #pragma unroll
         for (auto& tile : output_) {
 #pragma unroll
           for (float& sum : tile) sum *= factor;
         }
       }
+    }
+  }
+
+  // Calls `body` with each score, 0 or 1 for its row, 2c or 2c + 1, and its key's place in the
+  // tile.
+  template <class Body>
+  __device__ __forceinline__ void for_each_score(Scores& scores, Body body) const {
+#pragma unroll
+    for (int group = 0; group < Config::kTileKeys / 16; ++group) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) body(scores[group][i], i % 2, kv_.key_of_score(group, i));
     }
   }
 
@@ -163,9 +187,9 @@ class PagedDecode {
       rows_[row].maximum = maximum[row];
       rows_[row].sum *= factor;
 #pragma unroll
-      for (int tile = 0; tile < Kv::kDimTiles; ++tile) {
-        output_[tile][row] *= factor;
-        output_[tile][row + 2] *= factor;
+      for (auto& tile : output_) {
+        tile[row] *= factor;
+        tile[row + 2] *= factor;
       }
     }
   }
@@ -183,6 +207,7 @@ class PagedDecode {
   Kv kv_;
   const int group_lane_, quad_lane_;
   KeyRange visible_[2];  // of rows 2c and 2c + 1
+  KeyRange seen_by_all_;
   SoftmaxRow rows_[2];
   typename Kv::Output output_ = {};
 };
@@ -207,30 +232,6 @@ __device__ __forceinline__ float4 merge_warps(const PagedDecodeStorage<Config>& 
     sum.w += factor * value.w;
   }
   return sum;
-}
-
-// Lengths and, if it is not large, the page table into L2. Allowed while the kernel ahead may still
-// write them: nothing is read.
-template <class Config>
-__device__ __forceinline__ void prefetch_tables(const PagedAttentionArgs& args) {
-  constexpr int64_t kLineInts = 128 / sizeof(int32_t), kMaxTableInts = 64 * 1024;
-  const int64_t idx = (int64_t{blockIdx.x} * Config::kThreads + threadIdx.x) * kLineInts;
-  if (idx < args.num_seqs) {
-    ptx::prefetch_l2(args.seq_lens + idx);
-    ptx::prefetch_l2(args.cu_seqlens_q + idx);
-  }
-  const int64_t table = (args.num_seqs - 1) * args.stride_page_table_seq + args.max_pages_per_seq;
-  if (idx < table && table <= kMaxTableInts) ptx::prefetch_l2(args.page_table + idx);
-}
-
-// The keys' entries of the page table into L2, 32 of them by each thread: of small pages there are
-// many, and what a warp reads of them is not what it has read in the step before.
-__device__ __forceinline__ void prefetch_page_row(const PagedAttentionArgs& args,
-                                                  const Sequence& sequence, KeyRange keys) {
-  const auto entry = args.page_size_divisor.quotient(keys.begin) + threadIdx.x * 32;
-  if (keys.begin < keys.end && entry <= args.page_size_divisor.quotient(keys.end - 1)) {
-    ptx::prefetch_l2(sequence.page_row + entry);
-  }
 }
 
 // One CTA's part of a row tile. What the loop does not need is read again after it, from shared
@@ -260,7 +261,7 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
     const KeyRange keys{max(seen.begin + part.begin * Config::kBlockKeys, tile.keys.begin),
                         min(seen.begin + num_keys, tile.keys.end)};
     prefetch_page_row(args, sequence, keys);
-    PagedDecode<Config> decode(args, sequence, tile, part.kv_head, smem.alibi);
+    PagedDecode<Config> decode(args, sequence, tile, part.kv_head, smem);
     decode.run(keys);
     decode.store(smem);
   }
@@ -325,19 +326,29 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     paged_decode_kernel(const __grid_constant__ PagedAttentionArgs args) {
   __shared__ PagedDecodeStorage<Config> smem;
-  prefetch_tables<Config>(args);
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
-
-  if (threadIdx.x < 32) {
-    const auto num_row_tiles = static_cast<unsigned>(args.num_row_tiles);
+  const auto num_row_tiles = static_cast<unsigned>(args.num_row_tiles);
+  DecodeLengths lengths;
+  const auto find_share = [&] {
     DecodeSchedule<Config> schedule;
     schedule.start(args, static_cast<int>(blockIdx.x / num_row_tiles));
     if (threadIdx.x == 0) {
       smem.schedule = schedule;
       smem.row_tile = static_cast<int>(blockIdx.x % num_row_tiles);
     }
+  };
+  prefetch_tables<Config>(args);
+  if (args.early_start) {
+    if (threadIdx.x < 32) {
+      lengths.load(args);
+      find_share();
+    }
+    __syncthreads();
+    if (smem.schedule.valid()) prefetch_part<Config>(args, smem.schedule.part());
+    __syncthreads();
   }
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
+  if (threadIdx.x < 32 && !(args.early_start && lengths.unchanged(args))) find_share();
   clear_keyless_tokens<typename Config::Element>(args);  // by the other warps in the meantime
   __syncthreads();
   while (smem.schedule.valid()) {

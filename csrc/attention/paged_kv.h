@@ -58,6 +58,12 @@ struct PagedAttentionArgs : PagedAttentionParams {
 struct KeyLocation {
   int64_t page, slot;
 
+  EFFLLM_HOST_DEVICE KeyLocation(const PagedAttentionArgs& args, int64_t page_id, int64_t slot_idx)
+      : page(page_id < 0                 ? 0
+             : page_id >= args.num_pages ? args.num_pages - 1
+                                         : page_id),
+        slot(slot_idx) {}
+
   // In elements. 64 bits: a cache has more than 2^31 elements.
   EFFLLM_HOST_DEVICE int64_t k_offset(const PagedAttentionParams& params, int64_t head) const {
     return page * params.stride_k_page + slot * params.stride_k_slot + head * params.stride_k_head;
@@ -76,12 +82,7 @@ struct KeyLocation {
 EFFLLM_HOST_DEVICE KeyLocation locate_key(const PagedAttentionArgs& args, const int32_t* page_row,
                                           int key) {
   const auto entry = args.page_size_divisor.quotient(static_cast<uint32_t>(key));
-  const int64_t page = page_row[entry];
-  const int64_t last_page = args.num_pages - 1;
-  return {page < 0           ? 0
-          : page > last_page ? last_page
-                             : page,
-          key - static_cast<int64_t>(entry) * args.page_size};
+  return {args, page_row[entry], key - static_cast<int64_t>(entry) * args.page_size};
 }
 
 }  // namespace effllm

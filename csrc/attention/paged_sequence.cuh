@@ -16,6 +16,15 @@ struct KeyRange {
   __device__ __forceinline__ bool contains(int key) const { return key >= begin && key < end; }
 };
 
+// How lengths are read. What has been read past L1 is not found there by those who read it later,
+// when it may have changed.
+struct LoadCached {
+  __device__ __forceinline__ int32_t operator()(const int32_t* src) const { return *src; }
+};
+struct LoadPastL1 {
+  __device__ __forceinline__ int32_t operator()(const int32_t* src) const { return __ldcg(src); }
+};
+
 struct Sequence {
   int64_t first_token;  // row of q and out that holds query 0
   int64_t end_token;    // where the next sequence begins
@@ -25,10 +34,12 @@ struct Sequence {
   const int32_t* page_row;
 
   // Lengths that contradict the tensors' sizes are clamped to them.
-  __device__ __forceinline__ Sequence(const PagedAttentionArgs& args, int seq_idx) {
+  template <class Load = LoadCached>
+  __device__ __forceinline__ Sequence(const PagedAttentionArgs& args, int seq_idx, Load load = {}) {
     // Asked for together, before any is waited for; and in 32 bits, which is half the work.
-    const int start = args.cu_seqlens_q[seq_idx], next = args.cu_seqlens_q[seq_idx + 1];
-    const int keys = args.seq_lens[seq_idx];
+    const int start = load(args.cu_seqlens_q + seq_idx);
+    const int next = load(args.cu_seqlens_q + seq_idx + 1);
+    const int keys = load(args.seq_lens + seq_idx);
     const auto clamp = [](int value, int low, int64_t high) {
       const int limit = high < INT32_MAX ? static_cast<int>(high) : INT32_MAX;
       return value < low ? low : value > limit ? limit : value;

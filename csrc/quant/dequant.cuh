@@ -148,6 +148,18 @@ struct KvOctet<KvInt4> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[i] = Int4Dequant<float16>::codes(words[0], i, bias);
   }
+
+  // For kernels that take what is too much off their sums: 1 + kStep * code for each code at the
+  // place `idx` (0 .. 3) of a half word, and the same of the zero.
+  static constexpr float kStep = 1.f / 64;
+
+  static __device__ __forceinline__ uint32_t steps(uint32_t word, int idx) {
+    const uint32_t shifted = idx == 0 ? word << 4 : word >> (4 * idx - 4);
+    return ptx::and_or(shifted, 0x00f000f0u, 0x3c003c00u);
+  }
+  static __device__ __forceinline__ float zero_steps(uint32_t word) {
+    return 1.f + kStep * __high2float(reinterpret_cast<const __half2&>(word));
+  }
 };
 
 // Whole weights (q - zero) * scale of one row and group, rounded once to T: `kExact` says that the

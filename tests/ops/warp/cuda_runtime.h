@@ -104,6 +104,11 @@ T __shfl_up_sync(unsigned, T value, int lanes) {
       warp::exchange(std::bit_cast<uint32_t>(value))[lane < lanes ? lane : lane - lanes]);
 }
 
+template <class T>
+T __ldcg(const T* src) {
+  return *src;
+}
+
 inline unsigned __ballot_sync(unsigned, bool vote) {
   const auto& votes = warp::exchange(vote);
   unsigned ballot = 0;
