@@ -48,12 +48,12 @@ class PartialResults {
 
   // By one thread of the CTA that has the first part.
   __device__ __forceinline__ void open() const {
-    ptx::store_relaxed(args_.arrivals + cta_of(0), kArrivalMark);
+    ptx::store_relaxed(args_.arrivals + slot_of(0), kArrivalMark);
   }
 
   // By one thread of each CTA, after all have written: whether the parts of all CTAs can be read.
   __device__ __forceinline__ bool arrive_last() const {
-    uint64_t* const arrivals = args_.arrivals + cta_of(0);
+    uint64_t* const arrivals = args_.arrivals + slot_of(0);
     uint64_t before;
     do {
       before = ptx::atomic_add_acq_rel(arrivals, 1);
@@ -63,10 +63,11 @@ class PartialResults {
     return true;
   }
 
-  // Index of a row of part `idx`. Of the two places of a CTA one is for a pair's first part: of
-  // several parts, a share has at most one that is and one that is not.
+  // Index of a row of part `idx`. Of the two places of a share one is for a pair's first part: of
+  // several parts, it has at most one that is and one that is not.
   __device__ __forceinline__ int64_t row(int idx, int row_in_tile) const {
-    return (cta_of(idx) * 2 + (idx == 0)) * Config::kRows + row_in_tile;
+    const bool second = num_places() == 2 && idx == 0;
+    return (slot_of(idx) * num_places() + second) * Config::kRows + row_in_tile;
   }
 
   // By a warp: outputs weighted by 2^(maximum - maximum of all) and added in the order of the
@@ -77,7 +78,7 @@ class PartialResults {
     const int head_dim = static_cast<int>(args_.head_dim);
     const int num_parts = part_.num_parts;
     const int64_t first_row = row(0, row_in_tile), second_row = row(1, row_in_tile);
-    const int64_t rows_per_part = int64_t{args_.num_row_tiles} * 2 * Config::kRows;
+    const int64_t rows_per_part = int64_t{args_.num_row_tiles} * num_places() * Config::kRows;
     for (int dim = lane_idx * 4; dim - lane_idx * 4 < head_dim; dim += 32 * 4) {
       float4 values[kBatch];
       const auto load_batch = [&](int first) {
@@ -139,9 +140,11 @@ class PartialResults {
   }
 
  private:
-  __device__ __forceinline__ int64_t cta_of(int idx) const {
-    return int64_t{part_.first_share + idx} * args_.num_row_tiles + row_tile_;
+  __device__ __forceinline__ int64_t slot_of(int idx) const {
+    return (int64_t{part_.first_slot} + idx) * args_.num_row_tiles + row_tile_;
   }
+
+  __device__ __forceinline__ int num_places() const { return args_.split_size > 0 ? 1 : 2; }
 
   // Past L1: other CTAs wrote it.
   __device__ __forceinline__ float2 load_softmax(int idx, int row_in_tile) const {

@@ -17,28 +17,26 @@
 
 namespace effllm {
 
-// The lengths as a warp has read them, if its lanes could read all.
+// Lengths as the lanes of a warp have read them, a page table each, if there are so few.
 class DecodeLengths {
  public:
-  __device__ __forceinline__ void load(const PagedAttentionArgs& args) {
-    if (args.num_seqs > 32) return;
-    const auto lane = static_cast<int>(threadIdx.x % 32);
-    const LoadPastL1 load;
-    if (lane <= args.num_seqs) first_token_ = load(args.cu_seqlens_q + lane);
-    if (lane < args.num_seqs) num_keys_ = load(args.seq_lens + lane);
-    if (lane == 31) end_token_ = load(args.cu_seqlens_q + args.num_seqs);
-  }
+  __device__ __forceinline__ explicit DecodeLengths(const PagedAttentionArgs& args)
+      : of_lane_(read(args)) {}
 
-  // By the whole warp that called load.
+  // By the whole warp.
   __device__ __forceinline__ bool unchanged(const PagedAttentionArgs& args) const {
-    DecodeLengths now;
-    now.load(args);
-    return __all_sync(~0u, args.num_seqs <= 32 && now.first_token_ == first_token_ &&
-                               now.num_keys_ == num_keys_ && now.end_token_ == end_token_);
+    return __all_sync(~0u, args.num_tables <= 32 && read(args) == of_lane_);
   }
 
  private:
-  int32_t first_token_ = 0, num_keys_ = 0, end_token_ = 0;
+  static __device__ __forceinline__ SequenceLengths read(const PagedAttentionArgs& args) {
+    const int table_idx = min(static_cast<int>(threadIdx.x % 32), args.num_tables - 1);
+    const auto seq_idx = static_cast<int>(args.table_heads_divisor.quotient(table_idx));
+    const int table_head = table_idx - seq_idx * static_cast<int>(args.table_heads);
+    return {args, seq_idx, table_head, LoadPastL1{}};
+  }
+
+  SequenceLengths of_lane_;
 };
 
 // Lengths and, if it is not large, the page table.
@@ -47,10 +45,13 @@ __device__ __forceinline__ void prefetch_tables(const PagedAttentionArgs& args) 
   constexpr int64_t kLineInts = 128 / sizeof(int32_t), kMaxTableInts = 64 * 1024;
   const int64_t idx = (int64_t{blockIdx.x} * Config::kThreads + threadIdx.x) * kLineInts;
   if (idx < args.num_seqs) {
-    ptx::prefetch_l2(args.seq_lens + idx);
     ptx::prefetch_l2(args.cu_seqlens_q + idx);
   }
-  const int64_t table = (args.num_seqs - 1) * args.stride_page_table_seq + args.max_pages_per_seq;
+  // Both are of one row per sequence, and in it of one per head that has its own.
+  const int64_t last_seq = args.num_seqs - 1, last_head = args.table_heads - 1;
+  if (idx <= last_seq * args.stride_seq_lens_seq + last_head) ptx::prefetch_l2(args.seq_lens + idx);
+  const int64_t table = last_seq * args.stride_page_table_seq +
+                        last_head * args.stride_page_table_head + args.max_pages_per_seq;
   if (idx < table && table <= kMaxTableInts) ptx::prefetch_l2(args.page_table + idx);
 }
 
@@ -70,26 +71,26 @@ __device__ __forceinline__ void prefetch_part(const PagedAttentionArgs& args,
                                               const DecodePart& part) {
   constexpr uint32_t kLine = 128;
   constexpr uint32_t kBytes = 64 * 1024 / Config::kCtasPerSm;
-  const Sequence sequence(args, part.seq_idx, LoadPastL1{});
-  const KeyRange seen = sequence.seen_keys(args);
-  const int begin = seen.begin + part.begin * Config::kBlockKeys;
-  // Less than nothing if the lengths have changed since the share was found.
-  const int num_keys =
-      std::max(0, std::min(seen.end - begin, (part.end - part.begin) * Config::kBlockKeys));
+  const Sequence sequence(args, part.table_idx, LoadPastL1{});
+  const int kv_head = sequence.first_kv_head + part.head;
+  const KeyRange keys =
+      keys_of_part<Config>(args, sequence.seen_keys(args), part, KeyRange{0, INT32_MAX});
+  // Less than none if the lengths have changed since the share was found.
+  const auto num_keys = static_cast<uint32_t>(std::max(keys.end - keys.begin, 0));
   const int64_t element_bytes = Config::kQuantized ? 1 : sizeof(typename Config::Element);
   const auto row_bytes = static_cast<uint32_t>(
       args.kv_dtype == DType::kUInt8 ? args.head_dim / 2 : args.head_dim * element_bytes);
   const uint32_t lines = ceil_div(row_bytes, kLine);
-  const uint32_t keys = std::min(static_cast<uint32_t>(num_keys), kBytes / 2 / row_bytes);
-  for (uint32_t i = threadIdx.x; i < keys * lines; i += Config::kThreads) {
-    const uint32_t key = begin + i / lines, offset = i % lines * kLine;
+  const uint32_t num_lines = std::min(num_keys, kBytes / 2 / row_bytes) * lines;
+  for (uint32_t i = threadIdx.x; i < num_lines; i += Config::kThreads) {
+    const uint32_t key = keys.begin + i / lines, offset = i % lines * kLine;
     const uint32_t entry = args.page_size_divisor.quotient(key);
     const KeyLocation location(args, LoadPastL1{}(sequence.page_row + entry),
                                key - entry * static_cast<uint32_t>(args.page_size));
     ptx::prefetch_l2(static_cast<const char*>(args.k_cache) +
-                     location.k_offset(args, part.kv_head) * element_bytes + offset);
+                     location.k_offset(args, kv_head) * element_bytes + offset);
     ptx::prefetch_l2(static_cast<const char*>(args.v_cache) +
-                     location.v_offset(args, part.kv_head) * element_bytes + offset);
+                     location.v_offset(args, kv_head) * element_bytes + offset);
   }
 }
 

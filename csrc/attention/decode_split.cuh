@@ -1,14 +1,19 @@
 // How decode attention is shared out to CTAs. Each CTA finds its share by itself from the lengths
 // in device memory: nothing is planned ahead, so that a CUDA graph follows its lengths.
 //
-//   pairs (sequence, KV head)   | 0,0      | 0,1      | 1,0  | 1,1  | 3,0                  | 3,1 ..
+//   pairs (page table, head)    | 0,0      | 0,1      | 1,0  | 1,1  | 3,0                  | 3,1 ..
 //   blocks of kBlockKeys keys   |. b b b b b . b b b b b . b b b . b b b . b b b b b b b b b . b b
 //   shares, equally long        |      0      |      1      |      2      |      3      |     ..
 //
-// All blocks that some query sees stand in one row, and each share is a piece of it. A pair begins
-// with empty places, for what a CTA pays to start on it; one without keys has no place at all.
-// Where about the same size of share lets no CTA have parts of two pairs, pairs are rounded up to
-// whole shares instead: one sequence is then cut evenly, and sequences of one length alike.
+// All blocks that some query sees, those of the head first, stand in one row, and each share is a
+// piece of it. A pair begins with empty places, for what a CTA pays to start on it; one without
+// keys has no place at all. Where about the same size of share lets no CTA have parts of two pairs,
+// pairs are rounded up to whole shares instead: one sequence is then cut evenly, and sequences of
+// one length alike.
+//
+// With a split_size, a place is a piece of so many keys, counted from a multiple of it, and each
+// piece is a part of its own: who has it does not show in the result. So it is where a head stays
+// visible: no part has keys on both sides of the gap.
 //
 // No clusters, which would merge through each other's shared memory: their size is the launch's,
 // and known before the lengths are. One long sequence among short ones needs all CTAs.
@@ -48,6 +53,7 @@ struct PagedDecodeConfig {
   // What shares are made of, and in these blocks: the least that is worth a CTA, a tile for every
   // warp; what to load takes no longer than to merge the parts of; the price of a start.
   static constexpr int kBlockKeys = 64;
+  static_assert(kSplitSizeStep % kBlockKeys == 0);
   static constexpr int kMinBlocks = kWarps * kTileKeys / kBlockKeys;
   static constexpr int kUnsplitBlocks = 384 / kBlockKeys;
   static constexpr int kStartBlocks = 128 / kBlockKeys;
@@ -74,28 +80,54 @@ struct DecodeTile {
   __device__ __forceinline__ bool empty() const { return first_row >= num_rows; }
 };
 
+// Of the keys of the head: whole pieces, where there are any.
+template <class Config>
+__device__ __forceinline__ unsigned head_blocks(const PagedAttentionArgs& args,
+                                                const SeenKeys& seen) {
+  if (seen.head_end == 0) return 0;
+  const FastDivisor& split = args.split_size_divisor;
+  const unsigned whole = (split.quotient(seen.head_end - 1) + 1) * split.divisor;
+  return ceil_div<unsigned>(whole, Config::kBlockKeys);
+}
+
 // What a share has of a pair: blocks [begin, end), none if it has but an empty place.
 struct DecodePart {
-  int seq_idx, kv_head;
+  int table_idx, head;  // the head is one of those that share the table
   int begin, end;
-  int idx, num_parts, first_share;  // share first_share + i has part i
+  int idx, num_parts, first_slot;  // part i is left in slot first_slot + i
 };
 
-// The pairs of one share, from the last to the first: the CTA that has a pair's first part thus
-// begins with it. Row tiles of the same keys have the same shares, side by side, and meet in L2.
-// A warp computes it, its lanes look at a sequence each, and leaves it in shared memory for all: it
-// would cost registers otherwise.
+// The keys that a row tile sees of a part's: of the head, or behind it.
+template <class Config>
+__device__ __forceinline__ KeyRange keys_of_part(const PagedAttentionArgs& args,
+                                                 const SeenKeys& seen, const DecodePart& part,
+                                                 const KeyRange& of_tile) {
+  const auto in_head = static_cast<int>(head_blocks<Config>(args, seen));
+  const bool is_head = part.begin < in_head;
+  const int first = part.begin - (is_head ? 0 : in_head);
+  const KeyRange of_pair = is_head ? KeyRange{0, seen.head_end} : seen.keys;
+  const auto num_keys =
+      static_cast<int>(min((int64_t{part.end} - part.begin + first) * Config::kBlockKeys,
+                           int64_t{of_pair.end} - of_pair.begin));
+  return {max(of_pair.begin + first * Config::kBlockKeys, is_head ? 0 : of_tile.begin),
+          min(of_pair.begin + num_keys, of_tile.end)};
+}
+
+// The pairs of one share, from the last to the first: the CTA that has the first part of a pair
+// that others have parts of thus begins with it. Row tiles of the same keys have the same shares,
+// side by side, and meet in L2. A warp computes it, its lanes look at a table each, and leaves it
+// in shared memory for all: it would cost registers otherwise.
 template <class Config>
 class DecodeSchedule {
  public:
   __device__ __forceinline__ void start(const PagedAttentionArgs& args, int share_idx) {
-    // The lengths are looked up once where 32 sequences are all.
+    // The lengths are looked up once where 32 tables are all.
     const unsigned of_first = count_blocks(args, lane_idx());
     choose_shares(args, of_first);
     share_idx_ = share_idx;
     begin_ = share_idx * share_size_;
     find_last_pair(args, of_first);
-    cut_part();
+    cut_first_part(args);
   }
 
   // Whether there is a part; `advance` goes to the next one.
@@ -103,16 +135,23 @@ class DecodeSchedule {
   __device__ __forceinline__ const DecodePart& part() const { return part_; }
 
   __device__ __forceinline__ void advance(const PagedAttentionArgs& args) {
+    if (args.split_size > 0) {
+      const unsigned next = pair_begin_ + part_.idx + 1;
+      if (next < min(pair_begin_ + places(num_blocks_), begin_ + share_size_)) {
+        cut_piece(next);
+        return;
+      }
+    }
     const bool share_done = pair_begin_ <= begin_;
     if (share_done) {
       num_blocks_ = 0;
-    } else if (part_.kv_head > 0) {
-      --part_.kv_head;
+    } else if (part_.head > 0) {
+      --part_.head;
     } else {
-      find_sequence_before(args);
+      find_table_before(args);
     }
     pair_begin_ -= places(num_blocks_);
-    cut_part();
+    cut_first_part(args);
   }
 
  private:
@@ -120,13 +159,16 @@ class DecodeSchedule {
 
   // Blocks of the keys that a sequence's queries see.
   __device__ __forceinline__ static unsigned count_blocks(const PagedAttentionArgs& args,
-                                                          int seq_idx) {
-    if (seq_idx < 0 || seq_idx >= args.num_seqs) return 0;
-    const KeyRange keys = Sequence(args, seq_idx, LoadPastL1{}).seen_keys(args);
-    return ceil_div<unsigned>(keys.end - keys.begin, Config::kBlockKeys);
+                                                          int table_idx) {
+    if (table_idx < 0 || table_idx >= args.num_tables) return 0;
+    const Sequence sequence(args, table_idx, LoadPastL1{});
+    const SeenKeys seen = sequence.seen_keys(args);
+    const unsigned blocks = head_blocks<Config>(args, seen) +
+                            ceil_div<unsigned>(seen.keys.end - seen.keys.begin, Config::kBlockKeys);
+    return sequence.is_taken(args) ? blocks : 0;
   }
 
-  // The same, of this lane's sequence from `first` on.
+  // The same, of this lane's table from `first` on.
   __device__ __forceinline__ static unsigned count_blocks(const PagedAttentionArgs& args, int first,
                                                           unsigned of_first) {
     return first == 0 ? of_first : count_blocks(args, first + lane_idx());
@@ -140,22 +182,29 @@ class DecodeSchedule {
 
   __device__ __forceinline__ void choose_shares(const PagedAttentionArgs& args, unsigned of_first) {
     const auto num_shares = static_cast<uint64_t>(args.num_shares);
+    lead_ = 0, share_size_ = 1;
+    if (args.split_size > 0) {
+      const uint64_t of_piece = args.split_size / Config::kBlockKeys;
+      place_blocks_ = static_cast<unsigned>(min(of_piece, kMaxBlocks));
+      const uint64_t even = ceil_div(count_places(args, of_first), num_shares);
+      share_size_ = static_cast<unsigned>(max(even, uint64_t{1}));
+      return;
+    }
     uint64_t blocks = 0, pairs = 0;
     unsigned longest = 0;
-    for (int first = 0; first < args.num_seqs; first += 32) {
+    for (int first = 0; first < args.num_tables; first += 32) {
       const unsigned of_lane = count_blocks(args, first, of_first);
       blocks += __reduce_add_sync(~0u, of_lane);
       pairs += __popc(__ballot_sync(~0u, of_lane > 0));
       longest = max(longest, __reduce_max_sync(~0u, of_lane));
     }
-    blocks *= args.num_kv_heads, pairs *= args.num_kv_heads;
+    blocks *= args.heads_per_table, pairs *= args.heads_per_table;
     const uint64_t all = blocks + Config::kStartBlocks * pairs;
     constexpr unsigned kUnsplitBlocks = Config::kUnsplitBlocks;
     const uint64_t least = longest > kUnsplitBlocks ? Config::kMinBlocks : kUnsplitBlocks;
     const uint64_t even = max(ceil_div(all, num_shares), least);
     // Pairs in whole shares, if these need not be much larger for it. The second size is certain to
     // do: rounding adds less than one share for each pair.
-    lead_ = 0, share_size_ = 1;
     if (pairs <= num_shares) {
       place_blocks_ = static_cast<unsigned>(min(even, kMaxBlocks));
       if (count_places(args, of_first) <= num_shares) return;
@@ -177,22 +226,22 @@ class DecodeSchedule {
   __device__ __forceinline__ uint64_t count_places(const PagedAttentionArgs& args,
                                                    unsigned of_first) const {
     uint64_t count = 0;
-    for (int first = 0; first < args.num_seqs; first += 32) {
+    for (int first = 0; first < args.num_tables; first += 32) {
       count += __reduce_add_sync(~0u, places(count_blocks(args, first, of_first)));
     }
-    return count * args.num_kv_heads;
+    return count * args.heads_per_table;
   }
 
   // The pair that holds the share's last place, or the last pair of all if that is before.
   __device__ __forceinline__ void find_last_pair(const PagedAttentionArgs& args,
                                                  unsigned of_first) {
     const int lane = lane_idx();
-    const auto num_kv_heads = static_cast<unsigned>(args.num_kv_heads);
-    // Heads of a sequence are alike: places are counted for one of them.
-    const unsigned last_place = (begin_ + share_size_ - 1) / num_kv_heads;
+    const auto num_heads = static_cast<unsigned>(args.heads_per_table);
+    // Heads of a table are alike: places are counted for one of them.
+    const unsigned last_place = (begin_ + share_size_ - 1) / num_heads;
     unsigned places_before = 0;
     num_blocks_ = 0;
-    for (int first = 0; first < args.num_seqs && places_before <= last_place; first += 32) {
+    for (int first = 0; first < args.num_tables && places_before <= last_place; first += 32) {
       const unsigned blocks = count_blocks(args, first, of_first);
       const unsigned of_lane = places(blocks);
       unsigned up_to_lane = of_lane;
@@ -201,51 +250,64 @@ class DecodeSchedule {
         const unsigned below = __shfl_up_sync(~0u, up_to_lane, lanes);
         if (lane >= lanes) up_to_lane += below;
       }
-      // The last sequence of these 32 that begins in the share or before.
+      // The last table of these 32 that begins in the share or before.
       const unsigned begun =
           __ballot_sync(~0u, of_lane > 0 && places_before + up_to_lane - of_lane <= last_place);
       if (begun != 0) {
         const int lane_of_last = 31 - __clz(static_cast<int>(begun));
-        part_.seq_idx = first + lane_of_last;
+        part_.table_idx = first + lane_of_last;
         num_blocks_ = __shfl_sync(~0u, blocks, lane_of_last);
         pair_begin_ =
-            (places_before + __shfl_sync(~0u, up_to_lane - of_lane, lane_of_last)) * num_kv_heads;
+            (places_before + __shfl_sync(~0u, up_to_lane - of_lane, lane_of_last)) * num_heads;
       }
       places_before += __shfl_sync(~0u, up_to_lane, 31);
     }
     if (num_blocks_ == 0) return;
     const unsigned of_pair = places(num_blocks_);
     const unsigned head = (begin_ + share_size_ - 1 - pair_begin_) / of_pair;
-    part_.kv_head = static_cast<int>(min(head, num_kv_heads - 1));
-    pair_begin_ += part_.kv_head * of_pair;
+    part_.head = static_cast<int>(min(head, num_heads - 1));
+    pair_begin_ += part_.head * of_pair;
     if (pair_begin_ + of_pair <= begin_) num_blocks_ = 0;  // all pairs end before this share
   }
 
-  // To the last pair of the nearest sequence before this one that has keys, if there is one.
-  __device__ __forceinline__ void find_sequence_before(const PagedAttentionArgs& args) {
+  // To the last pair of the nearest table before this one that has keys, if there is one.
+  __device__ __forceinline__ void find_table_before(const PagedAttentionArgs& args) {
     num_blocks_ = 0;
-    for (int end = part_.seq_idx; end > 0 && num_blocks_ == 0; end -= 32) {
+    for (int end = part_.table_idx; end > 0 && num_blocks_ == 0; end -= 32) {
       const unsigned blocks = count_blocks(args, end - 1 - lane_idx());
       const unsigned with_keys = __ballot_sync(~0u, blocks > 0);
       if (with_keys == 0) continue;
       const int lane_of_nearest = __ffs(static_cast<int>(with_keys)) - 1;
-      part_.seq_idx = end - 1 - lane_of_nearest;
+      part_.table_idx = end - 1 - lane_of_nearest;
       num_blocks_ = __shfl_sync(~0u, blocks, lane_of_nearest);
     }
-    part_.kv_head = static_cast<int>(args.num_kv_heads) - 1;
+    part_.head = args.heads_per_table - 1;
   }
 
-  // Of the current pair: what this share has of it.
-  __device__ __forceinline__ void cut_part() {
+  // Of the current pair: what this share has of it, or the first piece of that.
+  __device__ __forceinline__ void cut_first_part(const PagedAttentionArgs& args) {
+    if (args.split_size > 0) {
+      cut_piece(max(pair_begin_, begin_));
+      return;
+    }
     const unsigned first = pair_begin_ + lead_, last = pair_begin_ + places(num_blocks_) - 1;
     const auto block_at = [&](unsigned place) {
       return place <= first ? 0u : min((place - first) * place_blocks_, num_blocks_);
     };
     part_.begin = static_cast<int>(block_at(begin_));
     part_.end = static_cast<int>(block_at(min(begin_ + share_size_, last + 1)));
-    part_.first_share = static_cast<int>(share_of(first));
-    part_.idx = share_idx_ - part_.first_share;
-    part_.num_parts = static_cast<int>(share_of(last)) - part_.first_share + 1;
+    part_.first_slot = static_cast<int>(share_of(first));
+    part_.idx = share_idx_ - part_.first_slot;
+    part_.num_parts = static_cast<int>(share_of(last)) - part_.first_slot + 1;
+  }
+
+  __device__ __forceinline__ void cut_piece(unsigned place) {
+    const unsigned idx = place - pair_begin_, first_block = idx * place_blocks_;
+    part_.begin = static_cast<int>(first_block);
+    part_.end = static_cast<int>(min(first_block + place_blocks_, num_blocks_));
+    part_.first_slot = static_cast<int>(pair_begin_);
+    part_.idx = static_cast<int>(idx);
+    part_.num_parts = static_cast<int>(places(num_blocks_));
   }
 
   __device__ __forceinline__ unsigned share_of(unsigned place) const {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attention/paged_attention_rows.h"
+#include "attention/paged_attention_tasks.h"
 #include "attention/row_states.h"
 #include "common/cpu_isa.h"
 #include "common/dispatch.h"
@@ -25,117 +26,11 @@
 namespace effllm {
 namespace {
 
-constexpr int64_t kTileRows = 32;
 constexpr int64_t kTileKeys = kAttentionTileKeys;
-constexpr int64_t kSplitKeys = 512;
 // Up to which keys and values are decoded as they are used, and not once for all rows beforehand.
 constexpr int64_t kFewRows = 8;
 constexpr int64_t kTasksPerThread = 4;  // with fewer, threads share tasks
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-struct KeyRange {
-  int64_t begin, end;
-
-  KeyRange operator&(const KeyRange& other) const {
-    return {std::max(begin, other.begin), std::min(end, other.end)};
-  }
-  bool operator==(const KeyRange&) const = default;
-  bool empty() const { return begin >= end; }
-};
-
-struct Sequence {
-  int64_t index, first_token, num_queries, num_keys;
-
-  int64_t position(int64_t query) const { return num_keys - num_queries + query; }
-
-  // What query `query` of this sequence sees. Both ends grow with `query`.
-  KeyRange visible_keys(const PagedAttentionParams& params, int64_t query) const {
-    return {std::max<int64_t>(position(query) - params.window + 1, 0),
-            params.causal ? std::min(position(query) + 1, num_keys) : num_keys};
-  }
-
-  KeyRange visible_keys(const PagedAttentionParams& params, int64_t first, int64_t last) const {
-    return {visible_keys(params, first).begin, visible_keys(params, last).end};
-  }
-};
-
-Sequence sequence_at(const PagedAttentionParams& params, int64_t index) {
-  const int32_t* starts = params.cu_seqlens_q + index;
-  return {index, starts[0], starts[1] - starts[0], params.seq_lens[index]};
-}
-
-// Checks what the tensors hold, as far as it will be read. Nothing may throw once threads run.
-void check_values(const PagedAttentionParams& params) {
-  const Check check("paged_attention");
-  const auto in_range = [&](const std::string& name, int64_t value, int64_t first, int64_t last,
-                            const char* formula) {
-    if (value >= first && value <= last) return;
-    const int64_t bounds[] = {first, last};
-    check.that(false, name + " must be in " + formula + " = " + format_list(bounds, 2) + ", got " +
-                          std::to_string(value));
-  };
-
-  check.that(params.cu_seqlens_q[0] == 0,
-             "cu_seqlens_q[0] must be 0, got " + std::to_string(params.cu_seqlens_q[0]));
-  const int64_t longest_keys = params.max_pages_per_seq * params.page_size;
-  int64_t longest_query = 0;
-  for (int64_t idx = 0; idx < params.num_seqs; ++idx) {
-    const std::string position = std::to_string(idx);
-    const Sequence seq = sequence_at(params, idx);
-    in_range("cu_seqlens_q[" + std::to_string(idx + 1) + "]", params.cu_seqlens_q[idx + 1],
-             params.cu_seqlens_q[idx], params.num_tokens, "[the entry before it, T]");
-    in_range("seq_lens[" + position + "]", seq.num_keys, 0, longest_keys, "[0, MAXP * P]");
-    longest_query = std::max(longest_query, seq.num_queries);
-
-    if (seq.num_queries == 0) continue;
-    const KeyRange keys = seq.visible_keys(params, 0, seq.num_queries - 1);
-    if (keys.empty()) continue;
-    const int32_t* pages = params.page_table + idx * params.stride_page_table_seq;
-    for (int64_t page = keys.begin / params.page_size; page * params.page_size < keys.end; ++page) {
-      if (pages[page] >= 0 && pages[page] < params.num_pages) continue;
-      in_range("page_table[" + position + ", " + std::to_string(page) + "]", pages[page], 0,
-               params.num_pages - 1, "[0, NP - 1]");
-    }
-  }
-  check.that(params.max_seqlen_q >= longest_query,
-             "max_seqlen_q must be at least the longest query of cu_seqlens_q, " +
-                 std::to_string(longest_query) + ", got " + std::to_string(params.max_seqlen_q));
-}
-
-// Up to kTileRows rows of one sequence and KV head, and the keys that any of them sees. Row r is
-// query token r / group of the sequence and query head r % group of the KV head.
-struct Task {
-  Sequence seq;
-  int64_t kv_head, first_row, num_rows;
-  KeyRange keys;
-
-  int64_t first_split() const { return keys.begin / kSplitKeys; }
-  // At least one, so that a task without keys has its rows stored too.
-  int64_t num_splits() const {
-    return std::max<int64_t>((keys.end + kSplitKeys - 1) / kSplitKeys - first_split(), 1);
-  }
-  KeyRange split(int64_t idx) const {
-    const int64_t begin = (first_split() + idx) * kSplitKeys;
-    return keys & KeyRange{begin, begin + kSplitKeys};
-  }
-};
-
-std::vector<Task> make_tasks(const PagedAttentionParams& params) {
-  const int64_t group = params.num_q_heads / params.num_kv_heads;
-  std::vector<Task> tasks;
-  for (int64_t idx = 0; idx < params.num_seqs; ++idx) {
-    const Sequence seq = sequence_at(params, idx);
-    const int64_t total_rows = seq.num_queries * group;
-    for (int64_t row = 0; row < total_rows; row += kTileRows) {
-      const int64_t num_rows = std::min(kTileRows, total_rows - row);
-      const KeyRange keys = seq.visible_keys(params, row / group, (row + num_rows - 1) / group);
-      for (int64_t head = 0; head < params.num_kv_heads; ++head) {
-        tasks.push_back({seq, head, row, num_rows, keys});
-      }
-    }
-  }
-  return tasks;
-}
 
 int64_t padded_dim(const PagedAttentionParams& params) {
   return (params.head_dim + kAttentionDimStep - 1) / kAttentionDimStep * kAttentionDimStep;
@@ -188,13 +83,13 @@ struct Cache {
 template <class Kv>
 void locate_rows(const PagedAttentionParams& params, const Cache& cache, const Task& task,
                  KeyRange range, KvRows& rows) {
-  const int32_t* pages = params.page_table + task.seq.index * params.stride_page_table_seq;
   const KvScales scales = *cache.scales;
   const int64_t page_size = params.page_size;
   int64_t entry = range.begin / page_size, slot = range.begin % page_size;
   for (int64_t position = range.begin; position < range.end; slot = 0, ++entry) {
     // The rows of one page.
-    const int64_t last = std::min(range.end, position + page_size - slot), page = pages[entry];
+    const int64_t last = std::min(range.end, position + page_size - slot),
+                  page = task.seq.pages[entry];
     const char* row =
         static_cast<const char*>(cache.data) +
         (page * cache.stride_page + slot * cache.stride_slot + task.kv_head * cache.stride_head) *
@@ -342,8 +237,11 @@ struct Call {
                    const AttentionTile& operands) const {
     const int64_t group = params.num_q_heads / params.num_kv_heads;
     const int64_t tile_begin = tile.begin / kTileKeys * kTileKeys;
+    const bool head = tile.begin < params.sink_tokens;
     const auto visible_keys = [&](int64_t row) {
-      return tile & task.seq.visible_keys(params, (task.first_row + row) / group);
+      const int64_t query = (task.first_row + row) / group;
+      return tile &
+             (head ? task.seq.head_keys(params, query) : task.seq.visible_keys(params, query));
     };
     for (int64_t row = 0, next; row < task.num_rows; row = next) {
       const KeyRange visible = visible_keys(row);
@@ -454,13 +352,14 @@ std::tuple<Tensor, Tensor> paged_attention_cpu(
     const Tensor& seq_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, const std::optional<Tensor>& sinks,
     const std::optional<Tensor>& alibi_slopes, int64_t max_seqlen_q, std::optional<double> scale,
-    bool causal, std::optional<int64_t> window, double softcap) {
+    bool causal, std::optional<int64_t> window, double softcap, std::optional<int64_t> split_size,
+    int64_t sink_tokens) {
   PagedAttentionParams params = check_paged_attention(
       as_view(q, "q"), as_view(k_cache, "k_cache"), as_view(v_cache, "v_cache"),
       as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
       as_view(cu_seqlens_q, "cu_seqlens_q"), as_view(k_scale, "k_scale"),
       as_view(v_scale, "v_scale"), as_view(sinks, "sinks"), as_view(alibi_slopes, "alibi_slopes"),
-      max_seqlen_q, scale, causal, window, softcap);
+      max_seqlen_q, scale, causal, window, softcap, split_size, sink_tokens);
   check_values(params);
 
   Tensor out = new_empty(q, {params.num_tokens, params.num_q_heads, params.head_dim}, params.dtype);
@@ -481,7 +380,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NS, m) {
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
       "Tensor seq_lens, Tensor cu_seqlens_q, Tensor? k_scale=None, Tensor? v_scale=None, "
       "Tensor? sinks=None, Tensor? alibi_slopes=None, *, SymInt max_seqlen_q, "
-      "float? scale=None, bool causal=True, int? window=None, float softcap=0.) -> (Tensor, "
+      "float? scale=None, bool causal=True, int? window=None, float softcap=0., "
+      "int? split_size=None, int sink_tokens=0) -> (Tensor, "
       "Tensor)");
 }
 

@@ -35,14 +35,15 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
     const Tensor& seq_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, const std::optional<Tensor>& sinks,
     const std::optional<Tensor>& alibi_slopes, int64_t max_seqlen_q, std::optional<double> scale,
-    bool causal, std::optional<int64_t> window, double softcap) {
+    bool causal, std::optional<int64_t> window, double softcap, std::optional<int64_t> split_size,
+    int64_t sink_tokens) {
   const View q_view = as_view(q, "q");
   const View k_view = as_view(k_cache, "k_cache"), v_view = as_view(v_cache, "v_cache");
   PagedAttentionArgs args{check_paged_attention(
       q_view, k_view, v_view, as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
       as_view(cu_seqlens_q, "cu_seqlens_q"), as_view(k_scale, "k_scale"),
       as_view(v_scale, "v_scale"), as_view(sinks, "sinks"), as_view(alibi_slopes, "alibi_slopes"),
-      max_seqlen_q, scale, causal, window, softcap)};
+      max_seqlen_q, scale, causal, window, softcap, split_size, sink_tokens)};
   // A copy of the cache would cost more than the op: its layout is the caller's to mend.
   Match(kOp, k_view).aligned(cache_alignment(k_view), element_bytes(args.kv_dtype));
   Match(kOp, v_view).aligned(cache_alignment(v_view), element_bytes(args.kv_dtype));
@@ -69,6 +70,11 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
   args.page_size_divisor = FastDivisor::of(args.page_size);
   args.group = static_cast<int32_t>(args.num_q_heads / args.num_kv_heads);
   args.group_divisor = FastDivisor::of(args.group);
+  args.table_heads_divisor = FastDivisor::of(args.table_heads);
+  args.split_size_divisor = FastDivisor::of(std::max<int64_t>(args.split_size, 1));
+  args.max_rows = INT32_MAX;
+  args.num_tables = static_cast<int32_t>(args.num_seqs * args.table_heads);
+  args.heads_per_table = static_cast<int32_t>(args.num_kv_heads / args.table_heads);
 
   Tensor workspace;
   const AttentionContext context{q.get_device_index(), current_cuda_stream(q), [&](int64_t floats) {

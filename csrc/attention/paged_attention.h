@@ -6,17 +6,25 @@
 //   k_scale      [NP, P, HKV]      and v_scale: scales of quantised caches; quant/kv_layout.h
 //   page_table   [B, MAXP] int32   page of each P keys; entries without a visible key are not read
 //   seq_lens     [B] int32         keys of each sequence, those of its query tokens included
+//                                  or, for every KV head, [B, HKV, MAXP] and [B, HKV]
 //   cu_seqlens_q [B + 1] int32     sequence b owns query tokens cu_seqlens_q[b] .. [b + 1], from 0
 //   sinks        [HQ] fp32         optional: a logit per query head that has no key and no value
 //   alibi_slopes [HQ] fp32         optional: what a score loses for each position of distance
 //   out          [T, HQ, D]        and lse [T, HQ] fp32, natural logarithm, of the keys alone
 //
-// Query i of the n of a sequence with s keys stands at position s - n + i (bottom-right alignment).
-// It sees key j if, when causal, j <= position, and, with a window w, j > position - w.
+// Query i of the n of a sequence with s keys stands at position s - n + i (bottom-right alignment),
+// where KV heads have lengths of their own in each head at its own.
+// It sees key j if, when causal, j <= position, and, with a window w, j > position - w or j <
+// sink_tokens.
 // Scores are softcap * tanh(scale * qk / softcap) if softcap > 0, then less alibi_slopes[h] *
 // |position - j|. A sink joins what weights are divided by: out * 1 / (1 + exp(sink - lse)). A row
 // that sees no key is 0 with lse -inf; so is a query token of no sequence (cu_seqlens_q[B] < T),
 // and a row whose scores are all -inf. Query head h reads KV head h / (HQ / HKV).
+//
+// With a split_size, decoding cuts keys at its multiples, in all sequences alike, and merges what
+// the pieces give in their order: the bits of a row depend on its sequence alone, not on the rest
+// of the batch and not on how many multiprocessors there are. Prefill does not cut keys, and the
+// CPU always at the same ones: neither needs it.
 //
 // Lengths and tables are data: the CPU raises on a value out of range, the GPU, which cannot raise,
 // clamps it (seq_lens to MAXP * P, pages to NP - 1), so that nothing outside the tensors is read,
@@ -37,6 +45,7 @@
 namespace effllm {
 
 inline constexpr int64_t kMaxHeadDim = 256;
+inline constexpr int64_t kSplitSizeStep = 64;  // what CTAs have at least
 
 struct PagedAttentionParams {
   int64_t num_seqs, num_tokens, num_q_heads, num_kv_heads, head_dim;
@@ -52,15 +61,19 @@ struct PagedAttentionParams {
   int64_t stride_v_page, stride_v_slot, stride_v_head;
   KvScales k_scales, v_scales;
   const int32_t* page_table;
-  int64_t stride_page_table_seq;
+  int64_t stride_page_table_seq, stride_page_table_head;
   const int32_t* seq_lens;
+  int64_t stride_seq_lens_seq;  // from head to head it is 1
+  int64_t table_heads;          // tables and lengths of a sequence: HKV, or 1 for all heads
   const int32_t* cu_seqlens_q;
   const float* sinks;         // [HQ], or null
   const float* alibi_slopes;  // likewise
 
   float scale, softcap;
   bool causal;
-  int64_t window;  // keys seen including the query's own; at most kNoWindow, which is all
+  int64_t window;       // keys seen including the query's own; at most kNoWindow, which is all
+  int64_t split_size;   // keys of a piece; 0: they are cut as suits the batch
+  int32_t sink_tokens;  // keys of the head, the first, which stay visible; 0 without a window
 
   void* out;   // [T, HQ, D], contiguous
   float* lse;  // [T, HQ], contiguous
@@ -74,7 +87,8 @@ inline PagedAttentionParams check_paged_attention(
     const View& seq_lens, const View& cu_seqlens_q, const std::optional<View>& k_scale,
     const std::optional<View>& v_scale, const std::optional<View>& sinks,
     const std::optional<View>& alibi_slopes, int64_t max_seqlen_q, std::optional<double> scale,
-    bool causal, std::optional<int64_t> window, double softcap) {
+    bool causal, std::optional<int64_t> window, double softcap, std::optional<int64_t> split_size,
+    int64_t sink_tokens) {
   Check check("paged_attention");
   Sym tokens("T"), q_heads("HQ"), dim("D"), pages("NP"), page_size("P"), kv_heads("HKV");
   Sym seqs("B"), max_pages("MAXP");
@@ -90,8 +104,16 @@ inline PagedAttentionParams check_paged_attention(
       check_kv_cache(check, k_cache, k_scale, "k_scale", pages, page_size, kv_heads, dim);
   const KvScales v_scales =
       check_kv_cache(check, v_cache, v_scale, "v_scale", pages, page_size, kv_heads, dim);
-  check(page_table).dtype({DType::kInt32}).shape({seqs, max_pages}).last_stride_one();
-  check(seq_lens).dtype({DType::kInt32}).shape({seqs}).last_stride_one();
+  const bool per_head = page_table.rank == 3;
+  check(page_table).dtype({DType::kInt32});
+  check(seq_lens).dtype({DType::kInt32});
+  if (per_head) {
+    check(page_table).shape({seqs, kv_heads, max_pages}).last_stride_one();
+    check(seq_lens).shape({seqs, kv_heads}).last_stride_one();
+  } else {
+    check(page_table).shape({seqs, max_pages}).last_stride_one();
+    check(seq_lens).shape({seqs}).last_stride_one();
+  }
   check(cu_seqlens_q).dtype({DType::kInt32}).shape({{"B + 1", *seqs + 1}}).last_stride_one();
   const auto of_heads = [&](const std::optional<View>& view) -> const float* {
     if (!view) return nullptr;
@@ -108,11 +130,19 @@ inline PagedAttentionParams check_paged_attention(
   check.that(*kv_heads > 0 && *q_heads % *kv_heads == 0,
              "q must have a number of heads that is a multiple of the cache's " +
                  std::to_string(*kv_heads) + ", got " + std::to_string(*q_heads));
+  check.that(
+      *seqs <= INT32_MAX / (per_head ? *kv_heads : 1),
+      "page_table must be of less than 2^31 tables, got " + std::to_string(*seqs) + " sequences");
   check.that(*page_size > 0, "k_cache must have a page size of at least 1, got 0");
   check.that(max_seqlen_q >= 0,
              "max_seqlen_q must be at least 0, got " + std::to_string(max_seqlen_q));
   check.that(!window || *window >= 1,
              "window must be at least 1 or None, got " + std::to_string(window.value_or(0)));
+  check.that(!split_size || (*split_size > 0 && *split_size % kSplitSizeStep == 0),
+             "split_size must be a positive multiple of 64 or None, got " +
+                 std::to_string(split_size.value_or(0)));
+  check.that(sink_tokens >= 0,
+             "sink_tokens must be at least 0, got " + std::to_string(sink_tokens));
   // As floats, which is what kernels compute with.
   check.that(softcap >= 0.0 && softcap <= FLT_MAX,
              "softcap must be finite and at least 0 (0 = none), got " + std::to_string(softcap));
@@ -145,11 +175,16 @@ inline PagedAttentionParams check_paged_attention(
   params.v_scales = v_scales;
   params.page_table = page_table.data_as<int32_t>();
   params.stride_page_table_seq = page_table.stride(0);
+  params.stride_page_table_head = per_head ? page_table.stride(1) : 0;
+  params.stride_seq_lens_seq = seq_lens.stride(0);
+  params.table_heads = per_head ? *kv_heads : 1;
   params.seq_lens = seq_lens.data_as<int32_t>();
   params.cu_seqlens_q = cu_seqlens_q.data_as<int32_t>();
   params.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(*dim))));
   params.softcap = static_cast<float>(softcap);
   params.causal = causal;
+  params.split_size = split_size.value_or(0);
+  params.sink_tokens = window ? static_cast<int32_t>(std::min<int64_t>(sink_tokens, INT32_MAX)) : 0;
   params.window = std::min(window.value_or(INT64_MAX), PagedAttentionParams::kNoWindow);
   return params;
 }

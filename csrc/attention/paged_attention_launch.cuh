@@ -35,33 +35,60 @@ template <class Config>
 void decode(PagedAttentionArgs args, const AttentionContext& context) {
   const int num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
   args.early_start = context.attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  args.num_row_tiles =
-      static_cast<int32_t>(ceil_div<int64_t>(args.group * args.max_seqlen_q, Config::kRows));
+  const int64_t max_rows = std::min<int64_t>(args.group * args.max_seqlen_q, args.max_rows);
+  args.num_row_tiles = static_cast<int32_t>(ceil_div<int64_t>(max_rows, Config::kRows));
   // As many CTAs as run together, or as parts that are worth one.
   const int64_t resident =
       std::clamp<int64_t>(num_sms * Config::kCtasPerSm / args.num_row_tiles, 1, kMaxShares);
-  const int64_t max_keys =
-      std::min(args.max_pages_per_seq * args.page_size, args.window + args.max_seqlen_q);
-  const int64_t parts_per_pair = std::clamp<int64_t>(
-      ceil_div<int64_t>(max_keys, Config::kMinBlocks * Config::kBlockKeys), 1, resident);
-  const int64_t parts = args.num_seqs * args.num_kv_heads * parts_per_pair;
+  const int64_t pairs = args.num_seqs * args.num_kv_heads;
+  const int64_t table_keys = args.max_pages_per_seq * args.page_size;
+  const int64_t max_keys = std::min(table_keys, args.sink_tokens + args.window + args.max_seqlen_q);
+  if (args.sink_tokens > 0 && args.split_size == 0) {
+    // Pieces of no promised size, as no part may reach over the gap: for each CTA about one.
+    const int64_t even = ceil_div(max_keys * pairs, resident);
+    args.split_size = ceil_div(std::max<int64_t>(even, Config::kUnsplitBlocks * Config::kBlockKeys),
+                               kSplitSizeStep) *
+                      kSplitSizeStep;
+    args.split_size_divisor = FastDivisor::of(args.split_size);
+  }
+  const bool fixed = args.split_size > 0;
+  const int64_t part_keys = fixed ? args.split_size : Config::kMinBlocks * Config::kBlockKeys;
+  int64_t parts_per_pair = std::max<int64_t>(ceil_div(max_keys, part_keys), 1);
+  if (fixed) {
+    // The head and what is behind it end and begin anywhere in a piece.
+    const int64_t cuts = args.sink_tokens > 0 ? 2 : 1;
+    const int64_t of_table = std::max<int64_t>(ceil_div(table_keys, part_keys), 1);
+    parts_per_pair = std::min(parts_per_pair + cuts, of_table + cuts - 1);
+    if (parts_per_pair > kMaxShares) {
+      fail("paged_attention", "split_size must make at most " + std::to_string(kMaxShares) +
+                                  " pieces of MAXP * P = " + std::to_string(table_keys) +
+                                  " keys, got " + std::to_string(args.split_size));
+    }
+  } else {
+    parts_per_pair = std::min(parts_per_pair, resident);
+  }
+  const int64_t parts = pairs * parts_per_pair;
   args.num_shares = static_cast<int32_t>(std::min(parts, resident));
 
-  const int64_t ctas = int64_t{args.num_shares} * args.num_row_tiles;
-  const int64_t rows = ctas * 2 * Config::kRows;
-  args.partial_out = context.allocate(rows * (args.head_dim + 2) + ctas * 2);
+  const int64_t slots = (fixed ? parts : args.num_shares) * args.num_row_tiles;
+  const int64_t rows = slots * (fixed ? 1 : 2) * Config::kRows;
+  args.partial_out = context.allocate(rows * (args.head_dim + 2) + slots * 2);
   args.partial_softmax = args.partial_out + rows * args.head_dim;
   args.arrivals = reinterpret_cast<uint64_t*>(args.partial_softmax + rows * 2);
   launch_paged_decode<Config>(args, context.stream);
 }
 
 template <class Element, class Kv, int kHeadDim>
-void launch_paged_attention(const PagedAttentionArgs& args, const AttentionContext& context) {
+void launch_paged_attention(PagedAttentionArgs args, const AttentionContext& context) {
   // Up to here it pays to read the keys once per 8 rows, from L2 after the first time, and have
   // splits: the prefill kernel has one CTA for all keys of these rows.
-  constexpr int64_t kMaxDecodeRows = 32;
+  constexpr int32_t kMaxDecodeRows = 32;
   if (args.group * args.max_seqlen_q > kMaxDecodeRows) {
-    return launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim, Kv>>(args, context.stream);
+    // The batch chooses, unless it must not show: then each sequence by its own rows.
+    if (args.split_size > 0) args.min_rows = kMaxDecodeRows + 1;
+    launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim, Kv>>(args, context.stream);
+    if (args.split_size == 0) return;
+    args.min_rows = 0, args.max_rows = kMaxDecodeRows;
   }
   // Shared memory is for four warps of D = 256.
   constexpr int kWarps = kHeadDim == 256 || std::is_same_v<Kv, KvInt4> ? 4 : 8;
@@ -75,7 +102,7 @@ void launch_paged_attention(const PagedAttentionArgs& args, const AttentionConte
     // the multiprocessor. With many, the other of two loads while one goes to its next pair:
     // measured on an H100, up to 10 % quicker.
     const int num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
-    if (args.num_seqs * args.num_kv_heads > num_sms) {
+    if (args.split_size == 0 && args.num_seqs * args.num_kv_heads > num_sms) {
       return decode<PagedDecodeConfig<Element, kHeadDim, 4, Kv>>(args, context);
     }
   }

@@ -55,16 +55,17 @@ class PagedPrefill {
 
  public:
   __device__ __forceinline__ PagedPrefill(const PagedAttentionArgs& args, Storage& smem,
-                                          int seq_idx, int kv_head, int first_row)
+                                          int table_idx, int head, int first_row)
       : args_(args),
         smem_(smem),
-        sequence_(args, seq_idx),
-        kv_head_(kv_head),
+        sequence_(args, table_idx),
+        kv_head_(sequence_.first_kv_head + head),
         first_row_(first_row),
-        num_rows_(sequence_.num_queries * args.group),
+        num_rows_(sequence_.is_taken(args) ? sequence_.num_queries * args.group : 0),
         warp_row_(threadIdx.x / 32 * Config::kWarpRows),
         lane_idx_(threadIdx.x % 32) {
-    if (first_row == 0) clear_unowned_tokens<Element>(args, sequence_, seq_idx, kv_head);
+    if (first_row == 0 && sequence_.is_taken(args))
+      clear_unowned_tokens<Element>(args, sequence_, kv_head_);
   }
 
   __device__ __forceinline__ bool has_rows() const { return first_row_ < num_rows_; }
@@ -108,7 +109,11 @@ class PagedPrefill {
   // Queries and the first K; the keys that some row of the CTA, and that all rows of the warp see.
   __device__ __forceinline__ void prologue() {
     keys_ = {visible_keys_of_row(0).begin, visible_keys_of_row(Config::kBlockM - 1).end};
-    num_tiles_ = ceil_div(keys_.end - keys_.begin, Config::kBlockN);
+    // Tiles of the head come first.
+    head_end_ = min(args_.sink_tokens, keys_.end);
+    keys_.begin = max(keys_.begin, head_end_);
+    num_head_tiles_ = ceil_div(head_end_, Config::kBlockN);
+    num_tiles_ = num_head_tiles_ + ceil_div(keys_.end - keys_.begin, Config::kBlockN);
     common_keys_ = {visible_keys_of_row(warp_row_ + Config::kWarpRows - 1).begin,
                     visible_keys_of_row(warp_row_).end};
     load_queries();
@@ -149,14 +154,20 @@ class PagedPrefill {
     }
   }
 
+  __device__ __forceinline__ int first_key_of(int tile) const {
+    return tile < num_head_tiles_ ? tile * Config::kBlockN
+                                  : keys_.begin + (tile - num_head_tiles_) * Config::kBlockN;
+  }
+
   // One thread per key looks into the page table, for all threads that will copy its rows. Keys
   // outside keys_ are neither looked up nor read: their slots may hold anything, NaN too.
   __device__ __forceinline__ void locate_tile(int tile) {
     if (threadIdx.x >= Config::kBlockN) return;
-    const int key = keys_.begin + tile * Config::kBlockN + threadIdx.x;
+    const int key = first_key_of(tile) + threadIdx.x;
+    const int end = tile < num_head_tiles_ ? head_end_ : keys_.end;
     int64_t k_offset = Storage::kNoKey, v_offset = Storage::kNoKey;
     uint32_t k_word = 0, v_word = 0;
-    if (key < keys_.end) {
+    if (key < end) {
       const KeyLocation location = locate_key(args_, sequence_.page_row, key);
       k_offset = location.k_offset(args_, kv_head_);
       v_offset = location.v_offset(args_, kv_head_);
@@ -264,7 +275,7 @@ class PagedPrefill {
   // Scores become weights 2^(x - maximum); output and sums so far are brought to the new maximum.
   __device__ __forceinline__ void softmax(Scores& scores, int tile_idx) {
     const ScoreMap map(args_);
-    const int first_key = keys_.begin + tile_idx * Config::kBlockN;
+    const int first_key = first_key_of(tile_idx);
     // Most tiles lie inside the range of every row: no comparisons there.
     const bool whole =
         first_key >= common_keys_.begin && first_key + Config::kBlockN <= common_keys_.end;
@@ -333,7 +344,10 @@ class PagedPrefill {
   __device__ __forceinline__ void mask(float (&scores)[kKeyTiles][4], int row_tile,
                                        int first_key) const {
     const int row = warp_row_ + row_tile * 16 + lane_idx_ / 4;
-    const KeyRange visible[2] = {visible_keys_of_row(row), visible_keys_of_row(row + 8)};
+    KeyRange visible[2] = {visible_keys_of_row(row), visible_keys_of_row(row + 8)};
+    if (first_key < args_.sink_tokens) {
+      for (KeyRange& keys : visible) keys = {0, min(keys.end, head_end_)};
+    }
 #pragma unroll
     for (int tile = 0; tile < kKeyTiles; ++tile) {
 #pragma unroll
@@ -442,7 +456,7 @@ class PagedPrefill {
   const Sequence sequence_;
   const int kv_head_, first_row_, num_rows_, warp_row_, lane_idx_;
   KeyRange keys_, common_keys_;
-  int num_tiles_;
+  int num_tiles_, num_head_tiles_, head_end_;
   // This thread's part of its warp's row tiles: rows lane / 4 and lane / 4 + 8 of each.
   SoftmaxRow rows_[kRowTiles][2];
   float output_[kRowTiles][kDimTiles][4] = {};
@@ -452,16 +466,16 @@ class PagedPrefill {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads)
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinCtasPerSm)
     paged_prefill_kernel(const __grid_constant__ PagedAttentionArgs args) {
   extern __shared__ uint4 smem_raw[];
   auto& smem = *reinterpret_cast<PagedPrefillStorage<Config>*>(smem_raw);
   // Late row tiles come first: under a causal mask they are the longest.
-  const auto num_kv_heads = static_cast<uint32_t>(args.num_kv_heads);
-  const auto num_seqs = static_cast<uint32_t>(args.num_seqs);
-  const uint32_t pair = blockIdx.x / num_kv_heads;
-  const int row_tile = args.num_row_tiles - 1 - static_cast<int>(pair / num_seqs);
-  PagedPrefill<Config> prefill(args, smem, pair % num_seqs, blockIdx.x % num_kv_heads,
+  const auto heads = static_cast<uint32_t>(args.heads_per_table);
+  const auto num_tables = static_cast<uint32_t>(args.num_tables);
+  const uint32_t pair = blockIdx.x / heads;
+  const int row_tile = args.num_row_tiles - 1 - static_cast<int>(pair / num_tables);
+  PagedPrefill<Config> prefill(args, smem, pair % num_tables, blockIdx.x % heads,
                                row_tile * Config::kBlockM);
   if (prefill.has_rows()) prefill.run();
 }

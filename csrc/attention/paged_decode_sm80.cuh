@@ -132,12 +132,14 @@ class PagedDecode {
         x = alibi_[quad_lane_ * 2 + row].biased(x, first_key + key);
       });
     }
-    // All rows see all keys of most tiles.
-    if (first_key < seen_by_all_.begin ||
+    // All rows see all keys of most tiles. No part reaches from the head to what is behind it.
+    const bool in_head = first_key < args_.sink_tokens;
+    if ((first_key < seen_by_all_.begin && !in_head) ||
         first_key + Config::kTileKeys > min(seen_by_all_.end, end)) {
       for_each_score(scores, [&](float& x, int row, int key) {
         const int idx = first_key + key;
-        if (idx >= end || !visible_[row].contains(idx)) x = kMaskedScore;
+        const KeyRange& visible = visible_[row];
+        if (idx >= end || idx >= visible.end || (idx < visible.begin && !in_head)) x = kMaskedScore;
       });
     }
     float maximum[2] = {rows_[0].maximum, rows_[1].maximum};
@@ -241,7 +243,8 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
                                             PagedDecodeStorage<Config>& smem) {
   using Element = typename Config::Element;
   const DecodePart& part = smem.schedule.part();
-  const Sequence sequence(args, part.seq_idx);
+  const Sequence sequence(args, part.table_idx);
+  const int kv_head = sequence.first_kv_head + part.head;
   const DecodeTile<Config> tile(args, sequence, smem.row_tile);
   if (part.begin == part.end || tile.empty()) return;
   if (part.num_parts > 1 && part.idx == 0 && threadIdx.x == 0) {
@@ -250,18 +253,14 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   if (args.alibi_slopes != nullptr) {
     if (threadIdx.x < Config::kRows) {
       const int row = min(tile.first_row + static_cast<int>(threadIdx.x), tile.num_rows - 1);
-      smem.alibi[threadIdx.x] = AlibiRow::of(args, sequence, part.kv_head, row);
+      smem.alibi[threadIdx.x] = AlibiRow::of(args, sequence, kv_head, row);
     }
     __syncthreads();
   }
   {
-    const KeyRange seen = sequence.seen_keys(args);
-    const auto num_keys = static_cast<int>(
-        min(int64_t{part.end} * Config::kBlockKeys, int64_t{seen.end} - seen.begin));
-    const KeyRange keys{max(seen.begin + part.begin * Config::kBlockKeys, tile.keys.begin),
-                        min(seen.begin + num_keys, tile.keys.end)};
+    const KeyRange keys = keys_of_part<Config>(args, sequence.seen_keys(args), part, tile.keys);
     prefetch_page_row(args, sequence, keys);
-    PagedDecode<Config> decode(args, sequence, tile, part.kv_head, smem);
+    PagedDecode<Config> decode(args, sequence, tile, kv_head, smem);
     decode.run(keys);
     decode.store(smem);
   }
@@ -276,7 +275,7 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
     SoftmaxRow total;
     float4 value = merge_warps(smem, row, dim, total);
     if (whole) {
-      const OutputRow out_row(args, sequence, part.kv_head, tile.first_row + row);
+      const OutputRow out_row(args, sequence, kv_head, tile.first_row + row);
       const float inverse = total.inverse_sum(sink_score(args, out_row.head));
       value = {value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse};
       store_output<Element>(args, out_row.idx, dim, value);
@@ -296,24 +295,26 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   __syncthreads();
   if (!smem.is_last) return;
   for (int row = threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
-    partial.merge(row, OutputRow(args, sequence, part.kv_head, tile.first_row + row));
+    partial.merge(row, OutputRow(args, sequence, kv_head, tile.first_row + row));
   }
 }
 
-// Clears the tokens that have no row tile: those that no CTA computes, and all of sequences without
-// a visible key. These are dealt out to the CTAs one by one.
+// Clears the tokens that have no row tile: those that no CTA computes, and all of page tables
+// without a visible key, for their heads. These are dealt out to the CTAs one by one.
 template <class Element>
 __device__ __forceinline__ void clear_keyless_tokens(const PagedAttentionArgs& args) {
-  for (int64_t seq_idx = blockIdx.x; seq_idx < args.num_seqs; seq_idx += gridDim.x) {
-    const Sequence sequence(args, static_cast<int>(seq_idx));
-    const KeyRange seen = sequence.seen_keys(args);
-    const bool keyless = seen.begin == seen.end;
-    const bool all_owned = sequence.first_token + sequence.num_queries == sequence.end_token &&
-                           (seq_idx > 0 || sequence.first_token == 0) &&
-                           (seq_idx + 1 < args.num_seqs || sequence.end_token == args.num_tokens);
+  for (int64_t table_idx = blockIdx.x; table_idx < args.num_tables; table_idx += gridDim.x) {
+    const Sequence sequence(args, static_cast<int>(table_idx));
+    if (!sequence.is_taken(args)) continue;
+    const bool keyless = sequence.seen_keys(args).empty();
+    const bool all_owned =
+        sequence.first_token + sequence.num_queries == sequence.end_token &&
+        (sequence.seq_idx > 0 || sequence.first_token == 0) &&
+        (sequence.seq_idx + 1 < args.num_seqs || sequence.end_token == args.num_tokens);
     if (!keyless && all_owned) continue;
-    for (int kv_head = 0; kv_head < args.num_kv_heads; ++kv_head) {
-      clear_unowned_tokens<Element>(args, sequence, static_cast<int>(seq_idx), kv_head);
+    for (int head = 0; head < args.heads_per_table; ++head) {
+      const int kv_head = sequence.first_kv_head + head;
+      clear_unowned_tokens<Element>(args, sequence, kv_head);
       if (keyless) {
         clear_tokens<Element>(args, sequence.first_token,
                               sequence.first_token + sequence.num_queries, kv_head);
@@ -327,7 +328,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     paged_decode_kernel(const __grid_constant__ PagedAttentionArgs args) {
   __shared__ PagedDecodeStorage<Config> smem;
   const auto num_row_tiles = static_cast<unsigned>(args.num_row_tiles);
-  DecodeLengths lengths;
   const auto find_share = [&] {
     DecodeSchedule<Config> schedule;
     schedule.start(args, static_cast<int>(blockIdx.x / num_row_tiles));
@@ -337,11 +337,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     }
   };
   prefetch_tables<Config>(args);
+  const DecodeLengths lengths(args);
   if (args.early_start) {
-    if (threadIdx.x < 32) {
-      lengths.load(args);
-      find_share();
-    }
+    if (threadIdx.x < 32) find_share();
     __syncthreads();
     if (smem.schedule.valid()) prefetch_part<Config>(args, smem.schedule.part());
     __syncthreads();

@@ -41,16 +41,22 @@ struct FastDivisor {
 // Rows are packed: row r of a (sequence, KV head) pair is head r % group of its query r / group, so
 // that one read of the KV head serves all query heads that share it.
 struct PagedAttentionArgs : PagedAttentionParams {
-  FastDivisor page_size_divisor, group_divisor;
-  int32_t group;          // query heads per KV head
-  int32_t num_row_tiles;  // tiles that cover group * max_seqlen_q rows
+  FastDivisor page_size_divisor, group_divisor, table_heads_divisor;
+  FastDivisor split_size_divisor;  // 1 without a split_size
+  int32_t group;                   // query heads per KV head
+  int32_t num_tables;              // page tables of all sequences: B, or B * HKV
+  int32_t heads_per_table;         // KV heads
+  int32_t num_row_tiles;           // tiles that cover group * max_seqlen_q rows
+  // Of which sequences this launch takes care: those with so many rows.
+  int32_t min_rows, max_rows;
   // Of the decode kernel: shares of the keys, CTAs per row tile, and what these leave for the CTA
-  // that merges the parts of a row tile.
+  // that merges the parts of a row tile. A slot is a share's and has two places, or, with a
+  // split_size, a piece's and has one.
   int32_t num_shares;
   bool early_start;        // whether the GPU can start it before the kernel ahead has finished
-  float* partial_out;      // [num_shares, num_row_tiles, 2, rows of a tile, D]
-  float* partial_softmax;  // [num_shares, num_row_tiles, 2, rows of a tile, 2]: maximum and sum
-  uint64_t* arrivals;      // [num_shares, num_row_tiles]
+  float* partial_out;      // [slots, num_row_tiles, places, rows of a tile, D]
+  float* partial_softmax;  // [slots, num_row_tiles, places, rows of a tile, 2]: maximum and sum
+  uint64_t* arrivals;      // [slots, num_row_tiles]
 };
 
 // Page and slot of one key. Page ids are clamped: a wrong one reads a wrong page, never other

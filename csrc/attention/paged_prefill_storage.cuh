@@ -27,6 +27,8 @@ struct PagedPrefillConfig {
   static constexpr int kWarpRows = kRowTiles * 16;
   static constexpr int kBlockM = kWarps * kWarpRows;
   static constexpr int kThreads = kWarps * 32;
+  // Where the compiler has to be told that fewer registers would do; 0: it finds out itself.
+  static constexpr int kMinCtasPerSm = kQuantized && kHeadDim == 128 ? 3 : 0;
   static constexpr int kChunks = kHeadDim / 8;
   static_assert(kHeadDim % 64 == 0, "rows must be multiples of 128 bytes for the swizzle");
 };

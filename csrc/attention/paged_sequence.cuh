@@ -14,6 +14,7 @@ struct KeyRange {
   int begin, end;
 
   __device__ __forceinline__ bool contains(int key) const { return key >= begin && key < end; }
+  __device__ __forceinline__ bool empty() const { return begin >= end; }
 };
 
 // How lengths are read. What has been read past L1 is not found there by those who read it later,
@@ -25,7 +26,34 @@ struct LoadPastL1 {
   __device__ __forceinline__ int32_t operator()(const int32_t* src) const { return __ldcg(src); }
 };
 
+// As they stand in memory.
+struct SequenceLengths {
+  int start, next, keys;
+
+  template <class Load>
+  __device__ __forceinline__ SequenceLengths(const PagedAttentionArgs& args, int seq_idx,
+                                             int table_head, Load load) {
+    // Asked for together, before any is waited for; and in 32 bits, which is half the work.
+    start = load(args.cu_seqlens_q + seq_idx);
+    next = load(args.cu_seqlens_q + seq_idx + 1);
+    keys = load(args.seq_lens + seq_idx * args.stride_seq_lens_seq + table_head);
+  }
+  bool operator==(const SequenceLengths&) const = default;
+};
+
+// All keys that some query of a sequence sees: those of the head, which stay visible when the
+// window has left them behind, and the others.
+struct SeenKeys {
+  int head_end;  // from 0 on
+  KeyRange keys;
+
+  __device__ __forceinline__ bool empty() const { return head_end == 0 && keys.empty(); }
+};
+
+// A sequence as the KV heads of one page table see it: all of them, or each on its own.
 struct Sequence {
+  int seq_idx;
+  int first_kv_head;    // of the table
   int64_t first_token;  // row of q and out that holds query 0
   int64_t end_token;    // where the next sequence begins
   int num_queries;      // at most max_seqlen_q: the grid covers no more
@@ -35,11 +63,13 @@ struct Sequence {
 
   // Lengths that contradict the tensors' sizes are clamped to them.
   template <class Load = LoadCached>
-  __device__ __forceinline__ Sequence(const PagedAttentionArgs& args, int seq_idx, Load load = {}) {
-    // Asked for together, before any is waited for; and in 32 bits, which is half the work.
-    const int start = load(args.cu_seqlens_q + seq_idx);
-    const int next = load(args.cu_seqlens_q + seq_idx + 1);
-    const int keys = load(args.seq_lens + seq_idx);
+  __device__ __forceinline__ Sequence(const PagedAttentionArgs& args, int table_idx,
+                                      Load load = {}) {
+    seq_idx = static_cast<int>(args.table_heads_divisor.quotient(table_idx));
+    const int table_head = table_idx - seq_idx * static_cast<int>(args.table_heads);
+    first_kv_head = table_head * args.heads_per_table;
+    const SequenceLengths lengths(args, seq_idx, table_head, load);
+    const int start = lengths.start, next = lengths.next, keys = lengths.keys;
     const auto clamp = [](int value, int low, int64_t high) {
       const int limit = high < INT32_MAX ? static_cast<int>(high) : INT32_MAX;
       return value < low ? low : value > limit ? limit : value;
@@ -51,30 +81,48 @@ struct Sequence {
     num_queries = clamp(end - first, 0, args.max_seqlen_q);
     num_keys = clamp(keys, 0, args.max_pages_per_seq * args.page_size);
     first_position = num_keys - (end - first);
-    page_row = args.page_table + seq_idx * args.stride_page_table_seq;
+    page_row = args.page_table + seq_idx * args.stride_page_table_seq +
+               table_head * args.stride_page_table_head;
   }
 
-  // The keys that a query sees: always one range.
+  // The keys that a query sees behind the head: always one range. Of the head it sees what lies
+  // before the end of that.
   __device__ __forceinline__ KeyRange visible_keys(const PagedAttentionArgs& args,
                                                    int query_idx) const {
     const int position = first_position + query_idx;
     int end = num_keys;
     if (args.causal && position + 1 < end) end = position + 1 > 0 ? position + 1 : 0;
     // A window of INT32_MAX and more is none.
-    const int begin = position >= args.window ? position - static_cast<int>(args.window) + 1 : 0;
+    int begin = position >= args.window ? position - static_cast<int>(args.window) + 1 : 0;
+    if (begin < args.sink_tokens) begin = args.sink_tokens;
     return {begin > end ? end : begin, end};
   }
 
-  // All keys that queries first_query .. last_query see between them.
+  // All keys behind the head that queries first_query .. last_query see between them. The first may
+  // stand within it.
   __device__ __forceinline__ KeyRange visible_keys(const PagedAttentionArgs& args, int first_query,
                                                    int last_query) const {
-    return {visible_keys(args, first_query).begin, visible_keys(args, last_query).end};
+    const int begin = visible_keys(args, first_query).begin;
+    const int end = visible_keys(args, last_query).end;
+    const int head_end = end < args.sink_tokens ? end : args.sink_tokens;
+    return {begin < head_end ? head_end : begin, end};
   }
 
-  // All keys that some query sees. No branch, which would put off the loads of what lies behind it.
-  __device__ __forceinline__ KeyRange seen_keys(const PagedAttentionArgs& args) const {
+  // With a split_size the keys behind the head begin at a multiple of it. No branch, which would
+  // put off the loads of what lies behind it.
+  __device__ __forceinline__ SeenKeys seen_keys(const PagedAttentionArgs& args) const {
     const KeyRange keys = visible_keys(args, 0, num_queries > 0 ? num_queries - 1 : 0);
-    return {keys.begin, num_queries > 0 ? keys.end : keys.begin};
+    const FastDivisor& split = args.split_size_divisor;
+    const auto piece_begin = static_cast<int>(split.quotient(keys.begin) * split.divisor);
+    const int begin = keys.empty() ? keys.begin : piece_begin;
+    const int head_end = keys.end < args.sink_tokens ? keys.end : args.sink_tokens;
+    return {num_queries > 0 ? head_end : 0, {begin, num_queries > 0 ? keys.end : begin}};
+  }
+
+  // Whether this launch takes care of the sequence, or another.
+  __device__ __forceinline__ bool is_taken(const PagedAttentionArgs& args) const {
+    const int num_rows = num_queries * args.group;
+    return num_rows >= args.min_rows && num_rows <= args.max_rows;
   }
 };
 
@@ -112,10 +160,9 @@ __device__ __forceinline__ void clear_tokens(const PagedAttentionArgs& args, int
 // lies there, and must be 0, not NaN. One CTA per (sequence, KV head) calls it.
 template <class T>
 __device__ __forceinline__ void clear_unowned_tokens(const PagedAttentionArgs& args,
-                                                     const Sequence& sequence, int seq_idx,
-                                                     int kv_head) {
-  if (seq_idx == 0) clear_tokens<T>(args, 0, sequence.first_token, kv_head);
-  const bool last = seq_idx == args.num_seqs - 1;
+                                                     const Sequence& sequence, int kv_head) {
+  if (sequence.seq_idx == 0) clear_tokens<T>(args, 0, sequence.first_token, kv_head);
+  const bool last = sequence.seq_idx == args.num_seqs - 1;
   clear_tokens<T>(args, sequence.first_token + sequence.num_queries,
                   last ? args.num_tokens : sequence.end_token, kv_head);
 }

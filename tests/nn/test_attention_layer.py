@@ -142,6 +142,47 @@ def test_values_of_packed_projections(num_kv_heads: int, device: str) -> None:
     assert torch.equal(attention(q[None], k[None], v[None], context, layer=0), flat[None])
 
 
+def test_first_tokens_sinks_and_slopes(device: str) -> None:
+    """All that changes the scores, token by token, against a dense softmax."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(20, heads, 32, generator=generator).to(device, dtype) for heads in (4, 2, 2)
+    )
+    cache = PagedKVCache(
+        1, 2, 32, max_batch=1, max_seq_len=20, page_size=4, dtype=dtype, device=device
+    )
+    attention = PagedAttention(4, 2, 32, window=5, sink_tokens=3, split_size=64)
+    sequence = cache.add()
+    biases = {
+        "sinks": torch.tensor([0.0, 2.0, -1.0, 4.0], device=device).bfloat16(),
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0], device=device).bfloat16(),
+    }
+    out = torch.cat(
+        [
+            attention(
+                *(x[rows] for x in (q, k, v)), PagedContext(cache, cache.step(step)), 0, **biases
+            )
+            for rows, step in (
+                (slice(0, 12), [(sequence, 12)]),
+                *((slice(i, i + 1), [(sequence, 1)]) for i in range(12, 20)),
+            )
+        ]
+    )
+    position = torch.arange(20, device=device)
+    distance = position[:, None] - position
+    visible = (distance >= 0) & ((distance < 5) | (position < 3))
+    keys, values = (x.double().repeat_interleave(2, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * 32**-0.5
+    scores -= biases["alibi_slopes"].double()[:, None, None] * distance
+    scores = scores.masked_fill(~visible, -torch.inf)
+    column = biases["sinks"].double()[:, None, None].expand(4, 20, 1)
+    weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    expected = torch.einsum("hqk,khd->qhd", weights, values)
+    tolerance = 1e-5 if device == "cpu" else 2e-2
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
 def test_it_holds_no_state() -> None:
     attention = PagedAttention(8, 2, 64, window=100, softcap=30.0)
     assert not attention.state_dict()

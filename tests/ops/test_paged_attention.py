@@ -74,6 +74,9 @@ draw_case = st.builds(
     padding=st.integers(0, 2),
     sinks=st.booleans(),
     alibi=st.booleans(),
+    per_head=st.booleans(),
+    split_size=st.sampled_from([None, 64, 128]),
+    sink_tokens=st.sampled_from([0, 1, 4, 70]),
 )
 
 
@@ -288,6 +291,43 @@ def test_table_entries_before_the_window_are_not_read(device: str) -> None:
         assert_equal(actual, wanted)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(1, 900), (3, 100), (40, 200)])
+def test_between_the_first_tokens_and_the_window_nothing_is_read(
+    queries: int, keys: int, device: str
+) -> None:
+    """Nor do what lies there and a cache without it differ: as StreamingLLM evicts it."""
+    case = PagedAttentionCase(((queries, keys),), 4, 2, 64, 4, window=33, sink_tokens=6)
+    args = named(case, device)
+    expected = paged_attention(**args)
+    gap = slice(2, (keys - queries - 32) // 4)  # the entries of no visible key
+    pages = args["page_table"][0, gap].long()
+    for name in ("k_cache", "v_cache"):
+        args[name][pages] = float("nan")
+    args["page_table"][0, gap] = torch.tensor(hostile.ABSURD_PAGES[0], dtype=torch.int32)
+    for actual, wanted in zip(paged_attention(**args), expected, strict=True):
+        assert_equal(actual, wanted)
+    if queries == 1:  # the seen keys alone: the first 8, of which 6 count, and the window's pages
+        table = args["page_table"][:, [0, 1, *range(gap.stop, -(-keys // 4))]]
+        fewer = args["seq_lens"] - 4 * (gap.stop - gap.start)
+        out, _ = paged_attention(**args | {"page_table": table, "seq_lens": fewer})
+        torch.testing.assert_close(out, expected[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("sink_tokens", [5, 2**31, 2**62])
+def test_first_tokens_without_a_gap_are_no_others(sink_tokens: int, device: str) -> None:
+    """Without a window, or where all keys are first ones."""
+    for queries in (1, 3, 40):
+        case = PagedAttentionCase(((queries, 60),), 4, 2, 64, 16)
+        args = named(case, device)
+        out, lse = paged_attention(**args)
+        assert_equal(paged_attention(**args | {"sink_tokens": sink_tokens})[0], out)
+        if sink_tokens > 5:
+            args["window"] = 9
+            near, near_lse = paged_attention(**args | {"sink_tokens": sink_tokens})
+            torch.testing.assert_close(near, out, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(near_lse, lse, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("window", [2**31, 2**62, 2**63 - 1])
 def test_a_huge_window_is_none(window: int, device: str) -> None:
     args = named(CASE, device)
@@ -361,3 +401,60 @@ def test_a_cuda_graph_follows_the_lengths(queries: int) -> None:
         graph.replay()
         for actual, wanted in zip(results, paged_attention(**args), strict=True):
             assert_equal(actual, wanted)
+
+
+PER_HEAD = PagedAttentionCase(((3, 20), (1, 9), (40, 70)), 4, 2, 64, 4, per_head=True)
+
+
+def test_equal_tables_of_heads_are_one_table(device: str) -> None:
+    """To the bit on the CPU; a GPU shares out the keys of either alike."""
+    for case in (CASE, PagedAttentionCase(((1, 900), (40, 300)), 4, 2, 128, 16)):
+        args = named(case, device)
+        expected = paged_attention(**args)
+        args["page_table"] = args["page_table"][:, None].repeat(1, 2, 1)
+        args["seq_lens"] = args["seq_lens"][:, None].repeat(1, 2)
+        for actual, wanted in zip(paged_attention(**args), expected, strict=True):
+            assert_equal(actual, wanted)
+
+
+def test_a_head_without_keys_is_zero_beside_others(device: str) -> None:
+    """In decoding and in a prompt: its rows alone."""
+    for queries in (1, 3, 40):
+        args = named(PagedAttentionCase(((queries, 50),) * 3, 6, 3, 64, 16, per_head=True), device)
+        full, _ = paged_attention(**args)
+        args["seq_lens"] = args["seq_lens"].clone()
+        args["seq_lens"][1, 1] = 0
+        with hostile.nan_allocations():
+            out, lse = paged_attention(**args)
+        tokens = slice(queries, 2 * queries)
+        assert (out[tokens, 2:4] == 0).all()
+        assert (lse[tokens, 2:4] == -math.inf).all()
+        unharmed = torch.ones(3 * queries, 6, dtype=torch.bool, device=device)
+        unharmed[tokens, 2:4] = False
+        torch.testing.assert_close(out[unharmed], full[unharmed], rtol=1e-2, atol=1e-2)
+        assert lse[unharmed].isfinite().any()
+
+
+@pytest.mark.parametrize("name", ["page_table", "seq_lens"])
+def test_any_strides_of_tables_of_heads(name: str, device: str) -> None:
+    args = named(PER_HEAD, device)
+    for layout, tensor in hostile.odd_strides(args[name]):
+        # An expanded one has the first sequence's tables, or lengths, for all.
+        if tensor.stride(-1) != 1 or layout == "expanded":
+            continue
+        expected = paged_attention(**args)
+        for actual, wanted in zip(paged_attention(**args | {name: tensor}), expected, strict=True):
+            assert_equal(actual, wanted, name=layout)
+
+
+def test_a_batch_of_one_table_by_stride_zero(device: str) -> None:
+    """Sequences that share all of their pages, as beams of one prompt do."""
+    args = named(PagedAttentionCase(((2, 30),) * 3, 4, 2, 64, 4, per_head=True), device)
+    for name in ("page_table", "seq_lens"):
+        args[name] = args[name][:1].expand_as(args[name])
+    args["q"] = args["q"][:2].repeat(3, 1, 1)
+    out, _ = paged_attention(**args)
+    assert_equal(out[2:4], out[:2])
+    assert_equal(out[4:], out[:2])
+    exact, _ = paged_attention_ref(**args)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)

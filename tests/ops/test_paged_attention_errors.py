@@ -99,6 +99,29 @@ ERRORS = [
     (wrong(cu_seqlens_q=torch.tensor([0, 3, 4])), "cu_seqlens_q must be int32, got int64"),
     (wrong(cu_seqlens_q=int32(0, 4)), r"cu_seqlens_q must be \[B \+ 1\] = \[3\], got \[2\]"),
     (wrong(cu_seqlens_q=int32(0, 0, 3, 0, 4, 0)[::2]), "cu_seqlens_q must have stride 1"),
+    (
+        wrong(page_table=torch.zeros(2, 3, 7, dtype=torch.int32)),
+        r"page_table must be \[B, HKV, MAXP\] = \[2, 2, \?\], got \[2, 3, 7\]",
+    ),
+    (
+        wrong(page_table=torch.zeros(2, 2, 7, dtype=torch.int32)),
+        r"seq_lens must be \[B, HKV\] = \[2, 2\], got \[2\]",
+    ),
+    (
+        wrong(seq_lens=torch.zeros(2, 2, dtype=torch.int32)),
+        r"seq_lens must be \[B\] = \[2\], got \[2, 2\]",
+    ),
+    (
+        wrong(
+            page_table=torch.zeros(2, 2, 7, dtype=torch.int32),
+            seq_lens=torch.zeros(2, 2, dtype=torch.int32).T,
+        ),
+        "seq_lens must have stride 1 in its last dimension",
+    ),
+    (
+        wrong(page_table=torch.zeros(1, 2, 2, 7, dtype=torch.int32)),
+        r"page_table must be \[B, MAXP\] = .*, got \[1, 2, 2, 7\]",
+    ),
     (wrong(sinks=torch.ones(3)), r"sinks must be \[HQ\] = \[4\], got \[3\]"),
     (wrong(sinks=torch.ones(4, dtype=HALF)), "sinks must be float32, got float16"),
     (wrong(sinks=torch.ones(8)[::2]), "sinks must have stride 1 in its last dimension"),
@@ -110,6 +133,10 @@ ERRORS = [
     (wrong(alibi_slopes=torch.ones(1).expand(4)), "alibi_slopes must have stride 1"),
     (wrong(max_seqlen_q=-1), "max_seqlen_q must be at least 0, got -1"),
     (wrong(window=0), "window must be at least 1 or None, got 0"),
+    (wrong(split_size=0), "split_size must be a positive multiple of 64 or None, got 0"),
+    (wrong(split_size=100), "split_size must be a positive multiple of 64 or None, got 100"),
+    (wrong(split_size=-64), "split_size must be a positive multiple of 64 or None, got -64"),
+    (wrong(sink_tokens=-1), "sink_tokens must be at least 0, got -1"),
     (wrong(softcap=-1.0), r"softcap must be finite and at least 0 \(0 = none\), got -1"),
     (wrong(softcap=math.nan), "softcap must be finite and at least 0"),
     (wrong(scale=math.inf), "scale must be finite, got inf"),
@@ -156,6 +183,23 @@ VALUE_ERRORS = [
     (
         {"seq_lens": int32(20, 17)},
         r"page_table\[1, 3\] must be in \[0, NP - 1\] = \[0, 10\], got -1",
+    ),
+]
+
+HEAD_TABLES = torch.tensor([[[0, 1], [2, -1]], [[3, 11], [4, 5]]], dtype=torch.int32)
+HEAD_LENS = torch.tensor([[8, 4], [4, 0]], dtype=torch.int32)
+VALUE_ERRORS += [
+    (
+        {"page_table": HEAD_TABLES, "seq_lens": HEAD_LENS + int32(0, 1)},
+        r"page_table\[0, 1, 1\] must be in \[0, NP - 1\] = \[0, 10\], got -1",
+    ),
+    (
+        {"page_table": HEAD_TABLES, "seq_lens": HEAD_LENS + int32(1, 0)},
+        r"seq_lens\[0, 0\] must be in \[0, MAXP \* P\] = \[0, 8\], got 9",
+    ),
+    (
+        {"page_table": HEAD_TABLES, "seq_lens": HEAD_LENS - int32(0, 1)},
+        r"seq_lens\[1, 1\] must be in \[0, MAXP \* P\] = \[0, 8\], got -1",
     ),
 ]
 

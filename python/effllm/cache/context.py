@@ -31,15 +31,18 @@ class PagedContext:
         scale: float | None = None,
         window: int | None = None,
         softcap: float = 0.0,
+        split_size: int | None = None,
+        sink_tokens: int = 0,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
     ) -> Tensor:
         """Appends k, v ``[T, HKV, D]`` to the layer's pages and attends q ``[T, HQ, D]`` to them.
 
         Causal. ``scale`` defaults to D ** -0.5, ``window`` counts the keys seen including the
-        token's own, ``softcap`` 0 is off, ``sinks`` ``[HQ]`` are logits that take part in the
-        softmax without a value, ``alibi_slopes`` ``[HQ]`` times the distance is taken from scores;
-        both in any float dtype. Returns ``[T, HQ, D]``.
+        token's own, behind the first ``sink_tokens``, which stay visible; ``softcap`` 0 is off;
+        ``sinks`` ``[HQ]`` are logits that take part in the softmax without a value,
+        ``alibi_slopes`` ``[HQ]`` times the distance is taken from scores, both in any float dtype;
+        a ``split_size`` makes bits independent of the batch. Returns ``[T, HQ, D]``.
         """
         batch = self.batch
         k_cache, v_cache, k_scale, v_scale = self.cache.layer(layer)
@@ -62,5 +65,7 @@ class PagedContext:
             scale=scale,
             window=window,
             softcap=softcap,
+            split_size=split_size,
+            sink_tokens=sink_tokens,
         )
         return out

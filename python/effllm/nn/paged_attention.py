@@ -36,9 +36,14 @@ class PagedAttention(nn.Module):
         scale: float | None = None,
         window: int | None = None,
         softcap: float = 0.0,
+        split_size: int | None = None,
+        sink_tokens: int = 0,
     ) -> None:
         """``scale`` None is head_dim ** -0.5; ``window`` counts the keys that a token sees, its own
-        included, None is all; ``softcap`` c > 0 turns a score s into c * tanh(s / c).
+        included, None is all; ``softcap`` c > 0 turns a score s into c * tanh(s / c);
+        ``split_size``, a multiple of 64, makes the bits of a token independent of the batch that
+        it is in (``effllm.ops.paged_attention``); ``sink_tokens`` of a sequence stay visible, the
+        first ones, when the window has left them behind (StreamingLLM).
 
         ValueError for heads that form no groups, a head dim that is no multiple of 8 up to 256, or
         a window below 1.
@@ -62,6 +67,8 @@ class PagedAttention(nn.Module):
         self.scale = scale
         self.window = window
         self.softcap = softcap
+        self.split_size = split_size
+        self.sink_tokens = sink_tokens
 
     def forward(
         self,
@@ -100,6 +107,8 @@ class PagedAttention(nn.Module):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            split_size=self.split_size,
+            sink_tokens=self.sink_tokens,
             sinks=sinks,
             alibi_slopes=alibi_slopes,
         )
@@ -116,7 +125,13 @@ class PagedAttention(nn.Module):
         return x.reshape(-1, heads, self.head_dim)
 
     def extra_repr(self) -> str:
-        options = {"scale": self.scale, "window": self.window, "softcap": self.softcap or None}
+        options = {
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap or None,
+            "split_size": self.split_size,
+            "sink_tokens": self.sink_tokens or None,
+        }
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
         return ", ".join(
             [f"{self.num_heads}, {self.num_kv_heads}, head_dim={self.head_dim}", *given]

@@ -30,6 +30,8 @@ def paged_attention(
     causal: bool = True,
     window: int | None = None,
     softcap: float = 0.0,
+    split_size: int | None = None,
+    sink_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * Q K^T) V`` for sequences of any lengths, prefill and decode in one batch.
 
@@ -50,8 +52,11 @@ def paged_attention(
             page size P >= 1, any strides with stride(-1) == 1; on a GPU rows have to start at
             multiples of 16 bytes, or of the largest power of two that divides their bytes.
         page_table: int32 [B, MAXP]: the page of each P keys of a sequence. Entries that hold no
-            visible key are not read and may be anything.
-        seq_lens: int32 [B], keys of each sequence, its query tokens included; may be 0.
+            visible key are not read and may be anything. Or int32 [B, HKV, MAXP]: each KV head has
+            pages of its own, as after an eviction (H2O, arXiv:2306.14048), of which it reads its
+            own part.
+        seq_lens: int32 [B], keys of each sequence, its query tokens included; may be 0. With a
+            table for each KV head int32 [B, HKV]: positions count the keys of that head.
         cu_seqlens_q: int32 [B + 1], from 0: sequence b owns query tokens cu_seqlens_q[b] up to, not
             including, cu_seqlens_q[b + 1]. Tokens past the last belong to no sequence.
         k_scale, v_scale: of caches in e4m3 or int8, [NP, P, HKV] fp32, any strides; of int4
@@ -69,6 +74,16 @@ def paged_attention(
         window: how many keys a query sees at most, counted back from its own position, its own
             included; None means all.
         softcap: c > 0 turns each score s into c * tanh(s / c); 0 leaves it.
+        split_size: a multiple of 64: decoding cuts the keys of every sequence into pieces of so
+            many, counted from the first, and merges what they give in their order, so that the bits
+            of a row depend on its sequence alone and not on the batch around it, as on a CPU they
+            always do. Large pieces leave less to merge, but few sequences need many pieces to keep
+            a GPU busy: 256 to 1024. It then takes 4 * (D + 2) bytes for a while, times B * HKV,
+            times the pieces that MAXP pages have room for, times the HQ / HKV * max_seqlen_q rows,
+            rounded up to 8 and 32 at most. None cuts keys as suits the batch and the GPU.
+        sink_tokens: how many of a sequence's first keys a query sees, although its window has left
+            them behind (StreamingLLM, arXiv:2309.17453); what lies between is not read. Without a
+            window it changes nothing.
 
     Returns:
         out [T, HQ, D] in the dtype of q, and lse fp32 [T, HQ], the natural logarithm of the sum of
@@ -100,6 +115,8 @@ def paged_attention(
         causal=causal,
         window=window,
         softcap=softcap,
+        split_size=split_size,
+        sink_tokens=sink_tokens,
     )
 
 
@@ -121,6 +138,8 @@ def _fake(
     causal: bool = True,
     window: int | None = None,
     softcap: float = 0.0,
+    split_size: int | None = None,
+    sink_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     torch._check(
         q.dim() == 3, lambda: f"paged_attention: q must be [T, HQ, D], got {list(q.shape)}"
@@ -148,19 +167,23 @@ def _fake(
             f"got {list(v_cache.shape)}"
         ),
     )
+    per_head = page_table.dim() == 3
+    heads = k_cache.shape[2:3] if per_head else k_cache.shape[:0]
     torch._check(
-        page_table.dim() == 2 and seq_lens.dim() == 1 and cu_seqlens_q.dim() == 1,
+        page_table.dim() in (2, 3)
+        and cu_seqlens_q.dim() == 1
+        and cu_seqlens_q.shape[0] == page_table.shape[0] + 1,
         lambda: (
-            "paged_attention: page_table must be [B, MAXP], seq_lens [B] and cu_seqlens_q [B + 1], "
-            f"got {list(page_table.shape)}, {list(seq_lens.shape)} and {list(cu_seqlens_q.shape)}"
+            "paged_attention: page_table must be [B, MAXP] or [B, HKV, MAXP] and cu_seqlens_q "
+            f"[B + 1], got {list(page_table.shape)} and {list(cu_seqlens_q.shape)}"
         ),
     )
     torch._check(
-        seq_lens.shape[0] == page_table.shape[0]
-        and cu_seqlens_q.shape[0] == page_table.shape[0] + 1,
+        seq_lens.shape == page_table.shape[:-1] and page_table.shape[1:-1] == heads,
         lambda: (
-            f"paged_attention: page_table has B = {page_table.shape[0]}, but seq_lens is "
-            f"{list(seq_lens.shape)} and cu_seqlens_q {list(cu_seqlens_q.shape)}"
+            "paged_attention: seq_lens and page_table must be [B] and [B, MAXP], or [B, HKV] and "
+            f"[B, HKV, MAXP] with HKV = {k_cache.shape[2]}, got {list(seq_lens.shape)} and "
+            f"{list(page_table.shape)}"
         ),
     )
     for name, of_heads in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
@@ -193,6 +216,8 @@ def paged_attention_ref(
     causal: bool = True,
     window: int | None = None,
     softcap: float = 0.0,
+    split_size: int | None = None,
+    sink_tokens: int = 0,
     dtype: torch.dtype = torch.float64,
     weights_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
@@ -204,6 +229,33 @@ def paged_attention_ref(
     """
     num_tokens, num_heads, dim = q.shape
     page_size, group = k_cache.shape[1], num_heads // k_cache.shape[2]
+    if page_table.dim() == 3:
+        # Each KV head with its query heads is a problem of its own.
+        results = []
+        for head in range(k_cache.shape[2]):
+            of_kv, of_q = slice(head, head + 1), slice(head * group, (head + 1) * group)
+            results.append(
+                paged_attention_ref(
+                    q[:, of_q],
+                    k_cache[:, :, of_kv],
+                    v_cache[:, :, of_kv],
+                    page_table[:, head],
+                    seq_lens[:, head],
+                    cu_seqlens_q,
+                    *(None if s is None else s[:, :, of_kv] for s in (k_scale, v_scale)),
+                    *(None if b is None else b[of_q] for b in (sinks, alibi_slopes)),
+                    max_seqlen_q=max_seqlen_q,
+                    scale=scale,
+                    causal=causal,
+                    window=window,
+                    softcap=softcap,
+                    sink_tokens=sink_tokens,
+                    dtype=dtype,
+                    weights_dtype=weights_dtype,
+                )
+            )
+        outs, lses = zip(*results, strict=True)
+        return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
     scale = 1.0 / math.sqrt(dim) if scale is None else scale
     out = torch.zeros(num_tokens, num_heads, dim, dtype=dtype, device=q.device)
     lse = torch.full((num_tokens, num_heads), -math.inf, dtype=dtype, device=q.device)
@@ -217,7 +269,7 @@ def paged_attention_ref(
             key = torch.arange(num_keys, device=q.device)
             visible = key < num_keys if not causal else key <= position
             if window is not None:
-                visible = visible & (key > position - window)
+                visible = visible & ((key > position - window) | (key < sink_tokens))
             visible = visible.expand(position.shape[0], num_keys)
             # Table entries without a visible key may be absurd: they are not looked up.
             used = visible.any(0)

@@ -69,14 +69,21 @@ def poison_(tensor: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def live_slots(page_table: Tensor, seq_lens: Tensor, num_pages: int, page_size: int) -> Tensor:
-    """Which slots hold a key of some sequence: bool [NP, P].
+    """Which slots hold a key of some sequence: bool [NP, P], or [NP, P, HKV].
 
     Args:
         page_table: int32 [B, MAXP]; only the first ``ceil(seq_len / P)`` entries of a row are read.
-        seq_lens: int32 [B].
+            Or [B, HKV, MAXP], of which each KV head has a slot of its own.
+        seq_lens: int32 [B], or [B, HKV].
         num_pages: NP of the cache.
         page_size: P of the cache.
     """
+    if page_table.dim() == 3:
+        heads = range(page_table.shape[1])
+        of_heads = [
+            live_slots(page_table[:, h], seq_lens[:, h], num_pages, page_size) for h in heads
+        ]
+        return torch.stack(of_heads, dim=2)
     live = torch.zeros(num_pages, page_size, dtype=torch.bool)
     for pages, length in zip(page_table.tolist(), seq_lens.tolist(), strict=True):
         for start in range(0, length, page_size):
@@ -89,17 +96,17 @@ def poison_unused_slots_(cache: Tensor, page_table: Tensor, seq_lens: Tensor) ->
     key with NaN, in place: unused pages and the tails of last pages. ``0 * NaN`` is NaN, so masking
     by multiplication shows too."""
     live = live_slots(page_table, seq_lens, cache.shape[0], cache.shape[1])
-    live = live.view(*live.shape, *[1] * (cache.dim() - 2))
+    live = live.view(*live.shape, *[1] * (cache.dim() - live.dim()))
     return poison_(cache, ~live.to(cache.device))
 
 
 def absurd_tails(page_table: Tensor, seq_lens: Tensor, page_size: int) -> Tensor:
-    """A copy of a page table int32 [B, MAXP] in which no entry past a sequence's last page is a
-    page: they alternate between 2147480000 and -1."""
-    columns = torch.arange(page_table.shape[1], device=page_table.device)
+    """A copy of a page table int32 [B, MAXP] or [B, HKV, MAXP] in which no entry past a sequence's
+    last page is a page: they alternate between 2147480000 and -1."""
+    columns = torch.arange(page_table.shape[-1], device=page_table.device)
     used = (seq_lens + page_size - 1) // page_size
     absurd = torch.tensor(ABSURD_PAGES, dtype=page_table.dtype, device=page_table.device)
-    return torch.where(columns < used[:, None], page_table, absurd[columns % 2])
+    return torch.where(columns < used[..., None], page_table, absurd[columns % 2])
 
 
 def odd_strides(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

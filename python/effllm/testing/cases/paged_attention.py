@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -58,6 +59,11 @@ class PagedAttentionCase(Case):
     """Query tokens past the last sequence."""
     sinks: bool = False
     alibi: bool = False
+    per_head: bool = False
+    """Whether each KV head has pages and a length of its own: the first has all of a sequence's
+    keys, later ones fewer, and of a single key none."""
+    split_size: int | None = None
+    sink_tokens: int = 0
     kv_dtype: str | None = None
     """Of a quantised cache: a key of QUANTIZED_KV; None: the cache is in ``dtype``."""
     op: ClassVar[str] = "paged_attention"
@@ -77,6 +83,9 @@ class PagedAttentionCase(Case):
             f"pad{self.padding}": self.padding > 0,
             "sinks": self.sinks,
             "alibi": self.alibi,
+            "per_head": self.per_head,
+            f"split{self.split_size}": self.split_size is not None,
+            f"first{self.sink_tokens}": self.sink_tokens > 0,
             f"{self.kv_dtype}": self.kv_dtype is not None,
         }
         names = [name for name, used in options.items() if used]
@@ -84,18 +93,21 @@ class PagedAttentionCase(Case):
         return "-".join([lengths, heads, str(self.dtype).removeprefix("torch."), *names])
 
     def make(self, device: str | torch.device, seed: int = 0) -> tuple[Args, Kwargs]:
-        lengths = [keys for _, keys in self.sequences]
+        lengths = [self.lengths(keys) if self.per_head else keys for _, keys in self.sequences]
+        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        if self.per_head:
+            seq_lens = seq_lens.view(-1, self.num_kv_heads)
         starts = [0]
         for queries, _ in self.sequences:
             starts.append(starts[-1] + queries)
-        pages_of = [-(-keys // self.page_size) for keys in lengths]
-        num_pages = sum(pages_of) + SPARE_PAGES
+        pages_of = -(-seq_lens // self.page_size)
+        num_pages = int(pages_of.sum()) + SPARE_PAGES
         generator = torch.Generator().manual_seed(seed)
         free = torch.randperm(num_pages, generator=generator).tolist()
-        page_table = torch.zeros(len(lengths), max(pages_of, default=0) + 2, dtype=torch.int32)
-        for row, count in enumerate(pages_of):
-            page_table[row, :count] = torch.tensor([free.pop() for _ in range(count)])
-        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        longest = int(pages_of.max()) if pages_of.numel() else 0
+        page_table = torch.zeros(*seq_lens.shape, longest + 2, dtype=torch.int32)
+        for row, count in zip(page_table.flatten(0, -2), pages_of.flatten().tolist(), strict=True):
+            row[:count] = torch.tensor([free.pop() for _ in range(count)])
         shape = (num_pages, self.page_size, self.num_kv_heads, self.head_dim)
         (k_cache, *k_scale), (v_cache, *v_scale) = (
             [
@@ -118,6 +130,8 @@ class PagedAttentionCase(Case):
             "causal": self.causal,
             "window": self.window,
             "softcap": self.softcap,
+            "split_size": self.split_size,
+            "sink_tokens": self.sink_tokens,
         }
         if self.sinks:  # from none to one that takes all
             kwargs["sinks"] = torch.linspace(-3.0, 9.0, self.num_q_heads, device=device)
@@ -147,7 +161,7 @@ class PagedAttentionCase(Case):
         lengths = set(self.sequences)
         queries, keys = next(iter(lengths), (0, 0))
         plain = self.window is None and self.softcap == 0 and self.padding == 0 and self.causal
-        plain = plain and not self.sinks and not self.alibi
+        plain = plain and not (self.sinks or self.alibi or self.per_head)
         if len(lengths) != 1 or not plain or queries not in (1, keys):
             return super().prepare_baseline(*args, **kwargs)
         q, k_cache, v_cache, page_table, _, _, *scales = args
@@ -179,28 +193,44 @@ class PagedAttentionCase(Case):
             for position in positions
         ]
 
+    def lengths(self, keys: int) -> list[int]:
+        """Of a sequence's KV heads."""
+        heads = self.num_kv_heads
+        return [keys * (heads - h) // heads if self.per_head else keys for h in range(heads)]
+
+    def head_keys(self, begin: int) -> int:
+        """Of the first tokens, those that lie before what a query sees of its window."""
+        return min(self.sink_tokens, begin)
+
     def bytes(self) -> int:
-        keys = 0
-        for sequence in self.sequences:
-            ranges = [(begin, end) for begin, end in self.visible(*sequence) if begin < end]
-            if ranges:
-                keys += ranges[-1][1] - ranges[0][0]
+        rows = 0
+        for queries, keys in self.sequences:
+            for length, heads in Counter(self.lengths(keys)).items():
+                seen = [(begin, end) for begin, end in self.visible(queries, length) if begin < end]
+                if seen:
+                    rows += (seen[-1][1] - seen[0][0] + self.head_keys(seen[0][0])) * heads
         tokens = sum(queries for queries, _ in self.sequences) + self.padding
         queries_and_outputs = tokens * self.num_q_heads * (2 * self.head_dim * self._itemsize + 4)
         row_bytes = self.head_dim * self._itemsize
         if self.kv_dtype:
             row_bytes = codes_per_row(self.head_dim, QUANTIZED_KV[self.kv_dtype]) + 4
-        return 2 * keys * self.num_kv_heads * row_bytes + queries_and_outputs
+        return 2 * rows * row_bytes + queries_and_outputs
 
     def flops(self) -> int:
-        ranges = (r for sequence in self.sequences for r in self.visible(*sequence))
-        pairs = sum(max(end - begin, 0) for begin, end in ranges)
-        return 4 * pairs * self.num_q_heads * self.head_dim
+        pairs = 0
+        for queries, keys in self.sequences:
+            for length, heads in Counter(self.lengths(keys)).items():
+                seen = (r for r in self.visible(queries, length) if r[0] < r[1])
+                pairs += heads * sum(end - begin + self.head_keys(begin) for begin, end in seen)
+        return 4 * pairs * (self.num_q_heads // self.num_kv_heads) * self.head_dim
 
     def shape(self) -> dict[str, int | str]:
         queries, keys = max(self.sequences, key=lambda sequence: sequence[1])
-        window: dict[str, int | str] = {} if self.window is None else {"window": self.window}
-        return window | {
+        names = ("window", "sink_tokens", "split_size", "sinks", "alibi", "per_head")
+        options: dict[str, int | str] = {
+            name: int(value) for name in names if (value := getattr(self, name))
+        }
+        return options | {
             "B": len(self.sequences),
             "S": keys,
             "HQ": self.num_q_heads,
@@ -248,6 +278,28 @@ def _cases() -> list[PagedAttentionCase]:
         case(((1, 1500), (1, 3), (1, 700)), 8, 2, 128, 16, sinks=True, alibi=True),
         case(((150, 150), (70, 300)), 4, 1, 64, 16, sinks=True, alibi=True),
         case(((0, 0), (3, 0)), padding=2, sinks=True, alibi=True),
+        # Pages for each KV head.
+        case(MIXED, per_head=True),
+        case(MIXED, 6, 3, 128, 3, half, window=9, per_head=True, sinks=True, alibi=True),
+        case(MIXED, 4, 4, 256, 1, causal=False, per_head=True, padding=3),
+        case(((1, 1500), (1, 3), (1, 700)), 16, 4, 128, 16, per_head=True),
+        case(((150, 150), (70, 300)), 4, 2, 64, 16, half, per_head=True),
+        case(((2, 40),), 2, 1, 64, 16, per_head=True),
+        # Pieces of one size; decoding and a prompt in one batch.
+        case(MIXED, split_size=64),
+        case(((1, 1500), (1, 3), (1, 0), (1, 700)), 8, 2, 128, 16, split_size=128),
+        case(((4, 1100), (2, 900)), 8, 2, 64, 64, half, window=600, split_size=64),
+        case(((2, 900), (50, 300), (1, 64)), 8, 2, 256, 1, split_size=192, sinks=True, alibi=True),
+        case(((1, 900), (1, 20)), 6, 3, 64, 16, per_head=True, split_size=4096),
+        # A head that stays visible: within a page, a tile, over several; without a window.
+        *(case(MIXED, window=window, sink_tokens=n) for window, n in ((9, 4), (1, 1), (33, 20))),
+        case(MIXED, sink_tokens=4),
+        case(MIXED, 4, 2, 256, 3, half, causal=False, window=5, sink_tokens=70),
+        case(((1, 1500), (1, 3), (2, 700)), 8, 2, 128, 16, window=300, sink_tokens=4),
+        case(((2, 1500), (1, 290), (1, 0)), 6, 3, 64, 1, window=64, sink_tokens=200, alibi=True),
+        case(((3, 900), (50, 300)), 4, 2, 64, window=90, sink_tokens=5, split_size=64, sinks=True),
+        case(((150, 150), (70, 300)), 4, 1, 64, 16, window=20, sink_tokens=70, alibi=True),
+        case(((1, 900), (1, 20)), 6, 3, 64, window=65, sink_tokens=65, per_head=True),
         # Many keys: decoding splits them. Many queries: several tiles of both.
         case(((1, 1500), (1, 3), (1, 700)), 8, 2, 128, 16),
         case(((4, 1100), (2, 900)), 8, 2, 64, 64, half, window=600),
@@ -286,6 +338,12 @@ def _quantized_cases() -> list[PagedAttentionCase]:
         case(((1, 20), (0, 0)), 8, 2, 64, 1, bf16, padding=5),
         case(MIXED, 8, 2, 128, 16, bf16, sinks=True, alibi=True),
         case(long, 8, 2, 128, 16, half, sinks=True, alibi=True),
+        case(MIXED, 6, 3, 64, 16, bf16, per_head=True),
+        case(long, 8, 4, 128, 1, half, per_head=True),
+        case(long, 8, 2, 128, 16, bf16, split_size=256),
+        case(MIXED, 8, 2, 80, 1, half, window=30, split_size=64),
+        case(long, 8, 2, 128, 16, bf16, window=200, sink_tokens=4),
+        case(MIXED, 8, 2, 256, 16, half, window=20, sink_tokens=18),
     ]
     return [replace(each, kv_dtype=kv_dtype) for kv_dtype in QUANTIZED_KV for each in cases]
 
@@ -299,6 +357,8 @@ CPU_CASES = [
         (8, 256, 1, {"softcap": 3.0}),
         (10, 72, 64, {"causal": False}),
         (6, 64, 16, {"sinks": True, "alibi": True}),
+        (6, 64, 16, {"per_head": True, "window": 7}),
+        (4, 64, 16, {"window": 7, "sink_tokens": 10}),
     )
 ]
 
@@ -317,6 +377,17 @@ def _bench() -> list[PagedAttentionCase]:
         PagedAttentionCase(((1, 32768),) * 8, 32, 8, 128, 64, window=4096),
         PagedAttentionCase(((5, 4096),) * 8, 32, 8, 128, 64),
     ]
+    # Variants of one decode step, each to be compared with the step without it.
+    variants: list[dict[str, Any]] = [
+        {"sinks": True},
+        {"alibi": True},
+        {"per_head": True},
+        {"split_size": 256},
+        {"split_size": 1024},
+        {"window": 1024},
+        {"window": 1024, "sink_tokens": 4},
+    ]
+    cases += [PagedAttentionCase(((1, 4096),) * 8, 32, 8, 128, 64, **each) for each in variants]
     cases += [
         PagedAttentionCase(((keys, keys),), heads, kv_heads, dim, 64)
         for keys, heads, kv_heads, dim in (
