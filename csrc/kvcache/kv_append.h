@@ -22,6 +22,12 @@
 
 namespace effllm {
 
+// Where a row of D elements goes; the word is null if the cache is not quantised.
+struct KvRowTarget {
+  char* row;
+  uint32_t* word;
+};
+
 // Rows of HKV * D elements on the move.
 struct KvAppendRows {
   const char* tokens;  // k or v
@@ -29,6 +35,14 @@ struct KvAppendRows {
   char* cache;
   int64_t stride_page_bytes, stride_slot_bytes, stride_cache_head_bytes;
   KvScales scales;  // of a quantised cache
+
+  constexpr KvRowTarget target(int64_t page, int64_t offset, int64_t head) const {
+    char* row = cache + page * stride_page_bytes + offset * stride_slot_bytes +
+                head * stride_cache_head_bytes;
+    if (scales.words == nullptr) return {row, nullptr};
+    return {row, scales.words + page * scales.stride_page + offset * scales.stride_slot +
+                     head * scales.stride_head};
+  }
 };
 
 struct KvAppendParams {
@@ -62,12 +76,13 @@ inline bool are_aligned(const KvAppendRows& rows, int64_t token_bytes, int64_t c
   return tokens % token_bytes == 0 && cache % cache_bytes == 0;
 }
 
-inline KvAppendParams check_kv_append(const View& k, const View& v, const View& k_cache,
-                                      const View& v_cache, const View& slot_mapping,
-                                      const std::optional<View>& k_scale,
-                                      const std::optional<View>& v_scale) {
-  Check check("kv_append");
-  Sym tokens("T"), kv_heads("HKV"), dim("D"), pages("NP"), page_size("P");
+// The checks of an op that appends k and v; symbols and `check` are the op's.
+inline KvAppendParams check_kv_rows(Check& check, const View& k, const View& v, const View& k_cache,
+                                    const View& v_cache, const View& slot_mapping,
+                                    const std::optional<View>& k_scale,
+                                    const std::optional<View>& v_scale, Sym& tokens, Sym& kv_heads,
+                                    Sym& dim) {
+  Sym pages("NP"), page_size("P");
   check(k)
       .dtype({DType::kFloat16, DType::kBFloat16, DType::kFloat32})
       .shape({tokens, kv_heads, dim})
@@ -99,6 +114,16 @@ inline KvAppendParams check_kv_append(const View& k, const View& v, const View& 
                     are_aligned(params.v, 16, cache_bytes);
   params.word_bytes = static_cast<int>(wide ? 16 : element_bytes(k.dtype));
   return params;
+}
+
+inline KvAppendParams check_kv_append(const View& k, const View& v, const View& k_cache,
+                                      const View& v_cache, const View& slot_mapping,
+                                      const std::optional<View>& k_scale,
+                                      const std::optional<View>& v_scale) {
+  Check check("kv_append");
+  Sym tokens("T"), kv_heads("HKV"), dim("D");
+  return check_kv_rows(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, tokens,
+                       kv_heads, dim);
 }
 
 }  // namespace effllm

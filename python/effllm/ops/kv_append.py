@@ -59,17 +59,31 @@ def _fake(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    torch._check(k.dim() == 3, lambda: f"kv_append: k must be [T, HKV, D], got {list(k.shape)}")
+    check_append_shapes("kv_append", k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale)
+
+
+def check_append_shapes(
+    op: str,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """The relations between shapes that fake kernels of ops with these arguments check."""
+    torch._check(k.dim() == 3, lambda: f"{op}: k must be [T, HKV, D], got {list(k.shape)}")
     torch._check(
         k.shape == v.shape,
-        lambda: f"kv_append: v must have the shape of k, {list(k.shape)}, got {list(v.shape)}",
+        lambda: f"{op}: v must have the shape of k, {list(k.shape)}, got {list(v.shape)}",
     )
     row = codes_per_row(k.shape[2], k_cache.dtype)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         torch._check(
             cache.dim() == 4 and cache.shape[2:] == (k.shape[1], row),
             lambda name=name, cache=cache: (
-                f"kv_append: {name} must be [NP, P, HKV, D] = [?, ?, {k.shape[1]}, {row}], "
+                f"{op}: {name} must be [NP, P, HKV, D] = [?, ?, {k.shape[1]}, {row}], "
                 f"got {list(cache.shape)}"
             ),
         )
@@ -77,15 +91,13 @@ def _fake(
         torch._check(
             scale is None or scale.shape[:3] == k_cache.shape[:3],
             lambda name=name, scale=scale: (
-                f"kv_append: {name} must be [NP, P, HKV] = {list(k_cache.shape[:3])}, "
+                f"{op}: {name} must be [NP, P, HKV] = {list(k_cache.shape[:3])}, "
                 f"got {list(scale.shape)}"
             ),
         )
     torch._check(
         slot_mapping.dim() == 1 and slot_mapping.shape[0] == k.shape[0],
-        lambda: (
-            f"kv_append: slot_mapping must be [T] = [{k.shape[0]}], got {list(slot_mapping.shape)}"
-        ),
+        lambda: f"{op}: slot_mapping must be [T] = [{k.shape[0]}], got {list(slot_mapping.shape)}",
     )
 
 
