@@ -9,6 +9,7 @@ from .kv_append import kv_append
 from .lut4_gemm import lut4_gemm
 from .merge_states import merge_states
 from .paged_attention import paged_attention
+from .rope_kv_append import rope_kv_append
 
 __all__ = [
     "block_copy",
@@ -20,4 +21,5 @@ __all__ = [
     "lut4_gemm",
     "merge_states",
     "paged_attention",
+    "rope_kv_append",
 ]
