@@ -124,11 +124,7 @@ class Match {
 
   // Kernels read `bytes` at once from the start of every slice along the last dimension.
   const Match& aligned(int64_t bytes, int64_t element_bytes) const {
-    bool aligned = reinterpret_cast<uintptr_t>(view_.data) % bytes == 0;
-    for (int dim = 0; dim + 1 < view_.rank; ++dim) {
-      if (view_.sizes[dim] > 1) aligned &= view_.strides[dim] * element_bytes % bytes == 0;
-    }
-    if (!aligned && view_.numel() > 0) {
+    if (!view_.has_aligned_rows(bytes, element_bytes)) {
       fail_argument("must have rows that start at multiples of " + std::to_string(bytes) +
                     " bytes, got strides " + format_list(view_.strides, view_.rank) + " of " +
                     std::to_string(element_bytes) + " bytes from address offset " +

@@ -35,6 +35,15 @@ struct View {
     return count;
   }
 
+  // Whether every slice along the last dimension starts at a multiple of `bytes`.
+  bool has_aligned_rows(int64_t bytes, int64_t element_bytes) const {
+    bool aligned = reinterpret_cast<uintptr_t>(data) % bytes == 0;
+    for (int dim = 0; dim + 1 < rank; ++dim) {
+      if (sizes[dim] > 1) aligned &= strides[dim] * element_bytes % bytes == 0;
+    }
+    return aligned || numel() == 0;
+  }
+
   template <class T>
   T* data_as() const {
     return static_cast<T*>(data);

@@ -45,13 +45,6 @@ struct RopeKvAppendParams {
   bool wide;
 };
 
-inline bool are_rows_aligned(const View& rows, int64_t bytes) {
-  int64_t bits = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data));
-  for (int dim = 0; dim + 1 < rows.rank; ++dim)
-    bits |= rows.stride(dim) * element_bytes(rows.dtype);
-  return bits % bytes == 0;
-}
-
 inline RopeKvAppendParams check_rope_kv_append(
     const View& q, const View& k, const View& v, const View& cos, const View& sin,
     const View& positions, const View& k_cache, const View& v_cache, const View& slot_mapping,
@@ -87,8 +80,8 @@ inline RopeKvAppendParams check_rope_kv_append(
   params.positions = positions.data_as<int64_t>();
   params.interleaved = interleaved;
   params.wide = params.append.word_bytes == 16 && *dim % 8 == 0 &&
-                *half % (interleaved ? 4 : 8) == 0 && are_rows_aligned(q, 16) &&
-                are_rows_aligned(cos, 16) && are_rows_aligned(sin, 16);
+                *half % (interleaved ? 4 : 8) == 0 && q.has_aligned_rows(16, bytes) &&
+                cos.has_aligned_rows(16, sizeof(float)) && sin.has_aligned_rows(16, sizeof(float));
   return params;
 }
 

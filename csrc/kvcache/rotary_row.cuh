@@ -1,6 +1,7 @@
 // The rows of one token in rope_kv_append's kernel: how pairs turn, and where each row goes.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +19,10 @@
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 
 struct Index {
@@ -107,6 +112,9 @@ T __shfl_up_sync(unsigned, T value, int lanes) {
 template <class T>
 T __ldcg(const T* src) {
   return *src;
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  const int lane = static_cast<int>(threadIdx.x) ^ mask;
+  return std::bit_cast<T>(warp::exchange(std::bit_cast<uint32_t>(value))[lane]);
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
@@ -132,6 +140,15 @@ inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)
 inline int __ffs(int bits) {
   return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;
 }
+
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(value)); }
+// Functions, so that no product is fused with the sum that takes it.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 
 using std::max;
 using std::min;

@@ -1,0 +1,16 @@
+// CUDA's fp16 for a warp on the CPU: storage and conversions, by those of common/dtype.h.
+#pragma once
+
+#include "common/dtype.h"
+#include "cuda_runtime.h"
+
+struct __half {
+  uint16_t bits;
+};
+
+inline float __half2float(__half value) { return effllm::to_float(effllm::float16{value.bits}); }
+inline __half __float2half_rn(float value) {
+  return {effllm::from_float<effllm::float16>(value).bits};
+}
+inline uint16_t __half_as_ushort(__half value) { return value.bits; }
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
