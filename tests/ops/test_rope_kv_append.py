@@ -362,6 +362,21 @@ def test_first_call_in_a_cuda_graph_and_replay_with_other_data() -> None:
         assert_equal(found, wanted)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "cos", "sin"])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_backward_pass_raises(backend: str | None, name: str) -> None:
+    """torch would answer with a warning, and no gradient."""
+    args, _ = RopeKvAppendCase(5, dtype=torch.float32).make("cpu")
+    args[NAMES.index(name)].requires_grad_()
+    torch._dynamo.reset()
+    function = torch.compile(rope_kv_append, backend=backend) if backend else rope_kv_append
+    out = function(*args)
+    with pytest.raises(RuntimeError, match="rope_kv_append is an inference op without a gradient"):
+        out.sum().backward()
+    with torch.inference_mode():
+        assert_equal(function(*args), rope_kv_append_ref(*args)[-1])
+
+
 HALF = torch.float16
 ERRORS = [
     ("q", torch.ones(7, 3, 64, dtype=torch.int32), "q must be float16, bfloat16 or float32, got"),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._autograd import refusing_backward
 from .._load import ops
 from .kv_append import check_append_shapes, kv_append_ref
 
@@ -57,13 +58,13 @@ def rope_kv_append(
         RuntimeError: a wrong dtype, device, rank, shape or stride; or, on the CPU, a slot outside
             -1 .. NP * P - 1 or a position outside 0 .. MAXPOS - 1, before anything is written. A
             GPU, which cannot raise, skips such a slot, and what such a position should have rotated
-            is NaN.
+            is NaN. The backward pass: this is an inference op.
 
     Source:
         csrc/kvcache/rope_kv_append.h. Rotary embedding as in RoFormer (arXiv:2104.09864), in part
         of a head as in GPT-NeoX (arXiv:2204.06745).
     """
-    return _op(
+    out = _op(
         q,
         k,
         v,
@@ -77,6 +78,7 @@ def rope_kv_append(
         v_scale,
         interleaved=interleaved,
     )
+    return refusing_backward(out, _op)
 
 
 @torch.library.register_fake(_op.name())
