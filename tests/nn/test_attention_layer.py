@@ -13,13 +13,21 @@ from torch import Tensor, nn
 
 from effllm.cache import PagedContext, PagedKVCache
 from effllm.nn import PagedAttention
+from effllm.ops._kv_codes import as_bits
+from effllm.ops.rope_kv_append import rotate_ref
+from effllm.testing.cases.rope_kv_append import rotary_tables
+from effllm.testing.compare import assert_equal
 
 
 class Replacement(nn.Module):
-    """A transformers attention module with its projections and norms, but our attention."""
+    """A transformers attention module with its projections and norms, but our attention; given
+    tables of cos and sin, it leaves the rotation to that too."""
 
-    def __init__(self, original: Any, config: Any) -> None:
+    def __init__(
+        self, original: Any, config: Any, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self.rotary = rotary
         self.original = original
         self.layer = original.layer_idx
         self.attention = PagedAttention(
@@ -47,8 +55,10 @@ class Replacement(nn.Module):
         )
         if hasattr(ours, "q_norm"):
             q, k = ours.q_norm(q), ours.k_norm(k)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
-        return ours.o_proj(self.attention(q.flatten(2), k, v, effllm, self.layer).squeeze(0)), None
+        if self.rotary is None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        out = self.attention(q.flatten(2), k, v, effllm, self.layer, rotary=self.rotary)
+        return ours.o_proj(out.squeeze(0)), None
 
 
 MODELS = {
@@ -67,8 +77,9 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("rotates", [False, True], ids=["rotated", "rotates"])
 @pytest.mark.parametrize("name", MODELS)
-def test_in_the_place_of_transformers_attention(name: str) -> None:
+def test_in_the_place_of_transformers_attention(name: str, rotates: bool) -> None:
     """Two sequences: chunks of a prompt and single tokens, against one eager pass over each."""
     transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
     config_name, options = MODELS[name]
@@ -80,8 +91,13 @@ def test_in_the_place_of_transformers_attention(name: str) -> None:
     with torch.no_grad():
         expected = [model(input_ids=tokens[None]).logits[0] for tokens in sequences]
 
+    rotary = None
+    if rotates:
+        # transformers repeats each table for the second halves.
+        cos, sin = model.model.rotary_emb(torch.empty(0), torch.arange(16)[None])
+        rotary = (cos[0].chunk(2, -1)[0], sin[0].chunk(2, -1)[0])
     for layer in model.model.layers:
-        layer.self_attn = Replacement(layer.self_attn, config)
+        layer.self_attn = Replacement(layer.self_attn, config, rotary)
     cache = PagedKVCache(
         2,
         config.num_key_value_heads,
@@ -111,10 +127,18 @@ def test_in_the_place_of_transformers_attention(name: str) -> None:
 
 
 def stepped(
-    device: str, dtype: torch.dtype, num_kv_heads: int, num_tokens: int = 6
+    device: str, dtype: torch.dtype, num_kv_heads: int, num_tokens: int = 6, **options: Any
 ) -> tuple[PagedKVCache, PagedContext]:
     cache = PagedKVCache(
-        2, num_kv_heads, 32, max_batch=1, max_seq_len=8, page_size=4, dtype=dtype, device=device
+        2,
+        num_kv_heads,
+        32,
+        max_batch=1,
+        max_seq_len=8,
+        page_size=4,
+        dtype=dtype,
+        device=device,
+        **options,
     )
     return cache, PagedContext(cache, cache.step([(cache.add(), num_tokens)]))
 
@@ -183,12 +207,46 @@ def test_first_tokens_sinks_and_slopes(device: str) -> None:
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_rotation_inside_is_rotation_before(
+    kv_dtype: str | None, interleaved: bool, device: str
+) -> None:
+    """To the bit, in the outputs and in the pages; part of each head, over two steps."""
+    torch.manual_seed(0)
+    qkv = torch.randn(6, 8, 32).to(device, torch.bfloat16)
+    tables = rotary_tables(8, 16, device)
+    results = []
+    for rotates in (False, True):
+        cache, context = stepped(device, torch.bfloat16, 2, 4, kv_dtype=kv_dtype)
+        attention = PagedAttention(4, 2, 32, interleaved=interleaved and rotates)
+        outs = []
+        for part in (slice(0, 4), slice(4, 6)):
+            q, k, v = qkv[part].split([4, 2, 2], dim=1)
+            if part.start:
+                context = PagedContext(cache, cache.step([(0, 2)]))
+            if rotates:
+                outs.append(attention(q, k, v, context, 1, rotary=tables))
+            else:
+                positions = torch.arange(part.start, part.stop, device=device)
+                q, k = (rotate_ref(x, *tables, positions, interleaved=interleaved) for x in (q, k))
+                outs.append(attention(q, k, v, context, 1))
+        pages = context.batch.page_table[0, :2].long()
+        written = [as_bits(x)[pages].flatten(0, 1)[:6] for x in cache.layer(1) if x is not None]
+        results.append([torch.cat(outs), *written])
+    for before, inside in zip(*results, strict=True):
+        assert_equal(inside, before)
+
+
 def test_it_holds_no_state() -> None:
     attention = PagedAttention(8, 2, 64, window=100, softcap=30.0)
     assert not attention.state_dict()
     assert not list(attention.parameters())
     for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
         assert repr(other) == "PagedAttention(8, 2, head_dim=64, window=100, softcap=30.0)"
+    assert repr(PagedAttention(8, 2, 64, interleaved=True)) == (
+        "PagedAttention(8, 2, head_dim=64, interleaved=True)"
+    )
     assert repr(PagedAttention(8, 2, 64)) == "PagedAttention(8, 2, head_dim=64)"
 
 
@@ -226,6 +284,10 @@ def test_a_backward_pass_raises() -> None:
     out = PagedAttention(4, 2, 32)(q, torch.ones(6, 64), torch.ones(6, 64), context, 0)
     with pytest.raises(RuntimeError, match="paged_attention is an inference op"):
         out.sum().backward()
+    rotary = rotary_tables(8, 32)
+    out = PagedAttention(4, 2, 32)(q, *torch.ones(2, 6, 64), context, 0, rotary=rotary)
+    with pytest.raises(RuntimeError, match="paged_attention is an inference op"):
+        out.sum().backward()
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -234,3 +296,7 @@ def test_compiles_without_graph_breaks() -> None:
     q, k = torch.randn(6, 128), torch.randn(6, 64)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, k, context, 0), attention(q, k, k, context, 0))
+    rotary = rotary_tables(8, 32)
+    expected = attention(q, k, k, context, 0, rotary=rotary)
+    assert not torch.equal(expected, attention(q, k, k, context, 0))
+    assert torch.equal(compiled(q, k, k, context, 0, rotary=rotary), expected)

@@ -35,6 +35,8 @@ class PagedContext:
         sink_tokens: int = 0,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        interleaved: bool = False,
     ) -> Tensor:
         """Appends k, v ``[T, HKV, D]`` to the layer's pages and attends q ``[T, HQ, D]`` to them.
 
@@ -42,14 +44,33 @@ class PagedContext:
         token's own, behind the first ``sink_tokens``, which stay visible; ``softcap`` 0 is off;
         ``sinks`` ``[HQ]`` are logits that take part in the softmax without a value,
         ``alibi_slopes`` ``[HQ]`` times the distance is taken from scores, both in any float dtype;
-        a ``split_size`` makes bits independent of the batch. Returns ``[T, HQ, D]``.
+        a ``split_size`` makes bits independent of the batch. With ``rotary``, (cos, sin) as
+        ``ops.rope_kv_append`` takes them, q and k are first rotated by their positions, in the
+        launch that appends. Returns ``[T, HQ, D]``.
         """
         batch = self.batch
         k_cache, v_cache, k_scale, v_scale = self.cache.layer(layer)
         # Cached keys carry no gradient. Nothing gets lost: the backward of attention raises.
-        ops.kv_append(
-            k.detach(), v.detach(), k_cache, v_cache, batch.slot_mapping, k_scale, v_scale
-        )
+        k, v = k.detach(), v.detach()
+        slots = batch.slot_mapping
+        if rotary is None:
+            ops.kv_append(k, v, k_cache, v_cache, slots, k_scale, v_scale)
+        else:
+            cos, sin = rotary
+            q = ops.rope_kv_append(
+                q,
+                k,
+                v,
+                cos,
+                sin,
+                batch.positions,
+                k_cache,
+                v_cache,
+                slots,
+                k_scale,
+                v_scale,
+                interleaved=interleaved,
+            )
         out, _ = ops.paged_attention(
             q,
             k_cache,

@@ -19,7 +19,8 @@ class PagedAttention(nn.Module):
     Appends the new keys and values to the pages of a layer, then attends to all of the sequence.
     It holds no tensors, only numbers: one instance may serve all layers. ``num_kv_heads`` makes it
     multi-head (equal to ``num_heads``), multi-query (1) or grouped-query attention; query head h
-    reads KV head h // (num_heads // num_kv_heads). Positions (RoPE) are the caller's.
+    reads KV head h // (num_heads // num_kv_heads). Rotary embedding is the caller's or,
+    given ``rotary``, part of the append.
 
         attention = effllm.nn.PagedAttention(32, 8, 128)
         batch = cache.step([(seq, n) ...])                   # effllm.cache.PagedKVCache
@@ -38,12 +39,14 @@ class PagedAttention(nn.Module):
         softcap: float = 0.0,
         split_size: int | None = None,
         sink_tokens: int = 0,
+        interleaved: bool = False,
     ) -> None:
         """``scale`` None is head_dim ** -0.5; ``window`` counts the keys that a token sees, its own
         included, None is all; ``softcap`` c > 0 turns a score s into c * tanh(s / c);
         ``split_size``, a multiple of 64, makes the bits of a token independent of the batch that
         it is in (``effllm.ops.paged_attention``); ``sink_tokens`` of a sequence stay visible, the
-        first ones, when the window has left them behind (StreamingLLM).
+        first ones, when the window has left them behind (StreamingLLM); ``interleaved`` is how
+        ``rotary`` pairs the elements of a head, as ``ops.rope_kv_append`` says.
 
         ValueError for heads that form no groups, a head dim that is no multiple of 8 up to 256, or
         a window below 1.
@@ -69,6 +72,7 @@ class PagedAttention(nn.Module):
         self.softcap = softcap
         self.split_size = split_size
         self.sink_tokens = sink_tokens
+        self.interleaved = interleaved
 
     def forward(
         self,
@@ -80,6 +84,7 @@ class PagedAttention(nn.Module):
         *,
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The attention of the T new tokens of a step, packed in the order of its items.
 
@@ -92,6 +97,8 @@ class PagedAttention(nn.Module):
                 has no value (gpt-oss).
             alibi_slopes: ``[HQ]``, any float dtype: how much less a score is for each position
                 between token and key (ALiBi).
+            rotary: cos and sin, fp32 ``[MAXPOS, R / 2]``: q and k come as projected, and the first
+                R elements of their heads are rotated by the positions of the step.
 
         Returns:
             In the shape of q. Inference only: the backward pass raises.
@@ -111,6 +118,8 @@ class PagedAttention(nn.Module):
             sink_tokens=self.sink_tokens,
             sinks=sinks,
             alibi_slopes=alibi_slopes,
+            rotary=rotary,
+            interleaved=self.interleaved,
         )
         return out.view(q.shape)
 
@@ -131,6 +140,7 @@ class PagedAttention(nn.Module):
             "softcap": self.softcap or None,
             "split_size": self.split_size,
             "sink_tokens": self.sink_tokens or None,
+            "interleaved": self.interleaved or None,
         }
         given = [f"{name}={value}" for name, value in options.items() if value is not None]
         return ", ".join(

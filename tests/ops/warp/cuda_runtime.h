@@ -112,6 +112,9 @@ T __shfl_up_sync(unsigned, T value, int lanes) {
 template <class T>
 T __ldcg(const T* src) {
   return *src;
+}
+
+template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   const int lane = static_cast<int>(threadIdx.x) ^ mask;
   return std::bit_cast<T>(warp::exchange(std::bit_cast<uint32_t>(value))[lane]);
