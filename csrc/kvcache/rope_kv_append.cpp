@@ -25,7 +25,7 @@ void check_positions(const RopeKvAppendParams& params) {
 }
 
 template <class T>
-void turn(T& a, T& b, float cos, float sin) {
+void rotate(T& a, T& b, float cos, float sin) {
   // A statement each: compilers may fuse a product with the sum that it stands in.
   const float x = to_float(a), y = to_float(b);
   const float x_cos = x * cos, y_sin = y * sin;
@@ -41,9 +41,9 @@ void rotate_row(const RopeKvAppendParams& params, int64_t position, const char* 
   const int64_t half = params.half;
   std::memcpy(out, row, params.append.row_bytes);
   if (params.interleaved) {
-    for (int64_t i = 0; i < half; ++i) turn(out[2 * i], out[2 * i + 1], cos[i], sin[i]);
+    for (int64_t i = 0; i < half; ++i) rotate(out[2 * i], out[2 * i + 1], cos[i], sin[i]);
   } else {
-    for (int64_t i = 0; i < half; ++i) turn(out[i], out[half + i], cos[i], sin[i]);
+    for (int64_t i = 0; i < half; ++i) rotate(out[i], out[half + i], cos[i], sin[i]);
   }
 }
 

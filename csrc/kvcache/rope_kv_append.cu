@@ -4,7 +4,7 @@
 // of a token after the first of its heads.
 //
 //   block (t, y)   16 rows of token t: |  HQ rows of q  |  HKV of k  |  HKV of v  |
-//   a row          D elements by 16 lanes in vectors of 8; of R = 2 * half that turn
+//   a row          D elements by 16 lanes in vectors of 8; the first R = 2 * half rotate
 //
 //     halves       [ a0 a1 .. | .. b0 b1 .. | as it is ]     vector d with vector d +- half
 //     interleaved  [ a0 b0 a1 b1 ..         | as it is ]     pairs in one vector

@@ -1,23 +1,23 @@
 // rope_kv_append: rotary position embedding of q and k, and k and v into their slots of the cache.
 //
 //   q            [T, HQ, D]        any strides with stride(-1) == 1
-//   cos, sin     [MAXPOS, R/2] f32 any strides with stride(-1) == 1; R <= D elements of a head turn
+//   cos, sin     [MAXPOS, R/2] f32 any strides with stride(-1) == 1; R <= D
 //   positions    [T] int64         row of cos and sin for each token
 //   k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale: as in kv_append.h
-//   out          [T, HQ, D]        q turned, contiguous
+//   out          [T, HQ, D]        q rotated, contiguous
 //
-// Elements a and b of a head that belong together, (i, i + R/2) or, interleaved, (2i, 2i + 1),
-// become
+// The first R elements of a head rotate in pairs: i and i + R/2 or, interleaved, 2i and 2i + 1. a
+// and b become
 //
 //   a * cos[p, i] - b * sin[p, i]      and      b * cos[p, i] + a * sin[p, i]
 //
 // in fp32, each product and the sum rounded by itself, then once to the dtype of q. So the bits are
 // the same on every device and as in PyTorch, and k is quantised as kv_append would what PyTorch
-// had turned. The other D - R elements keep their bits.
+// had rotated. The other D - R elements keep their bits.
 //
 // Positions are data, as slots are: the CPU raises on one out of range, also of a token without a
 // slot, before it writes anything. The GPU, which cannot raise, reads no table there: what should
-// have been turned is NaN.
+// have been rotated is NaN.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The rows of one token in rope_kv_append's kernel: how pairs turn, and where each row goes.
+// The rows of one token in rope_kv_append's kernel: how pairs rotate, and where each row goes.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ __device__ __forceinline__ void load_table(const float* table, int idx, float (&
   }
 }
 
-// A head of q or k, or one of v, where nothing turns: half = 0.
+// A head of q or k, or one of v, which does not rotate: half = 0.
 template <class T, int kVector>
 struct RotaryRow {
   using Vector = RowVector<T, kVector>;
@@ -32,12 +32,12 @@ struct RotaryRow {
   int dim, half;
   bool interleaved;
 
-  // Elements d .. d + kVector - 1, turned and rounded.
+  // Elements d .. d + kVector - 1, rotated and rounded.
   __device__ __forceinline__ Vector load(int d) const {
     Vector x = Vector::load(row, d, dim);
     if (d >= 2 * half) return x;
     if constexpr (kVector == 8) {
-      return interleaved ? turn_pairs(x, d) : turn_halves(x, d);
+      return interleaved ? rotate_pairs(x, d) : rotate_halves(x, d);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
@@ -46,7 +46,7 @@ struct RotaryRow {
         const int idx = interleaved ? element / 2 : is_first ? element : element - half;
         const int partner = interleaved ? element ^ 1 : is_first ? element + half : idx;
         const float c = cos == nullptr ? NAN : cos[idx], s = sin == nullptr ? NAN : sin[idx];
-        x.at[i] = turn(row[element], row[partner], c, s, is_first);
+        x.at[i] = rotate(row[element], row[partner], c, s, is_first);
       }
       return x;
     }
@@ -54,14 +54,14 @@ struct RotaryRow {
 
  private:
   // Without fused multiply-adds, for the bits to be those of the CPU.
-  static __device__ __forceinline__ device_t<T> turn(device_t<T> x, device_t<T> partner, float cos,
-                                                     float sin, bool is_first) {
+  static __device__ __forceinline__ device_t<T> rotate(device_t<T> x, device_t<T> partner,
+                                                       float cos, float sin, bool is_first) {
     const float kept = __fmul_rn(device_to_float(x), cos);
     const float added = __fmul_rn(device_to_float(partner), is_first ? -sin : sin);
     return device_from_float<device_t<T>>(__fadd_rn(kept, added));
   }
 
-  __device__ __forceinline__ Vector turn_halves(Vector x, int d) const {
+  __device__ __forceinline__ Vector rotate_halves(Vector x, int d) const {
     const bool is_first = d < half;
     const int idx = is_first ? d : d - half;
     const Vector partner = Vector::load(row, is_first ? d + half : idx, dim);
@@ -69,20 +69,21 @@ struct RotaryRow {
     load_table(cos, idx, c);
     load_table(sin, idx, s);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) x.at[i] = turn(x.at[i], partner.at[i], c[i], s[i], is_first);
+    for (int i = 0; i < kVector; ++i)
+      x.at[i] = rotate(x.at[i], partner.at[i], c[i], s[i], is_first);
     return x;
   }
 
-  __device__ __forceinline__ Vector turn_pairs(const Vector& x, int d) const {
+  __device__ __forceinline__ Vector rotate_pairs(const Vector& x, int d) const {
     float c[kVector / 2], s[kVector / 2];
     load_table(cos, d / 2, c);
     load_table(sin, d / 2, s);
-    Vector turned;
+    Vector rotated;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      turned.at[i] = turn(x.at[i], x.at[i ^ 1], c[i / 2], s[i / 2], i % 2 == 0);
+      rotated.at[i] = rotate(x.at[i], x.at[i ^ 1], c[i / 2], s[i / 2], i % 2 == 0);
     }
-    return turned;
+    return rotated;
   }
 };
 

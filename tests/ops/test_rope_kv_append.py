@@ -62,7 +62,7 @@ def rotate_alone(x: Tensor, *tables: Tensor, interleaved: bool = False) -> Tenso
 @both_pairings
 @pytest.mark.parametrize("rotary_dim", [2, 32, 64])
 @every_dtype
-def test_a_pair_turns_by_its_angle(
+def test_a_pair_rotates_by_its_angle(
     dtype: torch.dtype, rotary_dim: int, interleaved: bool, device: str
 ) -> None:
     """Against a multiplication of complex numbers in float64, position by position."""
@@ -71,10 +71,10 @@ def test_a_pair_turns_by_its_angle(
     angles = positions[:, None].double() * 10000.0 ** -(
         torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
     )
-    turned, rest = x[..., :rotary_dim].double(), x[..., rotary_dim:]
+    rotated, rest = x[..., :rotary_dim].double(), x[..., rotary_dim:]
     axis = -1 if interleaved else -2
     shape = (rotary_dim // 2, 2) if interleaved else (2, rotary_dim // 2)
-    pairs = torch.complex(*turned.unflatten(-1, shape).unbind(axis))
+    pairs = torch.complex(*rotated.unflatten(-1, shape).unbind(axis))
     exact = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
     exact = torch.stack([exact.real, exact.imag], axis).flatten(-2)
     tables = (*rotary_tables(120, rotary_dim, device), positions)
@@ -206,7 +206,7 @@ def test_any_strides(name: str, kv_dtype: str | None, device: str) -> None:
 
 @both_pairings
 @every_dtype
-def test_elements_that_do_not_turn_keep_their_bits(
+def test_elements_that_do_not_rotate_keep_their_bits(
     dtype: torch.dtype, interleaved: bool, device: str
 ) -> None:
     """NaN payloads, infinities, subnormals and negative zeros included; likewise v."""
@@ -327,7 +327,7 @@ def test_data_out_of_range_raises_before_anything_is_written(
 @pytest.mark.parametrize("kv_dtype", [None, "e4m3", "int4"])
 @pytest.mark.parametrize("dim", [6, 64])
 def test_data_out_of_range_on_the_gpu(dim: int, kv_dtype: str | None, interleaved: bool) -> None:
-    """Slots are skipped; of wild positions nothing is read, and what they would turn is NaN."""
+    """Slots are skipped; of wild positions nothing is read, and what they would rotate is NaN."""
     case = RopeKvAppendCase(
         9, 2, dim, 4, rotary_dim=dim // 4 * 2, skip_every=None, kv_dtype=kv_dtype
     )

@@ -124,7 +124,7 @@ def test_unaligned_rows(interleaved: bool, kv_dtype: str | None, rows: Rows) -> 
 @pytest.mark.parametrize("dim", [6, 64])
 @pytest.mark.parametrize("kv_dtype", [None, "e4m3", "int4"])
 def test_data_out_of_range(kv_dtype: str | None, dim: int, rows: Rows) -> None:
-    """Slots are skipped; of wild positions nothing is read, and what they would turn is NaN."""
+    """Slots are skipped; of wild positions nothing is read, and what they would rotate is NaN."""
     case = RopeKvAppendCase(9, 2, dim, 4, rotary_dim=dim // 4 * 2, skip_every=None)
     args, _ = replace(case, kv_dtype=kv_dtype).make("cpu")
     sane = [tensor.clone() for tensor in args]
