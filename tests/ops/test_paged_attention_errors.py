@@ -148,8 +148,9 @@ def to_device(value: Any, device: str) -> Any:
     """Tensors with the strides that they have, which `.to` does not promise."""
     if device == "cpu" or not isinstance(value, Tensor):
         return value
-    result = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-    return result.copy_(value)
+    # All of the memory behind it: elements that share some cannot be written one by one.
+    memory = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 @pytest.mark.parametrize(("args", "message"), ERRORS)

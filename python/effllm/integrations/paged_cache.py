@@ -53,8 +53,8 @@ class PagedCache(Cache):
 
         Raises ValueError for another kv_dtype, or layers of a type that pages do not hold.
         """
+        self.pages: PagedKVCache | None = None  # before anything raises: __del__ looks at it
         check_kv_dtype("PagedCache", kv_dtype)
-        self.pages: PagedKVCache | None = None
         self._seqs: list[int] = []  # one sequence of `pages` per batch row
         self.config = config.get_text_config(decoder=True)
         others = set(getattr(self.config, "layer_types", None) or ()) - {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -78,6 +78,7 @@ def quantise_with_calibration(
     the function goes on with the next one and comes to the same result.
     """
     name, blocks = find_blocks(model)
+    _refuse_float32_on_cuda(blocks, targets)
     bar = progress_bar(len(targets), progress)
     sharing = sharing_modules(model)
     with evaluating(model), bar:
@@ -94,6 +95,20 @@ def quantise_with_calibration(
         rest = [target for target in targets if target not in done]
         part = _Part("", model, rest, partial(whole_pass, calibration), sharing, None)
         _finish(model, part, len(blocks), calibration, state, report, bar)
+
+
+def _refuse_float32_on_cuda(blocks: Sequence[nn.Module], targets: list[Target]) -> None:
+    """Layers outside of blocks run quantised for those behind them: in 16 bits on a GPU."""
+    in_blocks = {target for block in blocks for target in _inside(block, targets)}
+    outside = [target for target in targets if target not in in_blocks]
+    for target in outside[:-1]:
+        weight = target.linear.weight
+        if weight.dtype == torch.float32 and weight.device.type == "cuda":
+            raise ValueError(
+                f"effllm.quantize_: layer '{target.names[0]}' is in no block and has float32 "
+                f"weights on {weight.device}, where calibration needs float16 or bfloat16: use "
+                "model.to(torch.bfloat16), or the CPU"
+            )
 
 
 def _inside(block: nn.Module, targets: list[Target]) -> list[Target]:

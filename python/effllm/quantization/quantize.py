@@ -66,8 +66,8 @@ def quantize_(
         ValueError: a layer cannot be quantised (the message names it), ``model`` itself is an
             ``nn.Linear`` and so has no parent to swap it in, a pattern matches no layer, a method
             needs calibration and gets none, ``state`` is of another run, torch has no such
-            ``device`` here, or calibration would run on CUDA in float32, which layers over codes
-            do not take there.
+            ``device`` here, or a model without blocks is to be calibrated on CUDA in float32, which
+            its quantised layers do not take there.
     """
     if device is not None:
         device = usable_device(device)
@@ -81,7 +81,6 @@ def quantize_(
         _logger.info("effllm.quantize_: %s is left as it is: %s", name, why)
     report = QuantizationReport(skipped=skipped)
     if calibration is not None:
-        _refuse_float32_on_cuda(targets, device)
         data = Calibration.of(calibration)
         run_state = None if state is None else RunState(state)
         quantise_with_calibration(model, targets, data, run_state, device, report, progress)
@@ -111,19 +110,6 @@ def usable_device(device: torch.device | str) -> torch.device:
     if found.type == "meta":
         raise ValueError("effllm.quantize_: device must hold data, got 'meta'")
     return found
-
-
-def _refuse_float32_on_cuda(targets: list[Target], device: torch.device | None) -> None:
-    """Blocks run again once they are quantised, and ops over codes take 16 bits on a GPU."""
-    for target in targets:
-        weight = target.linear.weight
-        where = weight.device if device is None else device
-        if weight.dtype == torch.float32 and where.type == "cuda":
-            raise ValueError(
-                f"effllm.quantize_: layer '{target.names[0]}' has float32 weights, and calibration "
-                "would run on cuda, where quantised layers need float16 or bfloat16: use "
-                "model.to(torch.bfloat16), or device='cpu'"
-            )
 
 
 def _refuse_plain_saving(model: nn.Module) -> None:
