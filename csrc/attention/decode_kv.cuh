@@ -14,7 +14,7 @@
 //                                  of the fragment, second ones rows g + 8
 //
 // Where a key lies costs some forty instructions, so that one lane finds it for all that load from
-// it, one tile ahead as far as the page table goes, and leaves it in shared memory.
+// it, and leaves it in shared memory.
 //
 // Codes are multiplied in float16, which holds them exactly. Scales meet the scores:
 //
@@ -41,7 +41,7 @@
 
 namespace effllm {
 
-// What the lanes of a warp tell each other of the keys of a tile.
+// What the lanes of a warp tell each other: of the keys of a tile, and what rows see.
 template <class Config>
 struct DecodeTileKeys {
   static constexpr int kWords = Config::kQuantized ? Config::kTileKeys : 4;
@@ -49,6 +49,7 @@ struct DecodeTileKeys {
   alignas(16) int64_t k_bytes[Config::kTileKeys];  // where rows begin in the cache
   int64_t v_bytes[Config::kTileKeys];
   uint32_t k_words[kWords], v_words[kWords];  // scales of quantised caches
+  KeyRange visible[Config::kRows];
 };
 
 template <class Config>
@@ -122,7 +123,7 @@ class DecodeKv {
     }
   }
 
-  // Asks the page table for this lane's key of the tile that begins with `first_key`. Keys past the
+  // Asks the page table for this lane's key of the tile that begins at `first_key`. Keys past the
   // end are read as the last one: slots without a key may hold NaN, which a weight of 0 would not
   // silence in V.
   __device__ __forceinline__ void find_page(int first_key, int end) {

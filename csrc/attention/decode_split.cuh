@@ -50,6 +50,8 @@ struct PagedDecodeConfig {
   // V arrives while the scores are computed, and the next K while V is used. K and V of D = 256
   // together do not fit into the registers of a thread: there the other warps hide the latency.
   static constexpr bool kOverlapLoads = kQuantized || kHeadDim <= 128;
+  // Whether the page table is asked a tile ahead. Registers for it are free at D = 128.
+  static constexpr bool kFindsAhead = kHeadDim == 128 && (!kQuantized || kInt4);
   // What shares are made of, and in these blocks: the least that is worth a CTA, a tile for every
   // warp; what to load takes no longer than to merge the parts of; the price of a start.
   static constexpr int kBlockKeys = 64;

@@ -60,17 +60,17 @@ class PagedDecode {
                                          PagedDecodeStorage<Config>& smem)
       : args_(args),
         alibi_(smem.alibi),
+        visible_(smem.keys[threadIdx.x / 32].visible),
         kv_(args, sequence, kv_head, smem.keys[threadIdx.x / 32]),
         group_lane_(threadIdx.x % 32 / 4),
         quad_lane_(threadIdx.x % 4) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      // What comes of rows past the last is not used.
-      const int row = min(tile.first_row + quad_lane_ * 2 + i, tile.num_rows - 1);
-      visible_[i] = sequence.visible_keys(args, args.group_divisor.quotient(row));
-    }
-    seen_by_all_ = {__reduce_max_sync(~0u, max(visible_[0].begin, visible_[1].begin)),
-                    __reduce_min_sync(~0u, min(visible_[0].end, visible_[1].end))};
+    // What comes of rows past the last is not used.
+    const int row_in_tile = threadIdx.x % Config::kRows;
+    const int row = min(tile.first_row + row_in_tile, tile.num_rows - 1);
+    const KeyRange visible = sequence.visible_keys(args, args.group_divisor.quotient(row));
+    visible_[row_in_tile] = visible;
+    seen_by_all_ = {__reduce_max_sync(~0u, visible.begin), __reduce_min_sync(~0u, visible.end)};
+    __syncwarp();
     kv_.load_queries(tile.first_row, tile.num_rows);
   }
 
@@ -78,13 +78,14 @@ class PagedDecode {
   __device__ __forceinline__ void run(KeyRange keys) {
     constexpr int kStride = Config::kWarps * Config::kTileKeys;
     int key = keys.begin + threadIdx.x / 32 * Config::kTileKeys;
-    const auto load_keys = [&](int first_key) {  // whose pages were asked for
+    const auto load_keys = [&](int first_key) {
+      if constexpr (!Config::kFindsAhead) kv_.find_page(first_key, keys.end);
       kv_.locate_keys();
-      kv_.find_page(first_key + kStride, keys.end);
+      if constexpr (Config::kFindsAhead) kv_.find_page(first_key + kStride, keys.end);
       kv_.load_keys();
     };
     if (key < keys.end) {
-      kv_.find_page(key, keys.end);
+      if constexpr (Config::kFindsAhead) kv_.find_page(key, keys.end);
       load_keys(key);
     }
     for (; key < keys.end; key += kStride) {
@@ -138,7 +139,7 @@ class PagedDecode {
         first_key + Config::kTileKeys > min(seen_by_all_.end, end)) {
       for_each_score(scores, [&](float& x, int row, int key) {
         const int idx = first_key + key;
-        const KeyRange& visible = visible_[row];
+        const KeyRange visible = visible_[quad_lane_ * 2 + row];
         if (idx >= end || idx >= visible.end || (idx < visible.begin && !in_head)) x = kMaskedScore;
       });
     }
@@ -206,9 +207,9 @@ class PagedDecode {
 
   const PagedAttentionArgs& args_;
   const AlibiRow* const alibi_;  // of the row tile, in shared memory
+  KeyRange* const visible_;      // of its rows, in shared memory: asked for rarely
   Kv kv_;
   const int group_lane_, quad_lane_;
-  KeyRange visible_[2];  // of rows 2c and 2c + 1
   KeyRange seen_by_all_;
   SoftmaxRow rows_[2];
   typename Kv::Output output_ = {};
