@@ -18,7 +18,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,7 @@ def measure(function: Callable[..., Any], case: Case, device: str) -> tuple[Row,
     else:
         ours, baseline = (time_calls(calls, device) for calls in ways)
         limits = GPU_LIMITS.get(card)
+    others = time_others(case, sets, device)
     dtype = getattr(case, "dtype", None)
     fraction = limit_fraction(case, ours.us, limits)
     row = {
@@ -153,6 +154,7 @@ def measure(function: Callable[..., Any], case: Case, device: str) -> tuple[Row,
         "tflop_per_s": round(case.flops() / ours.us * 1e-6, 2),
         "dtype": SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch.")) if dtype else None,
         "group_size": getattr(case, "group_size", None),
+        "others_us": others,
         "timer": ours.timer,
         "baseline_timer": baseline.timer,
         "card": card,
@@ -161,6 +163,18 @@ def measure(function: Callable[..., Any], case: Case, device: str) -> tuple[Row,
         "commit": commit(),
     }
     return row, ours.samples
+
+
+def time_others(case: Case, sets: Sequence[tuple[Any, Any]], device: str) -> dict[str, float]:
+    prepared = [case.prepare_others(*a, **k) for a, k in sets]
+    found = {}
+    for name, call in prepared[0].items():
+        try:
+            call()
+        except RuntimeError:  # torch has no kernel for this shape
+            continue
+        found[name] = round(time_calls([ways[name] for ways in prepared], device).us, 3)
+    return found
 
 
 @pytest.fixture

@@ -71,3 +71,7 @@ class Case(ABC):
         call: dequantise a weight, gather a paged cache.
         """
         return lambda: self.baseline(*args, **kwargs)
+
+    def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
+        """What benchmarks time beside it, by name. One that torch refuses is left out."""
+        return {}

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from ...ops._kv_codes import QUANTIZED_KV, as_bits, codes_per_row, dequantize_kv, quantize_kv
+from ...ops._kv_codes import QUANTIZED_KV, as_bits, codes_per_row, quantize_kv
 from ...ops.paged_attention import paged_attention_ref
 from ..case import SHORT_NAMES, Args, Case, Kwargs
 from ..hostile import absurd_tails, normal, poison_unused_slots_
+from ..sdpa import prepare_sdpa
 
 SPARE_PAGES = 3
 """Pages of the cache that no sequence owns."""
@@ -156,30 +158,21 @@ class PagedAttentionCase(Case):
         return out.to(self.dtype), lse
 
     def prepare_baseline(self, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        """scaled_dot_product_attention over keys and values gathered beforehand, where sequences
-        are equally long and it has a fast path for the mask; else ``baseline``."""
-        lengths = set(self.sequences)
-        queries, keys = next(iter(lengths), (0, 0))
-        plain = self.window is None and self.softcap == 0 and self.padding == 0 and self.causal
-        plain = plain and not (self.sinks or self.alibi or self.per_head)
-        if len(lengths) != 1 or not plain or queries not in (1, keys):
+        if self.softcap > 0 or self.padding > 0:
             return super().prepare_baseline(*args, **kwargs)
-        q, k_cache, v_cache, page_table, _, _, *scales = args
-        batch = len(self.sequences)
-        pages = page_table[:, : -(-keys // self.page_size)].long()
+        return prepare_sdpa(*args, **kwargs)
 
-        def gather(cache: Tensor, scale: Tensor | None) -> Tensor:
-            rows = as_bits(cache)[pages].view(cache.dtype)
-            if scale is not None:
-                rows = dequantize_kv(rows, scale[pages], self.dtype)
-            return rows.flatten(1, 2)[:, :keys].transpose(1, 2).contiguous()
-
-        k_scale, v_scale = scales or (None, None)
-        k, v = gather(k_cache, k_scale), gather(v_cache, v_scale)
-        q = q.view(batch, queries, *q.shape[1:]).transpose(1, 2)
-        return lambda: torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=queries > 1, scale=self.scale, enable_gqa=True
-        )
+    def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
+        """cuDNN, on a GPU and where SDPA needs no mask."""
+        plain = self.window is None and not (self.softcap or self.padding or self.sinks)
+        plain = plain and not self.alibi and len({*self.sequences}) == 1 and not self.per_head
+        if (
+            not plain
+            or self.sequences[0][0] not in (1, self.sequences[0][1])
+            or not args[0].is_cuda
+        ):
+            return {}
+        return {"cudnn": prepare_sdpa(*args, **kwargs, backend=SDPBackend.CUDNN_ATTENTION)}
 
     def visible(self, queries: int, keys: int) -> list[tuple[int, int]]:
         """The range of keys that each query of a sequence sees."""
@@ -364,20 +357,20 @@ CPU_CASES = [
 
 
 def _bench() -> list[PagedAttentionCase]:
-    decode = ((1, 4096), (8, 4096), (64, 4096), (32, 2048), (128, 1024), (1, 32768))
-    cases = [
-        PagedAttentionCase(((1, keys),) * batch, num_q_heads, 8, 128, 64)
-        for num_q_heads in (32, 64)
-        for batch, keys in decode
-    ]
-    # Small models, small pages, a sliding window, a few tokens to verify, prompts.
-    cases += [
-        PagedAttentionCase(((1, 2048),) * 8, 4, 1, 64, 16),
-        PagedAttentionCase(((1, 4096),) * 8, 32, 8, 128, 16),
-        PagedAttentionCase(((1, 32768),) * 8, 32, 8, 128, 64, window=4096),
-        PagedAttentionCase(((5, 4096),) * 8, 32, 8, 128, 64),
-    ]
-    # Variants of one decode step, each to be compared with the step without it.
+    case = PagedAttentionCase
+    one = ((1, 4096),) * 8  # what variants below are to be compared with
+    lengths = (1, 128, 1024, 4096, 32768, 131072)
+    batches = ((8, 4096), (16, 2048), (32, 2048), (32, 4096), (64, 4096), (128, 1024), (256, 1024))
+    decode = [((1, keys),) * batch for batch, keys in (*((1, keys) for keys in lengths), *batches)]
+    long_and_short = ((1, 65536), *(((1, 300),) * 63))
+    ragged = tuple((1, i * 977 % 8000 + 20) for i in range(32))
+    cases = [case(sequences, 32, 8, 128, 64) for sequences in (*decode, long_and_short, ragged)]
+    # Query heads per KV head, page sizes, head dims.
+    cases += [case(one, 8 * group, 8, 128, 64) for group in (1, 3, 5, 7, 8, 16)]
+    cases += [case(one, 32, 8, 128, page_size) for page_size in (1, 8, 16, 256)]
+    cases += [case(one, 32, 8, dim, 64) for dim in (64, 80, 96, 192, 256)]
+    # A small model, a few tokens to verify.
+    cases += [case(((1, 2048),) * 8, 4, 1, 64, 16), case(((5, 4096),) * 8, 32, 8, 128, 64)]
     variants: list[dict[str, Any]] = [
         {"sinks": True},
         {"alibi": True},
@@ -387,23 +380,16 @@ def _bench() -> list[PagedAttentionCase]:
         {"window": 1024},
         {"window": 1024, "sink_tokens": 4},
     ]
-    cases += [PagedAttentionCase(((1, 4096),) * 8, 32, 8, 128, 64, **each) for each in variants]
+    cases += [case(one, 32, 8, 128, 64, **each) for each in variants]
     cases += [
-        PagedAttentionCase(((keys, keys),), heads, kv_heads, dim, 64)
-        for keys, heads, kv_heads, dim in (
-            (512, 4, 1, 64),
-            (2048, 4, 1, 64),
-            (2048, 32, 8, 128),
-            (8192, 32, 8, 128),
-            (16384, 32, 8, 128),
-        )
-    ]
-    cases += [
-        PagedAttentionCase(((1, keys),) * batch, 32, 8, 128, 64, kv_dtype=kv_dtype)
+        case(((1, keys),) * batch, 32, 8, 128, 64, kv_dtype=kv_dtype)
         for kv_dtype in QUANTIZED_KV
-        for batch, keys in ((1, 4096), (8, 4096), (32, 2048), (32, 4096), (64, 4096))
+        for batch, keys in ((1, 4096), (8, 4096), (32, 2048), (64, 4096))
     ]
-    return [*cases, PagedAttentionCase(((1, 4096),) * 32, 32, 8, 128, 64)]
+    prompts = ((2048, 4, 1, 64), (2048, 32, 8, 128), (8192, 32, 8, 128), (16384, 32, 8, 128))
+    return cases + [
+        case(((keys, keys),), heads, kv_heads, dim, 64) for keys, heads, kv_heads, dim in prompts
+    ]
 
 
 BENCH = _bench()
