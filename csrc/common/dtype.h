@@ -136,7 +136,7 @@ inline float16 from_float<float16>(float value) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
-// Saturates: beyond 448 there is nothing but NaN.
+// Saturates: beyond 448 there is nothing but NaN, of which GPUs write the positive one alone.
 template <>
 inline float8_e4m3 from_float<float8_e4m3>(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
@@ -147,7 +147,7 @@ inline float8_e4m3 from_float<float8_e4m3>(float value) {
       std::bit_cast<uint32_t>(std::bit_cast<float>(bounded) + 0x1p14f) - 0x46800000u;
   const uint32_t normal = (bounded - (120u << 23) + 0x7ffffu + ((bounded >> 20) & 1u)) >> 20;
   const uint32_t finite = bounded < 0x3c800000u ? subnormal : normal;
-  return {static_cast<uint8_t>(sign | (magnitude > 0x7f800000u ? 0x7fu : finite))};
+  return {static_cast<uint8_t>(magnitude > 0x7f800000u ? 0x7fu : sign | finite)};
 }
 
 // Element `index` of a buffer whose type is known only at run time; for data off the hot path.

@@ -115,6 +115,21 @@ inline Tensor new_empty_like_rows(const Tensor& x, int64_t n) {
   return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, x.scalar_type());
 }
 
+// Contiguous and uninitialised, in the shape of `like`.
+inline Tensor new_empty_as(const Tensor& like, DType dtype) {
+  return torch::stable::new_empty(like, like.sizes(), as_scalar_type(dtype));
+}
+
+// Scales in memory [groups, round_up(M, 4)] as [..., groups] for the M rows of x [..., K].
+inline Tensor as_scales_of_rows(Tensor scales, const Tensor& x) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  int64_t rows = 1;
+  for (size_t dim = 0; dim + 1 < sizes.size(); ++dim) rows *= sizes[dim];
+  sizes.back() = scales.size(0);
+  const Tensor by_row = torch::stable::transpose(torch::stable::narrow(scales, 1, 0, rows), 0, 1);
+  return torch::stable::view(by_row, {sizes.data(), sizes.size()});
+}
+
 // The views of a list argument, named "outs[0]", "outs[1]", ...
 struct ViewList {
   ViewList() = default;

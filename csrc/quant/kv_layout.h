@@ -24,7 +24,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -32,10 +31,11 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/view.h"
+#include "quant/fp8_layout.h"
 
 namespace effllm {
 
-inline constexpr float kE4M3Max = 448.0f, kInt8Max = 127.0f;
+inline constexpr float kInt8Max = 127.0f;
 inline constexpr float kInt4MinScale = 0x1p-14f, kInt4MaxZero = 240.0f, kFloat16Max = 65504.0f;
 
 constexpr bool is_quantized_kv(DType dtype) {
@@ -80,26 +80,6 @@ inline KvScales check_kv_cache(Check& check, const View& cache, const std::optio
   return {scale->data_as<uint32_t>(), scale->stride(0), scale->stride(1), scale->stride(2)};
 }
 
-// Bits of the largest |x|: magnitudes order as integers do, infinity and NaN above all others.
-template <class T>
-int32_t max_magnitude_bits(const T* row, int64_t dim) {
-  int32_t largest = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    largest = std::max(largest, std::bit_cast<int32_t>(to_float(row[d])) & 0x7fffffff);
-  }
-  return largest;
-}
-
-inline constexpr int32_t kInfinityBits = 0x7f800000;
-
-// The scale of a row of 8-bit codes up to `largest_code`.
-inline float symmetric_scale(int32_t magnitude_bits, float largest_code) {
-  if (magnitude_bits >= kInfinityBits) return std::numeric_limits<float>::quiet_NaN();
-  // At least a normal number, or the quotients would be infinite.
-  const float scale = std::bit_cast<float>(magnitude_bits) / largest_code;
-  return magnitude_bits == 0 ? 1.0f : std::max(scale, std::numeric_limits<float>::min());
-}
-
 // What a word says: an element is scale * (code - zero).
 struct KvDecoding {
   float scale, zero;
@@ -110,10 +90,7 @@ struct KvE4M3 {
   template <class T>
   static uint32_t encode(const T* row, int64_t dim, uint8_t* codes) {
     const float scale = symmetric_scale(max_magnitude_bits(row, dim), kE4M3Max);
-    const bool finite = scale == scale;
-    for (int64_t d = 0; d < dim; ++d) {
-      codes[d] = from_float<float8_e4m3>(finite ? to_float(row[d]) / scale : 0.0f).bits;
-    }
+    encode_e4m3(row, dim, scale, codes);
     return std::bit_cast<uint32_t>(scale);
   }
 

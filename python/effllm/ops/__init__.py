@@ -2,6 +2,8 @@
 
 from .block_copy import block_copy
 from .dense_gemm import dense_gemm
+from .fp8_quantize import fp8_quantize
+from .fp8_quantize_tensor import fp8_quantize_tensor
 from .int4_gemm import int4_gemm
 from .int4_pack import int4_pack
 from .int4_unpack import int4_unpack
@@ -14,6 +16,8 @@ from .rope_kv_append import rope_kv_append
 __all__ = [
     "block_copy",
     "dense_gemm",
+    "fp8_quantize",
+    "fp8_quantize_tensor",
     "int4_gemm",
     "int4_pack",
     "int4_unpack",

@@ -1,0 +1,15 @@
+"""fp8_quantize_tensor on activations of real models."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import RunCase
+
+from effllm.ops import fp8_quantize_tensor
+from effllm.testing.case import Case
+from effllm.testing.cases.fp8_quantize_tensor import BENCH
+
+
+@pytest.mark.parametrize("case", BENCH, ids=lambda case: case.id)
+def bench_fp8_quantize_tensor(case: Case, run_case: RunCase) -> None:
+    run_case(fp8_quantize_tensor, case)
