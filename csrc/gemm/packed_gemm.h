@@ -1,5 +1,5 @@
-// What the matmuls over packed 4-bit codes share: arguments, checks, and the tiles of the mma.sync
-// kernel. The ops differ in how a code becomes a weight.
+// What the matmuls over packed 4-bit codes share: arguments and checks. The ops differ in how a
+// code becomes a weight.
 //
 //   x       [..., K]  fp16 or bf16 (fp32 on the CPU only)
 //   qweight int32 [ceil(N/64), ceil(K/64)*512]   layout of int4_layout.h; its rows may be strided
@@ -10,7 +10,6 @@
 // g is 32, 64, 128 or K; the last group may be short.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -90,20 +89,5 @@ inline void set_packed_params(PackedGemmParams& params, const View& x, const Vie
     params.stride_bias = bias->stride(0);
   }
 }
-
-// Tile shapes of the mma.sync kernel. `token_tiles` counts 8-token columns of one CTA's 64-row
-// strip; `k_slices` warps per 16 rows share the work along K, which is what keeps enough loads in
-// flight for few tokens.
-struct PackedGemmConfig {
-  int token_tiles, k_slices;
-};
-
-inline constexpr std::array<PackedGemmConfig, 3> kPackedGemmConfigs{{
-    {1, 8},  // decode: up to 8 tokens
-    {4, 4},  // up to 32 tokens: small batches, verification
-    {8, 2},  // prefill
-}};
-
-constexpr int select_packed_gemm_config(int64_t m) { return m <= 8 ? 0 : m <= 32 ? 1 : 2; }
 
 }  // namespace effllm
