@@ -12,57 +12,11 @@
 
 #include "common/dtype.h"
 #include "common/vector.h"
+#include "common/vector_convert.h"
 #include "quant/kv_layout.h"
-
-#if defined(__AVX2__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of what is in its own header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
 namespace effllm {
 namespace {
-
-// kWidth integers as 32-bit ones. Intrinsics: compilers take vector conversions apart.
-template <int kWidth, class T>
-inline Vector<int32_t, kWidth> widen(const T* from) {
-  using Int = Vector<int32_t, kWidth>;
-#if defined(__AVX512F__)
-  if constexpr (kWidth == 16 && sizeof(T) == 1) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return reinterpret_cast<Int>(T(-1) < T(0) ? _mm512_cvtepi8_epi32(bytes)
-                                              : _mm512_cvtepu8_epi32(bytes));
-  } else if constexpr (kWidth == 16) {
-    return reinterpret_cast<Int>(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
-  } else
-#endif
-#if defined(__AVX2__)
-      if constexpr (kWidth == 8 && sizeof(T) == 1) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    return reinterpret_cast<Int>(T(-1) < T(0) ? _mm256_cvtepi8_epi32(bytes)
-                                              : _mm256_cvtepu8_epi32(bytes));
-  } else if constexpr (kWidth == 8) {
-    return reinterpret_cast<Int>(
-        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-  } else
-#endif
-  {
-    Int wide;
-    for (int idx = 0; idx < kWidth; ++idx) wide[idx] = from[idx];
-    return wide;
-  }
-}
-
-// Floats whose bits, shifted, are those of a shorter format with a sign above `magnitude_bits`:
-// 2^kBias is what the exponent biases differ by, and the product is exact, also for subnormals.
-template <int kWidth>
-inline FloatVector<kWidth> shift_and_scale(Vector<int32_t, kWidth> bits, int shift, int32_t mask,
-                                           float power) {
-  return reinterpret_cast<FloatVector<kWidth>>((bits << shift) & mask) * power;
-}
 
 // `kBits` of one element; `kPower`: what an element of the row is, divided by what `vector` gives
 // for it, but for the scale.
@@ -116,22 +70,12 @@ struct KvVectors<float16> {
 
 template <>
 struct KvVectors<KvE4M3> {
-  // The code's bits are those of a float16 that is 2^8 times smaller. No NaN code is ever stored.
+  // No NaN code is ever stored.
   static constexpr int kBits = 8;
-  static constexpr float kPower = 0x1p8f;
+  static constexpr float kPower = kE4M3VectorPower;
   template <int kWidth>
   static FloatVector<kWidth> vector(const void* row, int64_t idx) {
-    const auto* from = static_cast<const int8_t*>(row) + idx * kWidth;
-#if defined(__AVX512F__)
-    if constexpr (kWidth == 16) {
-      const __m256i halves =
-          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-      const __m256i bits =
-          _mm256_and_si256(_mm256_slli_epi16(halves, 7), _mm256_set1_epi16(int16_t(0xbf80)));
-      return reinterpret_cast<FloatVector<kWidth>>(_mm512_cvtph_ps(bits));
-    }
-#endif
-    return shift_and_scale<kWidth>(widen<kWidth>(from), 20, int32_t(0x87f00000), 0x1p112f);
+    return e4m3_vector<kWidth>(static_cast<const uint8_t*>(row) + idx * kWidth);
   }
 };
 
