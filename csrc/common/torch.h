@@ -109,10 +109,19 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
 }
 
 // [..., n] for x [..., K]: the output of a linear layer.
-inline Tensor new_empty_like_rows(const Tensor& x, int64_t n) {
+inline Tensor new_empty_like_rows(const Tensor& x, int64_t n, DType dtype) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = n;
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, x.scalar_type());
+  return torch::stable::new_empty(x, {sizes.data(), sizes.size()}, as_scalar_type(dtype));
+}
+
+inline Tensor new_empty_like_rows(const Tensor& x, int64_t n) {
+  return new_empty_like_rows(x, n, as_dtype(x.scalar_type()));
+}
+
+// With all dimensions but the last in one: a view where strides allow it, else a copy.
+inline Tensor flatten_rows(const Tensor& tensor) {
+  return tensor.dim() > 2 ? torch::stable::flatten(tensor, 0, -2) : tensor;
 }
 
 // Contiguous and uninitialised, in the shape of `like`.

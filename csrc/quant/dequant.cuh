@@ -233,6 +233,41 @@ struct Lut4Dequant {
   }
 };
 
+// Two e4m3, the low half of a word, as exact 16-bit floats that times kFactor are their values; NaN
+// is NaN.
+template <class T>
+struct E4M3Dequant;
+
+template <>
+struct E4M3Dequant<float16> {
+  static constexpr float kFactor = ptx::e4m3_factor();
+
+  static __device__ __forceinline__ uint32_t pair(uint32_t codes) {
+    const uint32_t halves = ptx::half_pair_from_e4m3(codes);
+    if constexpr (kFactor == 1.f) return halves;
+    // One more than the magnitude of NaN is the last bit that an exponent of NaN lacks.
+    return halves | (((halves & 0x3f803f80u) + 0x00800080u) & 0x40004000u);
+  }
+};
+
+template <>
+struct E4M3Dequant<bfloat16> {
+  static constexpr float kFactor = 1.f;
+
+  // The magnitude, four bits to the right of bfloat16's, counts for 2^120 less.
+  static __device__ __forceinline__ uint32_t pair(uint32_t codes) {
+    const uint32_t bytes = ptx::Permute()(codes, 0, 0x1404);
+    uint32_t magnitude = bytes >> 4 & 0x07f007f0u;
+    // Likewise: the exponent of NaN is this bit and the four above it.
+    const uint32_t nan = (magnitude + 0x00100010u) & 0x08000800u;
+    magnitude |= 15 * nan;
+    const uint32_t small = (bytes & 0x80008000u) | magnitude;
+    const __nv_bfloat162 power = __bfloat162bfloat162(__ushort_as_bfloat16(0x7b80));  // 2^120
+    const __nv_bfloat162 value = __hmul2(reinterpret_cast<const __nv_bfloat162&>(small), power);
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+};
+
 // Zero in the columns past K of an A fragment, for weights that may be no numbers there: 0 * NaN is
 // NaN. This lane's first column is `columns_left` before K.
 __device__ __forceinline__ void zero_past_k(uint32_t (&a)[4], int64_t columns_left) {

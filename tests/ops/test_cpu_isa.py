@@ -41,7 +41,7 @@ def run_limited(op: str, isa: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("op", ["int4_gemm", "lut4_gemm", "paged_attention"])
+@pytest.mark.parametrize("op", ["int4_gemm", "lut4_gemm", "fp8_weight_gemm", "paged_attention"])
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_values_within_the_limit(op: str, isa: str) -> None:
     result = run_limited(op, isa)

@@ -2,8 +2,10 @@
 
 from .block_copy import block_copy
 from .dense_gemm import dense_gemm
+from .fp8_gemm import fp8_gemm
 from .fp8_quantize import fp8_quantize
 from .fp8_quantize_tensor import fp8_quantize_tensor
+from .fp8_weight_gemm import fp8_weight_gemm
 from .int4_gemm import int4_gemm
 from .int4_pack import int4_pack
 from .int4_unpack import int4_unpack
@@ -16,8 +18,10 @@ from .rope_kv_append import rope_kv_append
 __all__ = [
     "block_copy",
     "dense_gemm",
+    "fp8_gemm",
     "fp8_quantize",
     "fp8_quantize_tensor",
+    "fp8_weight_gemm",
     "int4_gemm",
     "int4_pack",
     "int4_unpack",

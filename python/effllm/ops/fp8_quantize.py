@@ -28,9 +28,10 @@ def fp8_quantize(x: Tensor, *, group_size: int | None = None) -> tuple[Tensor, T
             scale per row.
 
     Returns:
-        xq float8_e4m3fn [..., K], contiguous, and scales fp32 [..., ceil(K/128)], or [..., 1]
-        without groups. In memory the scales of a group lie beside each other for all M rows:
-        [ceil(K/128), M], each such row padded to a multiple of 16 bytes, as `fp8_gemm` reads them.
+        xq [..., K], e4m3 (torch.float8_e4m3fn), contiguous, and scales [..., ceil(K/128)], fp32, or
+        [..., 1] without groups. In memory the scales of a group lie beside each other for all M
+        rows: [ceil(K/128), M], each such row padded to a multiple of 16 bytes, as `fp8_gemm` reads
+        them.
 
     Raises:
         RuntimeError: a wrong dtype or rank, or another group size.

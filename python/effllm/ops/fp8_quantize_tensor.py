@@ -24,7 +24,7 @@ def fp8_quantize_tensor(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor,
             should be positive and finite: by 0 everything saturates, by NaN all codes are 0.
 
     Returns:
-        xq float8_e4m3fn [...], contiguous, and fp32 [1], the scale in use.
+        xq [...], e4m3 (torch.float8_e4m3fn), contiguous, and the scale in use, [1] in fp32.
 
     Raises:
         RuntimeError: a wrong dtype or device, or a scale of several elements.

@@ -16,7 +16,12 @@ import torch
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
-SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SHORT_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float8_e4m3fn: "e4m3",
+}
 """Dtypes as result rows call them."""
 
 

@@ -1,0 +1,36 @@
+#include "common/torch.h"
+#include "gemm/fp8_gemm_sm80.cuh"
+#include "gemm/fp8_weight_gemm.h"
+
+namespace effllm {
+namespace {
+
+constexpr const char* kOp = "fp8_weight_gemm";
+
+Tensor fp8_weight_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor& w_scales,
+                            const std::optional<Tensor>& bias) {
+  const Tensor x_rows = torch::stable::contiguous(x);
+  Fp8GemmParams params =
+      check_fp8_weight_gemm(as_view(x_rows, "x"), as_view(weight, "weight"),
+                            as_view(w_scales, "w_scales"), as_view(bias, "bias"));
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor out = new_empty_like_rows(x, params.n);
+  if (out.numel() == 0) return out;
+  params.out = out.mutable_data_ptr();
+
+  const cudaStream_t stream = current_cuda_stream(x);
+  if (params.dtype == DType::kFloat16) {
+    launch_strip_gemm_sm80<Fp8Operands<float16, float16>>(kOp, params, stream);
+  } else {
+    launch_strip_gemm_sm80<Fp8Operands<bfloat16, bfloat16>>(kOp, params, stream);
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NS, CUDA, m) {
+  m.impl("fp8_weight_gemm", TORCH_BOX(&fp8_weight_gemm_cuda));
+}
+
+}  // namespace effllm

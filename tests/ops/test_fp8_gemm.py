@@ -1,0 +1,259 @@
+"""fp8_gemm beyond the cases of the contract: every code, layouts, special values, accuracy over
+long K, graphs, errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from effllm.ops import fp8_gemm, fp8_quantize, fp8_quantize_tensor
+from effllm.ops.fp8_gemm import dequantize_weight, fp8_gemm_ref
+from effllm.testing import hostile
+from effllm.testing.cases.fp8_gemm import PAIRS, Fp8GemmCase, random_codes
+from effllm.testing.compare import assert_close_to_reference, assert_equal
+
+BF16, FP32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+INF, NAN = math.inf, math.nan
+every_pair = pytest.mark.parametrize(("x_per", "w_per"), PAIRS)
+CASE = Fp8GemmCase(6, 200, 320, "group", "block", FP32, bias=True)
+
+
+def odd_strides(codes: Tensor) -> list[tuple[str, Tensor]]:
+    """hostile.odd_strides of e4m3: gaps hold the code NaN."""
+    views = hostile.odd_strides(codes.view(torch.uint8))
+    return [(name, view.view(E4M3)) for name, view in views]
+
+
+@pytest.mark.parametrize("m", [1, 9, 40])
+def test_every_code_is_exact(m: int, device: str) -> None:
+    """One product per output: code times code, as float64 has it."""
+    codes = torch.arange(256, dtype=torch.uint8).view(E4M3).to(device)
+    one = torch.ones(1, device=device)
+    weight = codes.unsqueeze(1)
+    for first in range(0, 256, m):
+        x = codes[first : first + m].unsqueeze(1)
+        out = fp8_gemm(x, one, weight, one, out_dtype=FP32)
+        exact = x.double() @ weight.double().T
+        assert_equal(out.double(), exact)
+    assert out.isnan().any()
+
+
+@every_pair
+def test_results_on_the_cpu_do_not_depend_on_the_batch(x_per: str, w_per: str) -> None:
+    (x, x_scales, weight, w_scales, _), kwargs = Fp8GemmCase(70, 90, 300, x_per, w_per).make("cpu")
+    together = fp8_gemm(x, x_scales, weight, w_scales, **kwargs)
+    for m in (0, 3, 69):
+        scales = x_scales if x_per == "tensor" else x_scales[m : m + 1]
+        alone = fp8_gemm(x[m : m + 1], scales, weight, w_scales, **kwargs)
+        assert_equal(alone, together[m : m + 1])
+
+
+def test_leading_dimensions_and_strides(device: str) -> None:
+    (x, x_scales, weight, w_scales, bias), kwargs = CASE.make(device)
+    expected = fp8_gemm(x, x_scales, weight, w_scales, bias, **kwargs)
+    cubic = fp8_gemm(x.view(2, 3, 320), x_scales.view(2, 3, 3), weight, w_scales, bias, **kwargs)
+    assert_equal(cubic, expected.view(2, 3, 200))
+    # Leading dimensions that no single stride steps through.
+    crossed = x_scales.view(2, 3, 3).transpose(0, 1).contiguous().transpose(0, 1)
+    cubic = fp8_gemm(x.view(2, 3, 320), crossed, weight, w_scales, bias, **kwargs)
+    assert_equal(cubic, expected.view(2, 3, 200))
+    single = fp8_gemm(x[1], x_scales[1], weight, w_scales, bias, **kwargs)
+    pair = fp8_gemm(x[1:2], x_scales[1:2], weight, w_scales, bias, **kwargs)
+    assert_equal(single, pair[0])
+
+    for name, view in odd_strides(x):
+        found = fp8_gemm(view, x_scales, weight, w_scales, bias, **kwargs)
+        wanted = fp8_gemm(view.contiguous(), x_scales, weight, w_scales, bias, **kwargs)
+        assert_equal(found, wanted, name=f"x {name}")
+    for position, tensor in ((1, x_scales), (3, w_scales), (4, bias)):
+        for name, view in hostile.odd_strides(tensor):
+            args = [x, x_scales, weight, w_scales, bias]
+            args[position] = view
+            found = fp8_gemm(*args, **kwargs)
+            args[position] = view.contiguous()
+            assert_equal(found, fp8_gemm(*args, **kwargs), name=f"argument {position} {name}")
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 4, 7, 8, 12])
+@pytest.mark.parametrize("gap", [0, 1, 4, 16])
+def test_weights_anywhere_in_memory(offset: int, gap: int, device: str) -> None:
+    """Rows at any address and any distance; what lies between them is the code NaN."""
+    for m, k in ((3, 320), (20, 136), (70, 77)):
+        (x, x_scales, weight, w_scales, _), kwargs = Fp8GemmCase(m, 70, k, out_dtype=FP32).make(
+            device
+        )
+        memory = torch.full((offset + 70 * (k + gap),), 0x7F, dtype=torch.uint8, device=device)
+        view = memory[offset:].view(70, k + gap)[:, :k]
+        view.copy_(weight.view(torch.uint8))
+        expected = fp8_gemm(x, x_scales, weight, w_scales, **kwargs)
+        assert_equal(fp8_gemm(x, x_scales, view.view(E4M3), w_scales, **kwargs), expected)
+        # x is made contiguous, and starts anywhere all the same.
+        memory = torch.full((offset + m * k,), 0x7F, dtype=torch.uint8, device=device)
+        x_view = memory[offset:].view(m, k)
+        x_view.copy_(x.view(torch.uint8))
+        assert_equal(fp8_gemm(x_view.view(E4M3), x_scales, weight, w_scales, **kwargs), expected)
+
+
+@every_pair
+def test_nan_codes_reach_their_outputs_alone(x_per: str, w_per: str, device: str) -> None:
+    args, kwargs = Fp8GemmCase(11, 150, 270, x_per, w_per, FP32).make(device)
+    expected = fp8_gemm(*args, **kwargs)
+    assert not expected.isnan().any()
+    args[0].view(torch.uint8)[4, 269] = 0x7F
+    args[2].view(torch.uint8)[140, 5] = 0xFF
+    found = fp8_gemm(*args, **kwargs)
+    expected[4] = expected[:, 140] = NAN
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [0.0, INF, NAN, -1.0])
+def test_scales_that_are_no_scales_reach_their_outputs_alone(value: float, device: str) -> None:
+    for x_per, w_per in (("row", "row"), ("group", "block")):
+        (x, x_scales, weight, w_scales, _), kwargs = Fp8GemmCase(
+            5, 300, 200, x_per, w_per, FP32
+        ).make(device)
+        # Where all products are 1 sums are plain numbers, and infinity of them infinity.
+        x, weight = (torch.full_like(t.float(), 1.0).to(E4M3) for t in (x, weight))
+        expected = fp8_gemm(x, x_scales, weight, w_scales, **kwargs)
+        x_scales[3], w_scales[1] = value, value
+        found = fp8_gemm(x, x_scales, weight, w_scales, **kwargs)
+        rows = slice(1, 2) if w_per == "row" else slice(128, 256)
+        exact = fp8_gemm_ref(x, x_scales, weight, w_scales, **kwargs)
+        assert_close_to_reference(found, exact, exact)
+        kept = torch.ones_like(expected, dtype=torch.bool)
+        kept[3] = kept[:, rows] = False
+        assert_equal(found[kept], expected[kept])
+
+
+def test_scales_of_one_element_are_for_all(device: str) -> None:
+    (x, x_scales, weight, w_scales, _), kwargs = Fp8GemmCase(
+        5, 130, 200, "tensor", "tensor", FP32
+    ).make(device)
+    expected = fp8_gemm(x, x_scales.expand(5, 1), weight, w_scales.expand(130, 1), **kwargs)
+    for shape in ((), (1,), (1, 1)):
+        found = fp8_gemm(x, x_scales.view(shape), weight, w_scales.view(shape), **kwargs)
+        assert_equal(found, expected)
+
+
+def with_outliers(rows: int, k: int, seed: int) -> Tensor:
+    """Off-centre, so that sums grow with K, and some columns a hundred times the others."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, k, generator=generator) + 0.3
+    columns = torch.randperm(k, generator=generator)[: k // 512]
+    values[:, columns] *= 100
+    return values
+
+
+@pytest.mark.parametrize("m", [4, 16, 64])
+@pytest.mark.parametrize("per", ["tensor", "row", "block"])
+def test_long_sums_with_outliers_are_as_good_as_fp32(m: int, per: str, device: str) -> None:
+    """Sums that keep about 14 bits, as those of fp8 tensor cores, miss this by far."""
+    n, k = 48, 16384
+    x, weight = with_outliers(m, k, 0).to(device), with_outliers(n, k, 1).to(device)
+    if per == "tensor":
+        (xq, x_scales), (codes, w_scales) = fp8_quantize_tensor(x), fp8_quantize_tensor(weight)
+    elif per == "row":
+        (xq, x_scales), (codes, w_scales) = fp8_quantize(x), fp8_quantize(weight)
+    else:
+        xq, x_scales = fp8_quantize(x, group_size=128)
+        codes, row_scales = fp8_quantize(weight, group_size=128)
+        w_scales = row_scales[:1].contiguous()  # any will do: the codes are what they are
+    found = fp8_gemm(xq, x_scales, codes, w_scales, out_dtype=FP32)
+    exact = fp8_gemm_ref(xq, x_scales, codes, w_scales, out_dtype=FP32)
+    # Term after term in fp32: the plainest sum there is.
+    per_group = x_scales.float().expand(m, -1).repeat_interleave(k // x_scales.shape[-1], -1)
+    terms_x = xq.float() * per_group
+    terms_w = dequantize_weight(codes, w_scales)
+    plain = torch.zeros(m, n, device=device)
+    for column in range(k):
+        plain += terms_x[:, column, None] * terms_w[:, column]
+    error = (found.double() - exact).abs()
+    plain_error = (plain.double() - exact).abs()
+    assert error.max() <= 1.5 * plain_error.max()
+    assert error.square().mean() <= 1.5**2 * plain_error.square().mean()
+
+
+def test_accuracy_switch_changes_no_shape_or_sense(device: str) -> None:
+    args, kwargs = CASE.make(device)
+    exact, plain = CASE.reference(*args, **kwargs), CASE.baseline(*args, **kwargs)
+    fast = fp8_gemm(*args, **kwargs, accurate=False)
+    # What fp8 tensor cores keep of a sum: some 13 bits after the first.
+    assert_close_to_reference(fast, exact, plain, dtype=torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [0, 1, 20, 300])
+def test_captured_as_the_very_first_call_and_repeatable(m: int) -> None:
+    """K = 1368, at which a peer failed only in a captured graph."""
+    args, kwargs = Fp8GemmCase(m, 520, 1368, "group", "block").make("cuda")
+    x, x_scales, weight, w_scales, _ = args
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fp8_gemm(x, x_scales, weight, w_scales, **kwargs)
+    x.view(torch.uint8).copy_(random_codes(m, 1368, 5).view(torch.uint8))
+    for _ in range(100):
+        graph.replay()
+        assert_equal(out, fp8_gemm(x, x_scales, weight, w_scales, **kwargs))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    """A weight of more than 2^32 bytes, of which rows at both ends are looked at."""
+    n, k = 2**17 + 64, 2**15
+    weight = torch.zeros(n, k, dtype=torch.uint8, device="cuda")
+    weight[-3:] = 0x38  # 1.0
+    x = torch.full((2, k), 0x38, dtype=torch.uint8, device="cuda").view(E4M3)
+    one = torch.ones(1, device="cuda")
+    out = fp8_gemm(x, one, weight.view(E4M3), one, out_dtype=FP32)
+    assert out[:, -3:].eq(k).all()
+    assert out[:, :-3].eq(0).all()
+
+
+ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"x": torch.ones(6, 320)}, "x must be float8_e4m3fn, got float32"),
+    ({"x": torch.ones(()).to(E4M3)}, r"x must be \[\.\.\., K\], got a scalar"),
+    (
+        {"x_scales": torch.ones(6, 2)},
+        r"x_scales must have one element, or be \[\.\.\., 1\] or \[\.\.\., ceil\(K/128\)\] = "
+        r"\[\.\.\., 3\] for x \[\.\.\., K\] = \[6, 320\], got \[6, 2\]",
+    ),
+    ({"x_scales": torch.ones(5, 1)}, r"x_scales must have one element, .*, got \[5, 1\]"),
+    ({"x_scales": torch.ones(6)}, r"x_scales must have one element, .*, got \[6\]"),
+    ({"x_scales": torch.ones(6, 1, dtype=torch.int32)}, "x_scales must be float16, .*, got int32"),
+    ({"weight": torch.ones(200, 319).to(E4M3)}, r"weight must be \[N, K\] = \[200, 320\], got"),
+    ({"weight": torch.ones(200, 320)}, "weight must be float8_e4m3fn, got float32"),
+    ({"weight": torch.ones(320, 200).to(E4M3).T}, "weight must have stride 1 in its last"),
+    (
+        {"w_scales": torch.ones(3, 3)},
+        r"w_scales must have one element, or be \[N, 1\] or \[ceil\(N/128\), ceil\(K/128\)\] = "
+        r"\[200, 1\] or \[2, 3\], got \[3, 3\]",
+    ),
+    ({"w_scales": torch.ones(200)}, r"w_scales must have one element, .*, got \[200\]"),
+    ({"bias": torch.ones(199)}, r"bias must be \[N\] = \[200\], got \[199\]"),
+    ({"out_dtype": torch.float64}, "out_dtype must be float16, bfloat16 or float32, got another"),
+    ({"out_dtype": torch.int8}, "out_dtype must be float16, bfloat16 or float32, got int8"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), ERRORS)
+def test_errors(wrong: dict[str, Any], message: str, device: str) -> None:
+    args, kwargs = CASE.make(device)
+    names = ("x", "x_scales", "weight", "w_scales", "bias")
+    arguments = dict(zip(names, args, strict=True)) | kwargs
+    arguments |= {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in wrong.items()
+    }
+    with pytest.raises(RuntimeError, match=f"effllm::fp8_gemm: {message}"):
+        fp8_gemm(**arguments)
+
+
+@pytest.mark.gpu
+def test_another_device_is_a_named_error() -> None:
+    (x, x_scales, weight, w_scales, _), kwargs = CASE.make("cuda")
+    with pytest.raises(RuntimeError, match="w_scales must be on cuda:0 as x is, got cpu"):
+        fp8_gemm(x, x_scales, weight, w_scales.cpu(), **kwargs)
