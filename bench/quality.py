@@ -23,9 +23,10 @@ from torch import Tensor, nn
 import effllm
 from effllm import demo
 from effllm.demo.corpus import training_corpus
-from effllm.nn.packed_linear import PackedLinear
+from effllm.nn.quantized_linear import QuantizedLinear
 from effllm.quantization import (
     AwqConfig,
+    Fp8Config,
     GgufConfig,
     GptqConfig,
     Granularity,
@@ -61,6 +62,12 @@ def configs() -> Iterator[tuple[str, Method]]:
             yield "k-means, weighted", KMeansConfig(bits, granularity, weighted=True)
     yield "GGUF Q4_0", GgufConfig("q4_0")
     yield "GGUF Q4_1", GgufConfig("q4_1")
+    tensor, block = Granularity.tensor(), Granularity.block(128, 128)
+    yield "FP8, inputs per tensor", Fp8Config(tensor, tensor)
+    yield "FP8, inputs per tensor, static", Fp8Config(tensor, tensor, static=True)
+    yield "FP8, inputs per token", Fp8Config(channel, Granularity.token())
+    yield "FP8, inputs per group(128)", Fp8Config(block, groups[0])
+    yield "FP8, inputs in bf16", Fp8Config(channel, None)
 
 
 def calibration_tokens(tokenizer: Any, windows: int) -> Tensor:
@@ -82,13 +89,15 @@ def size(model: nn.Module, bits: int) -> tuple[int, int]:
     """
     held = dense = 0
     for layer in model.modules():
-        if not isinstance(layer, PackedLinear):
+        if not isinstance(layer, QuantizedLinear):
             continue
         n, k = layer.out_features, layer.in_features
         held += sum(p.nbytes for p in layer.parameters())
         dense += n * k * bits // 8
         if isinstance(layer, effllm.nn.Lut4Linear):
             dense += layer.codebook.nbytes * (1 << bits) // 16
+        elif isinstance(layer, effllm.nn.Fp8Linear):
+            dense += layer.scales.nbytes
         else:
             scales, zeros = layer.scales, layer.zeros
             count = 1 if len(scales.unique()) == 1 else scales.numel()
@@ -111,7 +120,8 @@ def measure(name: str, config: Method, calibration: Tensor, held_out: Tensor) ->
     )
     seconds = time.perf_counter() - started
     held, dense = size(model, config.bits)
-    dequantize_(model, torch.bfloat16)  # faster on a CPU, for many tokens
+    if not isinstance(config, Fp8Config):  # which rounds inputs, too
+        dequantize_(model, torch.bfloat16)  # faster on a CPU, for many tokens
     errors = [layer.output_error for layer in report.layers if layer.output_error is not None]
     return {
         "method": name,

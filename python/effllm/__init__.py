@@ -12,6 +12,7 @@ from effllm.generation import Generation, generate
 from effllm.integrations import register_on_import
 from effllm.quantization import (
     AwqConfig,
+    Fp8Config,
     GgufConfig,
     GptqConfig,
     Granularity,
@@ -23,6 +24,7 @@ from effllm.quantization import (
 
 __all__ = [
     "AwqConfig",
+    "Fp8Config",
     "Generation",
     "GgufConfig",
     "GptqConfig",

@@ -54,5 +54,5 @@ def test_dtype_bias_mode_and_shared_layers() -> None:
     assert model[1][0] is model[0]
     assert model[2].bias is None
     assert (model[0].training, model[2].training) == (True, False)
-    with pytest.raises(ValueError, match="the model itself is a packed layer"):
+    with pytest.raises(ValueError, match="the model itself is a quantised layer"):
         dequantize_(Int4Linear(64, 64))

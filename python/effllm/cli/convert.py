@@ -13,7 +13,7 @@ from effllm import formats
 from effllm.cli.tokenizer import TOKENIZER_FILES, read_tokenizer
 from effllm.formats.gguf_model import GGUF_FORMATS, is_gguf
 from effllm.formats.saving import SaveFormat
-from effllm.nn.packed_linear import PackedLinear
+from effllm.nn.quantized_linear import QuantizedLinear
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         config = effllm.Int4Config(args.group_size, symmetric=not args.asymmetric)
         # From one GGUF file to another, values pass through the model: no dtype of less bits.
         model = effllm.load(source, dtype=torch.float32 if to_gguf and is_gguf(source) else None)
-        packed = any(isinstance(module, PackedLinear) for module in model.modules())
+        packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
         if not packed and not to_gguf and args.format != "bitsandbytes":
             head = model.get_output_embeddings()
             effllm.quantize_(model, config, lambda module, name: module is not head)

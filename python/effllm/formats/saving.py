@@ -23,7 +23,7 @@ from effllm.formats.gguf_model import GGUF_FORMATS, save_gguf
 from effllm.formats.grouped import GroupedWeight
 from effllm.formats.shards import ShardWriter
 from effllm.nn import Int4Linear, Lut4Linear
-from effllm.nn.packed_linear import PackedLinear
+from effllm.nn.quantized_linear import QuantizedLinear
 
 SaveFormat = Literal[
     "compressed-tensors",
@@ -117,7 +117,7 @@ def save(
 
 def _refuse(model: nn.Module, layers: dict[str, Any], format: str) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear) and name not in layers:
+        if isinstance(module, QuantizedLinear) and name not in layers:
             kind = type(module)
             others = [other for other, row in _FORMATS.items() if issubclass(kind, row.layer)]
             raise ValueError(
@@ -316,7 +316,7 @@ def _of_groups(encode: Callable[[GroupedWeight], dict[str, Tensor]]) -> _Encode:
 class _Format:
     """What a format holds, as tensors by their name in the layer, and its config."""
 
-    layer: type[PackedLinear]
+    layer: type[QuantizedLinear]
     encode: _Encode
     config: Callable[[Any, dict[str, Any]], dict[str, Any]]
 

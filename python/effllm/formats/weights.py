@@ -12,7 +12,7 @@ from effllm.formats import bitsandbytes
 from effllm.formats.grouped import GroupedWeight, int4_tensors, kernel_groups
 from effllm.formats.layers import StoredLayer
 from effllm.nn import Int4Linear, Lut4Linear
-from effllm.nn.packed_linear import frozen
+from effllm.nn.quantized_linear import frozen
 
 
 @dataclass(frozen=True)

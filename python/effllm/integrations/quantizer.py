@@ -45,7 +45,7 @@ from effllm.formats.reading import read_bias, read_weight
 from effllm.formats.report import LayerReport, model_report, stored_report
 from effllm.formats.weights import make_linear
 from effllm.integrations import quantizer_use
-from effllm.nn.packed_linear import PackedLinear
+from effllm.nn.quantized_linear import QuantizedLinear
 
 __all__ = ["EffllmConfig", "EffllmQuantizer"]
 
@@ -140,7 +140,7 @@ def refuse_save_pretrained(model: Any) -> None:
 
 
 def _is_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedLinear) for module in model.modules())
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def _open(files: list[str] | None) -> Checkpoint:

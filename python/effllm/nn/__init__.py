@@ -1,7 +1,8 @@
 """Drop-in replacement layers: plain ``torch.nn`` modules whose forward calls ops of ours."""
 
+from effllm.nn.fp8_linear import Fp8Linear
 from effllm.nn.linear import Int4Linear
 from effllm.nn.lut4_linear import Lut4Linear
 from effllm.nn.paged_attention import PagedAttention
 
-__all__ = ["Int4Linear", "Lut4Linear", "PagedAttention"]
+__all__ = ["Fp8Linear", "Int4Linear", "Lut4Linear", "PagedAttention"]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from effllm import ops
-from effllm.nn.packed_linear import PackedLinear, frozen, resolve_group_size
+from effllm.nn.packed_linear import PackedLinear, resolve_group_size
+from effllm.nn.quantized_linear import frozen
 from effllm.ops.int4_gemm import dequantize
 
 

@@ -10,6 +10,7 @@ from effllm.quantization.configs import (
     LinearConfig,
 )
 from effllm.quantization.decoding import dequantize_
+from effllm.quantization.fp8 import Fp8Config
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.method import Method
 from effllm.quantization.quantize import quantize_
@@ -20,6 +21,7 @@ from effllm.quantization.smoothing import smooth_
 __all__ = [
     "NF4",
     "AwqConfig",
+    "Fp8Config",
     "GgufConfig",
     "GptqConfig",
     "Granularity",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from effllm.nn.packed_linear import PackedLinear
+from effllm.nn.quantized_linear import QuantizedLinear
 from effllm.quantization.calibration import Calibration, feed
 from effllm.quantization.decoding import dequantize_
 
@@ -56,10 +57,18 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def decoded(block: nn.Module, device: torch.device | None) -> nn.Module:
+def decoded(
+    block: nn.Module,
+    device: torch.device | None,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> nn.Module:
     """A copy on the device (None: where the block is) with dense layers: faster for many tokens,
-    and the GPU's kernels take no fp32."""
-    return dequantize_(copied(block, device))
+    and the GPU's kernels take no fp32. ``dtypes`` are those that weights have had, by name."""
+    twin = dequantize_(copied(block, device))
+    for name, dtype in dtypes.items():
+        linear = cast(nn.Linear, twin.get_submodule(name))
+        linear.weight.data = linear.weight.data.to(dtype)
+    return twin
 
 
 def copied(block: nn.Module, device: torch.device | None) -> nn.Module:
@@ -76,7 +85,7 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     none.
     """
     best, found = 0, ("", list[nn.Module]())
-    linears = {m for m in model.modules() if type(m) is nn.Linear or isinstance(m, PackedLinear)}
+    linears = {m for m in model.modules() if type(m) is nn.Linear or isinstance(m, QuantizedLinear)}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
             continue

@@ -1,33 +1,36 @@
-"""Packed layers back to dense ones that compute the same."""
+"""Quantised layers back to dense ones that compute the same."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from effllm.nn.packed_linear import PackedLinear, frozen
+from effllm.nn.quantized_linear import QuantizedLinear, frozen
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces packed layers by ``nn.Linear`` with the weights that they stand for, in place.
+    """Replaces quantised layers by ``nn.Linear`` with their weights, in place.
 
     The model is as large as before it was quantised, and as good as the quantised one: for products
     over many tokens, for other software, and for transformers' ``save_pretrained``, which works
     again.
 
     Args:
-        model: with ``Int4Linear`` and ``Lut4Linear`` inside; is returned.
+        model: with ``Int4Linear``, ``Lut4Linear`` and ``Fp8Linear`` inside; is returned. The last
+            ones round their inputs as well, dense ones do not.
         dtype: of the weights; that of each layer's scales or codebook if None.
 
     Raises ValueError if the model itself is such a layer.
     """
-    if isinstance(model, PackedLinear):
-        raise ValueError("effllm.dequantize_: the model itself is a packed layer; use its .weight")
-    found: dict[PackedLinear, nn.Linear] = {}
+    if isinstance(model, QuantizedLinear):
+        raise ValueError(
+            "effllm.dequantize_: the model itself is a quantised layer; use its .weight"
+        )
+    found: dict[QuantizedLinear, nn.Linear] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, QuantizedLinear):
             if layer not in found:
                 found[layer] = _dense(layer, dtype)
             model.set_submodule(name, found[layer])
@@ -37,10 +40,10 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     return model
 
 
-def _dense(layer: PackedLinear, dtype: torch.dtype | None) -> nn.Linear:
+def _dense(layer: QuantizedLinear, dtype: torch.dtype | None) -> nn.Linear:
     with torch.device("meta"):
         dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    weight = cast(Tensor, layer.weight)
+    weight = layer.weight
     dense.weight = frozen(weight if dtype is None else weight.to(dtype))
     dense.register_parameter("bias", layer.bias)
     return dense.train(layer.training)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from effllm.quantization.blocks import BlockStream, copied, decoded, evaluating, find_blocks
 from effllm.quantization.calibration import Calibration
@@ -91,7 +91,12 @@ def quantise_with_calibration(
                 _finish(model, part, i, calibration, state, report, bar)
                 done.update(part.targets)
                 if i < last:
-                    stream.advance(i, decoded(block, device))
+                    dtypes = {
+                        part.local(name): target.linear.weight.dtype
+                        for target in part.targets
+                        for name in filter(part.holds, target.names)
+                    }
+                    stream.advance(i, decoded(block, device, dtypes))
         rest = [target for target in targets if target not in done]
         part = _Part("", model, rest, partial(whole_pass, calibration), sharing, None)
         _finish(model, part, len(blocks), calibration, state, report, bar)
@@ -239,7 +244,7 @@ def _quantise_group(
         layer, found = quantise_layer(here, inputs)
         # The groups that follow get what the quantised layer computes.
         if part.name:
-            linear.weight.copy_(cast(Tensor, layer.weight))
+            linear.weight.copy_(layer.weight)
         else:
             _install(work, target, layer)
         # The block's dense weights are all that stays on the device.

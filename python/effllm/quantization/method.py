@@ -9,8 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from effllm.nn import Int4Linear, Lut4Linear
-from effllm.nn.packed_linear import GROUP_SIZES, PackedLinear
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear
+from effllm.nn.fp8_linear import InputsPer
+from effllm.nn.packed_linear import GROUP_SIZES
+from effllm.nn.quantized_linear import QuantizedLinear
+from effllm.ops.fp8_gemm import dequantize_weight
 from effllm.ops.int4_gemm import dequantize_codes
 from effllm.ops.lut4_gemm import decode
 from effllm.quantization.folding import Fold
@@ -38,7 +41,7 @@ class UniformCodes:
             return weight
         return torch.empty_like(weight).index_copy_(1, self.perm.long(), weight)
 
-    def layer(self, linear: nn.Linear) -> PackedLinear:
+    def layer(self, linear: nn.Linear) -> QuantizedLinear:
         """The layer that takes the place of ``linear``."""
         return Int4Linear.from_codes(
             linear, self.codes, self.scales, self.zeros, self.perm, group_size=self.group_size
@@ -57,9 +60,36 @@ class CodebookCodes:
         """The weight that the codes stand for, fp32 ``[N, K]``."""
         return decode(self.codes, self.codebook, group_size=self.group_size)
 
-    def layer(self, linear: nn.Linear) -> PackedLinear:
+    def layer(self, linear: nn.Linear) -> QuantizedLinear:
         """The layer that takes the place of ``linear``."""
         return Lut4Linear.from_codes(linear, self.codes, self.codebook, group_size=self.group_size)
+
+
+@dataclass(frozen=True)
+class Fp8Codes:
+    """e4m3 codes, ``weight ~ code * scale``, and what becomes of inputs; see ``Fp8Linear``."""
+
+    codes: Tensor
+    scales: Tensor
+    inputs_per: InputsPer | None
+    input_scale: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """The weight that the codes stand for, fp32 ``[N, K]``."""
+        return dequantize_weight(self.codes, self.scales)
+
+    def layer(self, linear: nn.Linear) -> QuantizedLinear:
+        """The layer that takes the place of ``linear``."""
+        return Fp8Linear.from_codes(
+            linear,
+            self.codes,
+            self.scales,
+            self.input_scale,
+            inputs_per=self.inputs_per,
+        )
+
+
+Codes = UniformCodes | CodebookCodes | Fp8Codes
 
 
 @dataclass(frozen=True)
@@ -67,7 +97,8 @@ class Method(ABC):
     """Base of the configs: how a weight becomes codes.
 
     Attributes:
-        bits: 2, 3 or 4. Codes of 2 and 3 bits run on the kernels of 4 bits, in as many bytes.
+        bits: of a code: 2, 3 or 4. Those of 2 and 3 bits run on the kernels of 4 bits, in as many
+            bytes. FP8 has 8.
         granularity: which weights share scales or a codebook. The columns of a group or block are
             32, 64 or 128.
     """
@@ -105,9 +136,7 @@ class Method(ABC):
         return torch.ones(fold.gather(inputs.magnitude).shape, device=inputs.magnitude.device)
 
     @abstractmethod
-    def quantise(
-        self, weight: Tensor, inputs: InputStatistics | None
-    ) -> UniformCodes | CodebookCodes:
+    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> Codes:
         """Codes of a float weight ``[N, K]``, with scales or codebooks in its dtype.
 
         ``inputs`` are statistics of what the layer gets; they may be None unless the method needs

@@ -32,7 +32,7 @@ def quantize_(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> QuantizationReport:
-    """Replaces every ``nn.Linear`` inside ``model`` by a layer over 4-bit codes, in place.
+    """Replaces every ``nn.Linear`` inside ``model`` by a quantised layer, in place.
 
     Args:
         model: on CPU or GPU, not on meta.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from effllm.nn.packed_linear import PackedLinear, frozen
+from effllm.nn.quantized_linear import QuantizedLinear, frozen
 from effllm.quantization.folding import Fold
 from effllm.quantization.report import LayerResult
 from effllm.quantization.statistics import InputStatistics
@@ -13,7 +13,7 @@ from effllm.quantization.targets import Target
 
 def quantise_layer(
     target: Target, inputs: InputStatistics | None
-) -> tuple[PackedLinear, LayerResult]:
+) -> tuple[QuantizedLinear, LayerResult]:
     """The layer that takes the place of the target's, and its errors.
 
     Raises:

@@ -7,18 +7,21 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from effllm.nn import Int4Linear, Lut4Linear
-from effllm.nn.packed_linear import PackedLinear, frozen
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear
+from effllm.nn.quantized_linear import QuantizedLinear, frozen
 from effllm.quantization.calibration import update_digest
 from effllm.quantization.report import LayerResult
 from effllm.quantization.targets import Target
 
-_KINDS: dict[str, type[PackedLinear]] = {"Int4Linear": Int4Linear, "Lut4Linear": Lut4Linear}
+_KINDS: dict[str, type[QuantizedLinear]] = {
+    kind.__name__: kind for kind in (Fp8Linear, Int4Linear, Lut4Linear)
+}
 
 
 @dataclass
@@ -32,7 +35,7 @@ class PartResult:
         folded: names of the modules that did, with those they took them from.
     """
 
-    layers: dict[str, PackedLinear]
+    layers: dict[str, QuantizedLinear]
     results: list[LayerResult]
     changed: dict[str, Tensor]
     folded: dict[str, list[str]]
@@ -62,7 +65,7 @@ class RunState:
         tensors = {f"changed.{name}": tensor for name, tensor in part.changed.items()}
         kinds = {}
         for name, layer in part.layers.items():
-            kinds[name] = [type(layer).__name__, layer.group_size]
+            kinds[name] = [type(layer).__name__, layer.options]
             for key, value in layer.state_dict().items():
                 tensors[f"layer.{name}.{key}"] = value
         about = {
@@ -96,10 +99,10 @@ class RunState:
             )
         linears = {target.names[0]: target.linear for target in targets}
         layers = {}
-        for name, (kind, group_size) in about["kinds"].items():
+        for name, (kind, options) in about["kinds"].items():
             prefix = f"layer.{name}."
             own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            layers[name] = _restore(linears[name], _KINDS[kind], group_size, own)
+            layers[name] = _restore(linears[name], _KINDS[kind], options, own)
         return PartResult(
             layers,
             [LayerResult(**result) for result in about["results"]],
@@ -112,11 +115,14 @@ class RunState:
 
 
 def _restore(
-    linear: nn.Linear, kind: type[PackedLinear], group_size: int, tensors: dict[str, Tensor]
-) -> PackedLinear:
+    linear: nn.Linear,
+    kind: type[QuantizedLinear],
+    options: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> QuantizedLinear:
     device = linear.weight.device
     sizes = (linear.in_features, linear.out_features)
-    layer = kind(*sizes, False, group_size=group_size, device="meta", dtype=None)
+    layer = kind(*sizes, bias=False, device="meta", dtype=None, **options)
     # Copies: in the file tensors start anywhere, and the kernels want aligned ones.
     for name in (*kind.quantised, "bias"):
         tensor = tensors.get(name)

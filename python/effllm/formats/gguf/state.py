@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from effllm.formats.gguf.rope import ROPE_FREQS, rope_freqs
 from effllm.formats.gguf.spec import GgufError, TensorType, quote
 from effllm.formats.gguf.writer import TensorSource, write_gguf
 from effllm.nn import Int4Linear
-from effllm.nn.packed_linear import PackedLinear
+from effllm.nn.quantized_linear import QuantizedLinear
 from effllm.ops.int4_gemm import dequantize as int4_dequantize
 
 _GROUP = 32
@@ -138,7 +138,7 @@ def write_model(
         all_metadata["general.quantization_version"] = _QUANTIZATION_VERSION
     config["head_dim"] = head_dim_of(config)
     # A head of codes has a tensor of its own, whatever the config says.
-    config["tie_word_embeddings"] &= not isinstance(model.get_output_embeddings(), PackedLinear)
+    config["tie_word_embeddings"] &= not isinstance(model.get_output_embeddings(), QuantizedLinear)
     sources = []
     freqs = rope_freqs(config["rope_parameters"], config["head_dim"])
     if freqs is not None:
@@ -191,7 +191,7 @@ def _hf_raw(file: GgufFile, slot: Slot) -> Tensor:
 def _refuse_unexpected(model: Any, wanted: list[Slot], tied: bool) -> None:
     """A weight that nothing stores is a model that computes something else."""
     known = {f"{slot.module}.{slot.parameter}" for slot in wanted}
-    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    packed = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     known |= {"lm_head.weight"} if tied else set()
     modules = {slot.module for slot in wanted}
     for key in model.state_dict():
@@ -211,7 +211,7 @@ def _reader(model: Any, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
         module = model.get_submodule(slot.module)
     except AttributeError:
         module = None
-    if slot.linear and isinstance(module, PackedLinear):
+    if slot.linear and isinstance(module, QuantizedLinear):
         shape: tuple[int, ...] = (module.out_features, module.in_features)
         tensor: Tensor | None = module.qweight
     else:
@@ -223,7 +223,7 @@ def _reader(model: Any, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
         raise GgufError(f"'{key}' must be {list(slot.shape)}, got {list(shape)}")
     if tensor.is_meta:
         raise GgufError(f"'{key}' is on the meta device, it has no values")
-    if slot.linear and isinstance(module, PackedLinear):
+    if slot.linear and isinstance(module, QuantizedLinear):
         return _packed_reader(module, slot, kind)
     return partial(_gguf_values, tensor, slot)
 
@@ -234,15 +234,15 @@ def _gguf_values(values: Tensor, slot: Slot) -> Tensor:
     return to_gguf_rows(values, slot.heads) if slot.heads else values
 
 
-def _packed_reader(module: PackedLinear, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
+def _packed_reader(module: QuantizedLinear, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
     if kind in (TensorType.Q4_0, TensorType.Q4_1):
         return _int4_reader(module, slot, kind)
     if isinstance(module, Int4Linear):
         return lambda: _rounded_int4(module, slot, kind)
-    return lambda: _gguf_values(cast(Tensor, module.weight), slot)
+    return lambda: _gguf_values(module.weight, slot)
 
 
-def _int4_reader(module: PackedLinear, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
+def _int4_reader(module: QuantizedLinear, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
     """The codes as they are, in blocks of Q4_0 or Q4_1: a group of 64 is two blocks."""
     problem = None
     if not isinstance(module, Int4Linear):

@@ -1,4 +1,4 @@
-"""What the layers over packed 4-bit codes have in common: inputs, casts, and their state."""
+"""What the quantised layers have in common: inputs, casts, and their state."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from effllm.nn import Int4Linear, Lut4Linear
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear
 from effllm.nn.packed_linear import PackedLinear
+from effllm.nn.quantized_linear import QuantizedLinear
 
 K, N, GROUP_SIZE = 100, 70, 32
 
@@ -24,14 +25,14 @@ class Kind:
     """``empty(**options)`` has the layout of what ``make(dtype)`` gives."""
 
     name: str
-    layer: type[PackedLinear]
+    layer: type[QuantizedLinear]
     options: dict[str, object]
-    convert: Callable[[nn.Linear], PackedLinear]
+    convert: Callable[[nn.Linear], QuantizedLinear]
 
-    def empty(self) -> PackedLinear:
-        return self.layer(K, N, group_size=GROUP_SIZE, **self.options)
+    def empty(self) -> QuantizedLinear:
+        return self.layer(K, N, **self.options)
 
-    def make(self, dtype: torch.dtype = torch.float32) -> PackedLinear:
+    def make(self, dtype: torch.dtype = torch.float32) -> QuantizedLinear:
         return self.convert(nn.Linear(K, N, dtype=dtype))
 
 
@@ -52,21 +53,43 @@ def lut4(per: str, scaled: bool) -> Kind:
         return Lut4Linear.from_linear(linear, GROUP_SIZE, codebook.to(linear.weight.dtype), scaled)
 
     name = f"lut4-{per}" + ("" if scaled else "-unscaled")
-    return Kind(name, Lut4Linear, {"codebook_per": per, "scaled": scaled}, convert)
+    options = {"group_size": GROUP_SIZE, "codebook_per": per, "scaled": scaled}
+    return Kind(name, Lut4Linear, options, convert)
+
+
+def fp8(scales_per: str, inputs_per: str | None, static: bool = False) -> Kind:
+    def convert(linear: nn.Linear) -> QuantizedLinear:
+        scale = torch.tensor([0.01]) if static else None
+        return Fp8Linear.from_linear(linear, scales_per, inputs_per, scale)
+
+    options = {"scales_per": scales_per, "inputs_per": inputs_per, "static": static}
+    name = f"fp8-{scales_per}-{'static' if static else inputs_per}"
+    return Kind(name, Fp8Linear, options, convert)
 
 
 INT4 = Kind(
     "int4",
     Int4Linear,
-    {"symmetric": False},
+    {"group_size": GROUP_SIZE, "symmetric": False},
     lambda linear: Int4Linear.from_linear(linear, GROUP_SIZE, symmetric=False),
 )
 KINDS = [
     INT4,
-    Kind("int4-permuted", Int4Linear, {"symmetric": False, "permuted": True}, permuted),
+    Kind("int4-permuted", Int4Linear, INT4.options | {"permuted": True}, permuted),
     *(lut4(per, scaled) for per in ("tensor", "row", "group") for scaled in (True, False)),
+    fp8("tensor", "tensor", static=True),
+    fp8("channel", "token"),
+    fp8("block", "group"),
+    fp8("channel", None),
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """As torch.equal, which has no 8-bit floats: those by their bytes."""
+    if a.is_floating_point() and a.element_size() == 1:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return torch.equal(a, b)
 
 
 def assert_same_state(a: nn.Module, b: nn.Module) -> None:
@@ -74,7 +97,7 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
     assert left.keys() == right.keys()
     for key, value in left.items():
         assert value.dtype == right[key].dtype, key
-        assert torch.equal(value, right[key]), key
+        assert same(value, right[key]), key
 
 
 @each_kind
@@ -143,7 +166,7 @@ def test_a_cast_touches_only_the_bias(kind: Kind, cast: Callable[[nn.Module], ob
     for name in before.keys() - {"bias"}:
         after = getattr(target, name)
         assert after.dtype == before[name].dtype, name
-        assert torch.equal(after, before[name]), name
+        assert same(after, before[name]), name
 
 
 @each_kind
@@ -170,11 +193,12 @@ def test_meta_round_trip(kind: Kind) -> None:
         skeleton = kind.empty()
     assert skeleton.weight.shape == (N, K)
     assert skeleton(torch.empty(4, K, device="meta")).shape == (4, N)
-    floats = {name for name, p in skeleton.named_parameters() if p.is_floating_point()}
+    floats = {name: p.dtype for name, p in skeleton.named_parameters() if p.is_floating_point()}
     skeleton.to(torch.bfloat16)
-    assert floats - {"bias"}
-    for name in floats - {"bias"}:
-        assert getattr(skeleton, name).dtype == torch.float32
+    assert floats.pop("bias") == torch.float32
+    assert floats
+    for name, dtype in floats.items():
+        assert getattr(skeleton, name).dtype == dtype
     assigned = copy.deepcopy(skeleton)
     assigned.load_state_dict(layer.state_dict(), assign=True)
     assert_same_state(layer, assigned)
@@ -221,7 +245,19 @@ def test_wrong_group_sizes(layer: type[PackedLinear], group_size: int) -> None:
         layer.from_linear(nn.Linear(K, N), group_size)
 
 
-@pytest.mark.parametrize("layer", [Int4Linear, Lut4Linear])
-def test_sizes_of_nothing(layer: type[PackedLinear]) -> None:
+@each_kind
+def test_options_make_a_layer_of_the_kind(kind: Kind) -> None:
+    """As a run that goes on makes it, from what it has stored; tensors tell the rest."""
+    layer = kind.make()
+    again = kind.layer(K, N, bias=False, device="meta", **layer.options)
+    for name in (*kind.layer.quantised, "bias"):
+        again.register_parameter(name, getattr(layer, name))
+    assert repr(again) == repr(layer)
+    x = torch.randn(3, K)
+    assert torch.equal(again(x), layer(x))
+
+
+@pytest.mark.parametrize("layer", [Fp8Linear, Int4Linear, Lut4Linear])
+def test_sizes_of_nothing(layer: type[QuantizedLinear]) -> None:
     with pytest.raises(ValueError, match="must be positive, got 0, 4"):
         layer(0, 4)
