@@ -85,6 +85,47 @@ def test_quantize_and_eval(
     assert float(found[2]) > 0
 
 
+CHANNEL, TENSOR = quantization.Granularity.channel(), quantization.Granularity.tensor()
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ([], quantization.Fp8Config()),
+        (
+            ["--scales", "block"],
+            quantization.Fp8Config(
+                quantization.Granularity.block(128, 128), quantization.Granularity.group(128)
+            ),
+        ),
+        (["--scales", "channel", "--inputs", "wide"], quantization.Fp8Config(CHANNEL, None)),
+        (["--scales", "tensor"], quantization.Fp8Config(TENSOR, TENSOR)),
+        (["--inputs", "static"], quantization.Fp8Config(CHANNEL, TENSOR, static=True)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_fp8(options: list[str], config: quantization.Fp8Config, text: str, tmp_path: Path) -> None:
+    """The checkpoint holds what quantize_ makes of the model, inputs included."""
+    out = tmp_path / "out"
+    calibration = ["--calibration", text, "--calibration-tokens", "512", "--context", "256"]
+    more = calibration if config.needs_calibration else []
+    assert main(["quantize", MODEL, "--method", "fp8", *options, *more, "--out", str(out)]) == 0
+    model, tokenizer = demo.load(demo.draft_path())
+    ids = torch.tensor(tokenizer(Path(text).read_text(), verbose=False).input_ids)
+    count = len(ids) // 256
+    effllm.quantize_(
+        model,
+        config,
+        lambda module, name: name != "lm_head",
+        calibration=ids[: 256 * count].view(-1, 256)[[0, count - 1]] if more else None,
+        progress=False,
+    )
+    loaded = effllm.load(out, progress=False)
+    assert repr(loaded.model.layers) == repr(model.model.layers)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids[None, :64]).logits, model(ids[None, :64]).logits)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_codebooks_as_dense_weights(weighted: bool, text: str, tmp_path: Path) -> None:
     """No format holds codebooks by k-means: the checkpoint has what they stand for."""
@@ -196,6 +237,13 @@ def test_an_interrupted_command_goes_on(
         (["--method", "kmeans", "--clip"], "--method kmeans has no --clip"),
         (["--method", "kmeans", "--no-symmetric"], "--method kmeans has no --symmetric"),
         (["--method", "gptq", "--weighted"], "--method gptq has no --weighted"),
+        (["--method", "fp8", "--bits", "4"], "--method fp8 has no --bits"),
+        (["--method", "linear", "--scales", "block"], "--method linear has no --scales"),
+        (
+            ["--method", "fp8", "--inputs", "static", "--scales", "tensor"],
+            "--method fp8 --inputs static needs --calibration FILE",
+        ),
+        (["--method", "fp8", "--format", "awq"], "--format awq does not hold what --method fp8"),
         (["--method", "linear", "--average-bits", "3"], "--average-bits needs --calibration FILE"),
         (["--average-bits", "3", "--bits", "4"], "without --bits, got 3 and --bits 4"),
         (["--method", "linear", "--device", "cuda:99"], "device 'cuda:99' cannot be used: "),

@@ -34,7 +34,7 @@ def test_codes_and_scales_tile_by_tile(
     codes, scales = quantise_weight(weight, WORDS[granularity])
     assert codes.shape == (n, k)
     assert codes.is_contiguous()
-    assert scales.is_contiguous()
+    assert scales.stride() == torch.empty(scales.shape).stride()  # also where a size is 1
     rows, columns = granularity.weight_tile(n, k)
     tiles = scales.view(-(-n // rows), -(-k // columns))
     for i in range(tiles.shape[0]):

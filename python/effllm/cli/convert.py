@@ -1,4 +1,4 @@
-"""`effllm convert`: a checkpoint into another format; what is not quantised yet, into int4."""
+"""`effllm convert`: a checkpoint into another format; what is not quantised yet, too."""
 
 import argparse
 import shutil
@@ -14,6 +14,7 @@ from effllm.cli.tokenizer import TOKENIZER_FILES, read_tokenizer
 from effllm.formats.gguf_model import GGUF_FORMATS, is_gguf
 from effllm.formats.saving import SaveFormat
 from effllm.nn.quantized_linear import QuantizedLinear
+from effllm.quantization import Method
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert and print the report of the target; 1 and one line on stderr if that fails.
 
-    Codes are carried over as they are. An unquantised model is rounded to nearest, its output head
-    left as it is; for GGUF all is rounded by the format itself.
+    Codes are carried over as they are. An unquantised model is rounded to nearest, into int4 or,
+    for that format, FP8, its head left as it is; for GGUF all is rounded by the format itself.
     """
     source, target = Path(args.source), Path(args.target)
     to_gguf = args.format in GGUF_FORMATS
     try:
-        config = effllm.Int4Config(args.group_size, symmetric=not args.asymmetric)
+        config: Method = effllm.Int4Config(args.group_size, symmetric=not args.asymmetric)
+        if args.format == "compressed-tensors-fp8":
+            config = effllm.Fp8Config()
         # From one GGUF file to another, values pass through the model: no dtype of less bits.
         model = effllm.load(source, dtype=torch.float32 if to_gguf and is_gguf(source) else None)
         packed = any(isinstance(module, QuantizedLinear) for module in model.modules())

@@ -16,8 +16,10 @@ from effllm import formats
 from effllm.cli.tokenizer import read_tokenizer, read_tokens
 from effllm.formats.gguf_model import GGUF_FORMATS
 from effllm.formats.saving import SaveFormat
+from effllm.nn.fp8_linear import BLOCK
 from effllm.quantization import (
     AwqConfig,
+    Fp8Config,
     GgufConfig,
     GptqConfig,
     Granularity,
@@ -39,17 +41,31 @@ _UNIFORM: dict[str, type[UniformMethod]] = {
 _DENSE = "dense"
 _GGUF: dict[str, GgufType] = {f"gguf-{name}": name for name in get_args(GgufType)}
 # The formats of each method; the first is the default.
-_SAFETENSORS = tuple(name for name in get_args(SaveFormat) if name not in GGUF_FORMATS)
+_FP8 = "compressed-tensors-fp8"
+_SAFETENSORS = tuple(name for name in get_args(SaveFormat) if name not in (*GGUF_FORMATS, _FP8))
 _FORMATS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_UNIFORM, (*_SAFETENSORS, _DENSE)),
     "kmeans": (_DENSE,),
     "gguf": (*_GGUF, _DENSE),
+    "fp8": (_FP8, _DENSE),
 }
 _OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_UNIFORM, ("bits", "average-bits", "group", "symmetric", "clip")),
     "kmeans": ("bits", "average-bits", "group", "weighted"),
     "gguf": (),
+    "fp8": ("scales", "inputs"),
 }
+_BLOCK = Granularity.block(BLOCK, BLOCK)
+_SCALES = {"tensor": Granularity.tensor(), "channel": Granularity.channel(), "block": _BLOCK}
+_INPUTS = {
+    "tensor": Granularity.tensor(),
+    "static": Granularity.tensor(),
+    "token": Granularity.token(),
+    "group": Granularity.group(BLOCK),
+    "wide": None,
+}
+# What goes with the scales of weights.
+_DEFAULT_INPUTS = {"tensor": "tensor", "channel": "token", "block": "group"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +98,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="kmeans: weights count by the mean square of their inputs",
     )
     parser.add_argument(
-        "--calibration", help="UTF-8 file; needed by gptq, awq, --weighted and --average-bits"
+        "--scales", choices=_SCALES, help="fp8: what of a weight has a scale each (channel)"
+    )
+    parser.add_argument(
+        "--inputs",
+        choices=_INPUTS,
+        help="fp8: what of inputs has a scale each, found at run time, for static by calibration; "
+        "wide: they are not rounded (token; tensor or group if --scales is tensor or block)",
+    )
+    parser.add_argument(
+        "--calibration",
+        help="UTF-8 file; needed by gptq, awq, --weighted, --inputs static and --average-bits",
     )
     parser.add_argument(
         "--calibration-tokens", type=int, default=65536, help="at most so many (65536)"
@@ -92,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=[*_SAFETENSORS, *_GGUF, _DENSE],
+        choices=[*_SAFETENSORS, _FP8, *_GGUF, _DENSE],
         help=f"of the checkpoint (compressed-tensors; gguf-q4_0 for gguf); {_DENSE} has decoded "
         "weights, as large as before: to measure what a method costs, and the only one for kmeans",
     )
@@ -177,6 +203,10 @@ def _configs(args: argparse.Namespace, file_format: str) -> list[Method]:
             raise ValueError(f"--method {args.method} has no --{name}")
     if args.method == "gguf":
         return [GgufConfig(_GGUF.get(file_format, "q4_0"))]
+    if args.method == "fp8":
+        scales = args.scales or "channel"
+        inputs = args.inputs or _DEFAULT_INPUTS[scales]
+        return [Fp8Config(_SCALES[scales], _INPUTS[inputs], static=inputs == "static")]
     group = given.pop("group", 128)
     granularity = Granularity.channel() if group == -1 else Granularity.group(group)
     for name in ("bits", "average-bits"):
@@ -216,8 +246,9 @@ def _calibration(args: argparse.Namespace, configs: list[Method], tokenizer: Any
         if args.average_bits is not None:
             raise ValueError("--average-bits needs --calibration FILE")
         if configs[0].needs_calibration:
-            weighted = " --weighted" if args.weighted else ""
-            raise ValueError(f"--method {args.method}{weighted} needs --calibration FILE")
+            option = " --weighted" if args.weighted else ""
+            option += " --inputs static" if args.inputs == "static" else ""
+            raise ValueError(f"--method {args.method}{option} needs --calibration FILE")
         return None
     if tokenizer is None:
         raise ValueError(f"{args.source} has no tokenizer for the calibration text")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from effllm.formats.checkpoint import CheckpointError, read_json
+from effllm.nn.fp8_linear import BLOCK, InputsPer
 
 SUPPORTED = (
     "AWQ (gemm, 4 bits), GPTQ v1 and v2 (2, 3, 4 or 8 bits), compressed-tensors pack-quantized "
@@ -48,6 +49,9 @@ class Scheme:
             do, leave them out.
         rows: output channels per scale, -1 for all.
         floats: codes are e4m3 numbers, not integers.
+        inputs: what of the layer's inputs has a scale of its own in e4m3; None: they stay as they
+            are, also where they are quantised in a way that no kernel has.
+        static: the scale of inputs is stored.
     """
 
     format: Format
@@ -56,6 +60,8 @@ class Scheme:
     symmetric: bool
     rows: int = 1
     floats: bool = False
+    inputs: InputsPer | None = None
+    static: bool = False
 
 
 @dataclass(frozen=True)
@@ -269,8 +275,8 @@ def _sparsity(reader: _Reader) -> Any:
     return None if name == "dense" else name
 
 
-# What compressed-tensors stores a byte per code of; activations are then quantised too, at run
-# time or with scales of their own, which a weight that is expanded does without.
+# What compressed-tensors stores a byte per code of; activations may be quantised too, at run time
+# or with scales of their own.
 _PLAIN = ("float-quantized", "int-quantized", "naive-quantized")
 
 
@@ -295,7 +301,22 @@ def _group_scheme(group: _Reader, default_format: Any) -> Scheme:
     if floats and not symmetric:
         raise group.unsupported("a zero point of e4m3 weights")
     rows, columns = _blocks(weights, name)
-    return Scheme(name, bits, columns, symmetric, rows, floats)
+    inputs, static = _inputs(group) if floats else (None, False)
+    return Scheme(name, bits, columns, symmetric, rows, floats, inputs, static)
+
+
+def _inputs(group: _Reader) -> tuple[InputsPer | None, bool]:
+    """What the kernels do of quantised inputs: the scheme's ``inputs`` and ``static``."""
+    args = group.inner(group.config.get("input_activations") or {}, "input_activations").config
+    if args.get("type") != "float" or args.get("num_bits") != 8:
+        return None, False
+    strategy, dynamic = args.get("strategy"), args.get("dynamic", False)
+    if strategy == "tensor" and dynamic is False:
+        return "tensor", True
+    kinds: dict[Any, InputsPer] = {"tensor": "tensor", "token": "token"}
+    if args.get("group_size") == BLOCK:
+        kinds["group"] = "group"
+    return (kinds.get(strategy), False) if dynamic is True else (None, False)
 
 
 def _blocks(weights: _Reader, format: str) -> tuple[int, int]:
@@ -319,6 +340,10 @@ def _fp8(reader: _Reader) -> Callable[[str], Scheme | None]:
     if reader.config.get("weight_block_size") is not None:
         rows, columns = reader.pair("weight_block_size")
     scheme = Scheme("fp8", 8, columns, True, rows, floats=True)
+    if reader.config.get("activation_scheme") == "static" and rows == -1:
+        scheme = replace(scheme, inputs="tensor", static=True)
+    elif (rows, columns) == (BLOCK, BLOCK):
+        scheme = replace(scheme, inputs="group")
     return lambda layer: scheme  # the dtype of a weight tells whether it is quantised
 
 

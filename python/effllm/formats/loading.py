@@ -40,8 +40,10 @@ def load(
     loads them. Weights go from the file to the kernels' layout one layer at a time.
     ``model.effllm_report`` says what each layer is and what runs it: 2- and 3-bit codes become
     4-bit codes exactly, and so do GGUF's Q4_0 and the Q4_1 that allow it; NF4 and FP4 keep their
-    codes and codebook; all else, codes of 8 bits and groups that the kernels do not take among it,
-    is expanded to dense layers. Activations are never quantised, whatever the config says of them.
+    codes and codebook; e4m3 codes stay what they are where scales are per tensor, channel or
+    128 x 128; all else, integers of 8 bits and groups that the kernels do not take among it, is
+    expanded to dense layers. Beside e4m3 weights inputs are rounded to e4m3 as the config says;
+    others are never quantised, whatever it says of them.
 
     A model with packed layers is saved by ``effllm.save``; its ``save_pretrained`` raises.
 

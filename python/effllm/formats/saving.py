@@ -22,11 +22,13 @@ from effllm.formats import awq, bitsandbytes, compressed_tensors, gptq
 from effllm.formats.gguf_model import GGUF_FORMATS, save_gguf
 from effllm.formats.grouped import GroupedWeight
 from effllm.formats.shards import ShardWriter
-from effllm.nn import Int4Linear, Lut4Linear
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear
+from effllm.nn.fp8_linear import BLOCK, InputsPer, ScalesPer
 from effllm.nn.quantized_linear import QuantizedLinear
 
 SaveFormat = Literal[
     "compressed-tensors",
+    "compressed-tensors-fp8",
     "gptq_v2",
     "awq",
     "bitsandbytes",
@@ -50,7 +52,7 @@ def save(
     max_shard_bytes: int = 4 * 2**30,
     progress: bool = True,
 ) -> None:
-    """Writes config and weights of a transformers model; its packed layers stay 4 bits.
+    """Writes config and weights of a transformers model; quantised layers stay what they are.
 
     Codes, scales and zero points are written as they are, so that loading the result gives equal
     weights. All is written into a temporary folder (or file) beside ``path``, which is renamed at
@@ -62,6 +64,7 @@ def save(
         format: "compressed-tensors" is pack-quantized, read by its package and so by transformers.
             "gptq_v2" also holds permuted inputs (act-order) and short last groups; "awq" is the
             GEMM layout, with one group size for all layers. These three hold ``Int4Linear`` layers;
+            "compressed-tensors-fp8" is float-quantized and holds ``Fp8Linear`` layers;
             "bitsandbytes" holds ``Lut4Linear`` layers of NF4, or of FP4, in groups that divide the
             input channels, with the codebook in fp32. "gguf-..." is one file for llama.cpp, with
             all matrices of the type that it names: "gguf-q4_0" and "gguf-q4_1" hold those
@@ -74,7 +77,7 @@ def save(
         progress: show a progress bar.
 
     Raises:
-        ValueError: another format, a model that is not of transformers, no packed layer in it
+        ValueError: another format, a model that is not of transformers, no such layer in it
             (but for GGUF), a layer, config or tokenizer that the format cannot hold (the message
             names it), or weights on the meta device.
         FileExistsError: ``path`` exists and is no empty folder.
@@ -225,9 +228,40 @@ def _packed_config(model: nn.Module, layers: dict[str, Int4Linear]) -> dict[str,
             "output_activations": None,
             "format": "pack-quantized",
         }
+    return _compressed_config(model, "pack-quantized", groups)
+
+
+def _fp8_config(model: nn.Module, layers: dict[str, Fp8Linear]) -> dict[str, Any]:
+    kinds: dict[tuple[ScalesPer, InputsPer | None, bool], list[str]] = {}
+    for name, layer in layers.items():
+        kind = (layer.scales_per, layer.inputs_per, layer.input_scale is not None)
+        kinds.setdefault(kind, []).append(name)
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    groups = {}
+    for i, ((scales_per, inputs_per, static), names) in enumerate(kinds.items()):
+        weights: dict[str, Any] = {"strategy": scales_per, "dynamic": False}
+        if scales_per == "block":
+            weights["block_structure"] = [BLOCK, BLOCK]
+        inputs = None
+        if inputs_per is not None:
+            group_size = BLOCK if inputs_per == "group" else None
+            inputs = {"strategy": inputs_per, "group_size": group_size, "dynamic": not static}
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(kinds) == 1 else names,
+            "weights": common | weights,
+            "input_activations": None if inputs is None else common | inputs,
+            "output_activations": None,
+            "format": "float-quantized",
+        }
+    return _compressed_config(model, "float-quantized", groups)
+
+
+def _compressed_config(
+    model: nn.Module, format: str, groups: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": format,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": _unquantised(model),
@@ -308,6 +342,18 @@ def _encode_lut4(layer: Lut4Linear, dtype: torch.dtype) -> dict[str, Tensor]:
     return bitsandbytes.encode(codes, layer.codebook, layer.scales, layer.group_size, dtype)
 
 
+def _encode_fp8(layer: Fp8Linear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """compressed-tensors has one scale of all as [1]."""
+    scales = layer.scales.detach()
+    tensors = {
+        "weight": layer.qweight.detach(),
+        "weight_scale": scales.view(1) if layer.scales_per == "tensor" else scales,
+    }
+    if layer.input_scale is not None:
+        tensors["input_scale"] = layer.input_scale.detach()
+    return tensors
+
+
 def _of_groups(encode: Callable[[GroupedWeight], dict[str, Tensor]]) -> _Encode:
     return lambda layer, dtype: encode(grouped(layer))
 
@@ -325,6 +371,7 @@ _FORMATS = {
     "compressed-tensors": _Format(
         Int4Linear, _of_groups(compressed_tensors.encode), _packed_config
     ),
+    "compressed-tensors-fp8": _Format(Fp8Linear, _encode_fp8, _fp8_config),
     "gptq_v2": _Format(Int4Linear, _of_groups(gptq.encode), _gptq_config),
     "awq": _Format(Int4Linear, _of_groups(awq.encode), _awq_config),
     "bitsandbytes": _Format(Lut4Linear, _encode_lut4, _bitsandbytes_config),

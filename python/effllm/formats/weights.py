@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effllm import ops
 from effllm.formats import bitsandbytes
+from effllm.formats.config import Scheme
 from effllm.formats.grouped import GroupedWeight, int4_tensors, kernel_groups
 from effllm.formats.layers import StoredLayer
-from effllm.nn import Int4Linear, Lut4Linear
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear
+from effllm.nn.fp8_linear import BLOCK, InputsPer, ScalesPer
 from effllm.nn.quantized_linear import frozen
 
 
@@ -33,20 +36,39 @@ class LutWeight:
 
 
 @dataclass(frozen=True)
+class Fp8Weight:
+    """e4m3 codes as the kernels take them, and what becomes of the layer's inputs.
+
+    Attributes:
+        codes: float8_e4m3fn ``[N, K]``, none of them NaN.
+        scales: fp32, of the weight; shapes as in ``Fp8Linear``.
+        inputs_per: as in ``Fp8Linear``.
+        input_scale: fp32 ``[1]`` or None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    inputs_per: InputsPer | None
+    input_scale: Tensor | None
+
+
+@dataclass(frozen=True)
 class DenseWeight:
     """Decoded already, because no kernel takes the codes: float ``values`` ``[N, K]``."""
 
     values: Tensor
 
 
-Weight = GroupedWeight | LutWeight | DenseWeight
+Weight = GroupedWeight | LutWeight | Fp8Weight | DenseWeight
 
 
 def make_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
-    """An ``Int4Linear`` or ``Lut4Linear`` where its kernels take the weight, else ``nn.Linear``.
+    """A layer of ours where its kernels take the weight, else ``nn.Linear``.
 
-    ``dtype`` is that of the dense weight; packed scales keep theirs, and so does the bias.
+    ``dtype`` is that of the dense weight; scales keep theirs, and so does the bias.
     """
+    if isinstance(weight, Fp8Weight):
+        return _fp8_linear(weight, bias)
     if isinstance(weight, LutWeight):
         return _lut4_linear(weight, bias)
     if isinstance(weight, DenseWeight):
@@ -61,6 +83,18 @@ def make_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.M
     module.scales = frozen(scales)
     module.zeros = None if zeros is None else frozen(zeros)
     module.perm = None if groups.perm is None else frozen(groups.perm)
+    module.bias = None if bias is None else frozen(bias)
+    return module
+
+
+def _fp8_linear(weight: Fp8Weight, bias: Tensor | None) -> Fp8Linear:
+    n, k = weight.codes.shape
+    static = weight.input_scale is not None
+    options: dict[str, Any] = {"inputs_per": weight.inputs_per, "static": static}
+    module = Fp8Linear(k, n, bias=False, device="meta", **options)
+    module.qweight = frozen(weight.codes)
+    module.scales = frozen(weight.scales)
+    module.input_scale = None if weight.input_scale is None else frozen(weight.input_scale)
     module.bias = None if bias is None else frozen(bias)
     return module
 
@@ -84,6 +118,16 @@ def _dense_linear(values: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn
     return linear
 
 
+def fp8_scales_per(scheme: Scheme) -> ScalesPer | None:
+    """How ``Fp8Linear`` holds the scales of a stored layer; None if its kernels do not."""
+    kinds: dict[tuple[int, int], ScalesPer] = {
+        (-1, -1): "tensor",
+        (1, -1): "channel",
+        (BLOCK, BLOCK): "block",
+    }
+    return kinds.get((scheme.rows, scheme.group_size)) if scheme.floats else None
+
+
 def kernel_name(layer: StoredLayer, groups: Tensor | None) -> str:
     """What ``make_linear`` will run a stored layer with, and if it is dense, why.
 
@@ -97,6 +141,8 @@ def kernel_name(layer: StoredLayer, groups: Tensor | None) -> str:
         return "lut4_gemm" if fits else f"dense (blocks of {layer.group_size} across rows)"
     if groups is None and bits > 8:
         return f"dense ({layer.scheme.format})"
+    if fp8_scales_per(layer.scheme) is not None:
+        return "fp8_weight_gemm" if layer.scheme.inputs is None else "fp8_gemm"
     if groups is None:
         return f"dense ({'e4m3' if layer.scheme.floats else f'{bits}-bit'} codes)"
     if bits > 4:

@@ -39,14 +39,16 @@ def quantise_weight(weight: Tensor, scales_per: ScalesPer) -> tuple[Tensor, Tens
     if scales_per == "tensor":
         return ops.fp8_quantize_tensor(weight)
     if scales_per == "channel":
-        return ops.fp8_quantize(weight)
-    if scales_per != "block":
+        codes, scales = ops.fp8_quantize(weight)
+    elif scales_per == "block":
+        tiles, scales = ops.fp8_quantize(to_tiles(weight, BLOCK, BLOCK))
+        # Bytes are moved: torch has few functions for 8-bit floats.
+        whole = from_tiles(tiles.view(torch.uint8), BLOCK, BLOCK, *weight.shape)
+        codes, scales = whole.view(tiles.dtype), scales.squeeze(-1)
+    else:
         raise ValueError(f"scales_per must be 'tensor', 'channel' or 'block', got {scales_per!r}")
-    tiles = to_tiles(weight, BLOCK, BLOCK)
-    codes, scales = ops.fp8_quantize(tiles)
-    # Bytes are moved: torch has few functions for 8-bit floats.
-    whole = from_tiles(codes.view(torch.uint8), BLOCK, BLOCK, *weight.shape)
-    return whole.view(codes.dtype), scales.squeeze(-1).contiguous()
+    # A copy: of one column contiguous() keeps strides that views as bytes refuse.
+    return codes, scales.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, init=False)
