@@ -4,7 +4,7 @@
 
 The layers of the blocks are quantised; embeddings and head stay in bf16. Calibration is on training
 text, perplexity on held-out text. Every row is measured with the decoded weights in bf16, which are
-those the kernels multiply by.
+those the kernels multiply by; FP8, which rounds inputs too, on its kernels.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def table(result: dict[str, Any]) -> str:
         f"**{result['bf16']['perplexity']:.3f} in bf16**. The linear layers of the blocks are",
         f"quantised ({result['bf16']['bytes'] / 1e6:.2f} MB in bf16); GPTQ, AWQ and weighted "
         f"k-means saw {result['calibration_tokens']:,} tokens of training text. Codes have zero",
-        "points unless called symmetric, or Q4_0. MB are of codes at their number of bits, scales,",
+        "points unless called symmetric, Q4_0 or FP8, whose inputs are in e4m3 too unless in bf16.",
+        "MB are of codes at their number of bits, scales,",
         "zero points and codebooks; the kernels hold codes of 2 and 3 bits, and codebooks, in the",
         f"room of 4. Made by `bench/quality.py` with torch {result['torch']} on one thread of",
         "a CPU that had other work too, which the seconds show.",
@@ -159,7 +160,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         "![perplexity over bytes](quality.png)",
     ]
-    for bits in (4, 3, 2):
+    for bits in (8, 4, 3, 2):
         rows = sorted(
             (row for row in result["rows"] if row["bits"] == bits), key=lambda r: r["perplexity"]
         )
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=16384)
     parser.add_argument("--windows", type=int, default=16, help="of calibration")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", help="methods that begin so; rows of others stay as they are")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = demo.load()
@@ -235,7 +237,14 @@ def main() -> None:
         },
         "rows": [],
     }
-    for name, config in configs():
+    chosen = [(name, config) for name, config in configs() if name.startswith(args.only or "")]
+    if args.only is not None:
+        before = json.loads((args.out / "quality.json").read_text())
+        if any(before[key] != value for key, value in result.items() if key != "rows"):
+            raise ValueError(f"{args.out}/quality.json is of other tokens, torch or weights")
+        names = {name for name, _ in chosen}
+        result["rows"] = [row for row in before["rows"] if row["method"] not in names]
+    for name, config in chosen:
         result["rows"].append(measure(name, config, calibration, held_out))
         print(json.dumps(result["rows"][-1]), flush=True)
     (args.out / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
