@@ -118,6 +118,7 @@ def test_loads_what_was_stored(kind: Any, tmp_path: Path) -> None:
         Int8(intermediate=91),
         Sparse(dtype=BF16, tied=True),
         Bytes(sparsity="sparse-24-bitmask", bias=True),
+        Bytes(strategy="channel", bias=True),
     ],
     ids=lambda kind: kind.id,
 )
