@@ -68,13 +68,13 @@ inline FloatVector<kWidth> e4m3_vector(const uint8_t* from) {
   if constexpr (kWidth == 16) {
     const __m256i halves =
         _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    const __m256i shifted = _mm256_slli_epi16(halves, 7);
-    __m256i bits = _mm256_and_si256(shifted, _mm256_set1_epi16(int16_t(0xbf80)));
+    __m256i bits =
+        _mm256_and_si256(_mm256_slli_epi16(halves, 7), _mm256_set1_epi16(int16_t(0xbf80)));
     if constexpr (kNan) {
       // One more than the magnitude of NaN is the last bit that an exponent of NaN lacks.
-      const __m256i magnitude = _mm256_and_si256(shifted, _mm256_set1_epi16(0x3f80));
-      const __m256i next = _mm256_add_epi16(magnitude, _mm256_set1_epi16(0x0080));
-      bits = _mm256_or_si256(bits, _mm256_and_si256(next, _mm256_set1_epi16(0x4000)));
+      const __m256i next = _mm256_add_epi16(bits, _mm256_set1_epi16(0x0080));
+      constexpr int kOrAnd = 0xf8;  // bits | (next & 0x4000)
+      bits = _mm256_ternarylogic_epi32(bits, next, _mm256_set1_epi16(0x4000), kOrAnd);
     }
     return reinterpret_cast<Float>(_mm512_cvtph_ps(bits));
   }
