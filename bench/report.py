@@ -40,6 +40,8 @@ GEMM_PEERS = {
 MATMUL_BASELINE = "torch.mm"
 PEER_HEAD_DIM = 128
 """Head dim of all attention rows in peers files, which do not state it."""
+PLAIN_ATTENTION = {"B", "S", "HQ", "HKV", "D", "page", "kv_dtype", "q_len"}
+"""What a case says of attention without a window or other variants, over equal lengths."""
 RIDGE_FLOPS_PER_BYTE = 260
 """Above this an H100 is bound by 16-bit arithmetic (800 TFLOP/s over 3.06 TB/s), below by bytes."""
 CPU_RIDGE_FLOPS_PER_BYTE = 12
@@ -79,6 +81,8 @@ def _gemm_peer(row: Row, peers: list[Row]) -> Peer | None:
 def _attention_peer(row: Row, peers: list[Row]) -> Peer | None:
     case = row["case"]
     if case["D"] != PEER_HEAD_DIM or case["kv_dtype"] not in ("bf16", "fp16", "e4m3"):
+        return None
+    if set(case) > PLAIN_ATTENTION:  # no peer was measured on it
         return None
     fp8 = case["kv_dtype"] == "e4m3"
     wanted = {"S": case["S"], "hq": case["HQ"], "hk": case["HKV"]}

@@ -149,6 +149,7 @@ def test_attention_peers_share_shape_cache_type_and_kind(report: ModuleType) -> 
     assert name(kv_dtype="e4m3") == "fp8kv"
     assert name(kv_dtype="int4") is None
     assert name(D=64) is None
+    assert name(window=128) is None
     assert name(B=1, q_len=4096) == "pre"
     assert name(q_len=4096) is None
     assert name(q_len=16) is None

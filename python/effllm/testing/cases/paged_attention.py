@@ -223,6 +223,8 @@ class PagedAttentionCase(Case):
         options: dict[str, int | str] = {
             name: int(value) for name in names if (value := getattr(self, name))
         }
+        if len({*self.sequences}) > 1:
+            options["all_keys"] = sum(keys for _, keys in self.sequences)
         return options | {
             "B": len(self.sequences),
             "S": keys,
