@@ -8,10 +8,9 @@
 //                                  g + 8 of the fragment, and of row g of Q: both sides sum over
 //                                  dims in one, strange, order
 //   P^T                            movmatrix turns S^T's accumulators into B fragments
-//   O^T[dims, 8 rows] += V^T P^T   lane (g, c) owns units 8j + g of keys 4c .. 4c + 3; pairs of
-//   keys
-//                                  (0, 2), (1, 3) of one dim: first dims of octet pairs are rows g
-//                                  of the fragment, second ones rows g + 8
+//   O^T[dims, 8 rows] += V^T P^T   lane (g, c) owns units 8j + g of keys 4c .. 4c + 3, paired 0
+//                                  with 2 and 1 with 3: first dims of octet pairs are rows g of the
+//                                  fragment, second ones rows g + 8
 //
 // Where a key lies costs some forty instructions, so that one lane finds it for all that load from
 // it, and leaves it in shared memory.
@@ -57,7 +56,6 @@ class DecodeKv {
   using Element = typename Config::Element;
   using Octet = KvOctet<typename Config::Kv>;
   using Operand = typename Octet::Operand;
-  static constexpr bool kSteps = std::is_same_v<typename Config::Kv, KvInt4>;
   static constexpr int kGroups = Config::kTileKeys / 16;
   static constexpr int kKeyOctets = Config::kHeadDim / 32;    // of a key in a lane, for K
   static constexpr int kValueOctets = Config::kHeadDim / 64;  // and for V
@@ -71,7 +69,7 @@ class DecodeKv {
   static constexpr int kDimTiles = Config::kHeadDim / 16;
   // Dims first_dim(t) and + kPairDistance; rows 2c, 2c + 1. Of int4, one more tile: what the others
   // have too much.
-  using Output = float[kDimTiles + kSteps][4];
+  using Output = float[kDimTiles + Config::kInt4][4];
   using Scores = float[kGroups][4];
   static constexpr int kPairDistance = Octet::kPairDistance;
 
@@ -258,7 +256,7 @@ class DecodeKv {
           ptx::mma_m16n8k16<Operand>(output[o * 4 + i], v, p0, p1);
         }
       }
-      if constexpr (kSteps) {
+      if constexpr (Config::kInt4) {
         const auto words =
             *reinterpret_cast<const uint4*>(&keys_.v_words[group * 16 + quad_lane_ * 4]);
         const uint32_t even =
@@ -279,7 +277,7 @@ class DecodeKv {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float& sum = output[tile][i];
-          if constexpr (kSteps) sum = (sum - output[kDimTiles][i]) * (1.f / Octet::kStep);
+          if constexpr (Config::kInt4) sum = (sum - output[kDimTiles][i]) * (1.f / Octet::kStep);
           sum *= value_exponent_.factor();
         }
       }
@@ -301,7 +299,7 @@ class DecodeKv {
   static __device__ __forceinline__ void decode_pair(const uint32_t* a, const uint32_t* b,
                                                      uint32_t (&pairs)[2][4]) {
     constexpr uint32_t kLow = 0x5410, kHigh = 0x7632;  // halves of both words
-    if constexpr (kSteps) {
+    if constexpr (Config::kInt4) {
       const uint32_t first = ptx::Permute()(a[0], b[0], kLow);
       const uint32_t second = ptx::Permute()(a[0], b[0], kHigh);
 #pragma unroll
