@@ -163,16 +163,16 @@ class PagedAttentionCase(Case):
         return prepare_sdpa(*args, **kwargs)
 
     def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
-        """cuDNN, on a GPU and where SDPA needs no mask."""
-        plain = self.window is None and not (self.softcap or self.padding or self.sinks)
-        plain = plain and not self.alibi and len({*self.sequences}) == 1 and not self.per_head
-        if (
-            not plain
-            or self.sequences[0][0] not in (1, self.sequences[0][1])
-            or not args[0].is_cuda
-        ):
+        """The backends of SDPA, on a GPU and where it needs no mask."""
+        variants = (self.softcap, self.padding, self.sinks, self.alibi, self.per_head)
+        equal = len({*self.sequences}) == 1 and self.sequences[0][0] in (1, self.sequences[0][1])
+        if any(variants) or self.window is not None or not equal or not args[0].is_cuda:
             return {}
-        return {"cudnn": prepare_sdpa(*args, **kwargs, backend=SDPBackend.CUDNN_ATTENTION)}
+        backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+        return {
+            name: prepare_sdpa(*args, **kwargs, backend=backend)
+            for name, backend in backends.items()
+        }
 
     def visible(self, queries: int, keys: int) -> list[tuple[int, int]]:
         """The range of keys that each query of a sequence sees."""
