@@ -2,10 +2,10 @@
 //
 // A kernel that may start before the one ahead is done has nothing to do until then, and behind it
 // lies a chain of misses: lengths, page table, keys. So each CTA finds its share from the lengths
-// as they stand, and asks for the keys and values that the page table has there as it stands. If
-// the kernel ahead changes them, what comes is not used: everything is read again, past L1, and
-// page ids are clamped here too. A step of decoding appends a key; the others it asks for are
-// right.
+// as they stand, and asks for the keys and values that the page table has there as it stands. That
+// is read past L1, so that nobody finds it there once the kernel ahead may have changed it, and
+// page ids are clamped here too; everything is read again afterwards. A step of decoding appends a
+// key: the others that were asked for are right.
 #pragma once
 
 #include <algorithm>

@@ -24,12 +24,6 @@ int64_t cache_alignment(const View& cache) {
   return is_quantized_kv(cache.dtype) ? std::min(kAlignment, row_bytes & -row_bytes) : kAlignment;
 }
 
-bool has_aligned_rows(const View& q) {
-  const int64_t bytes = element_bytes(q.dtype);
-  return reinterpret_cast<uintptr_t>(q.data) % kAlignment == 0 &&
-         q.stride(0) * bytes % kAlignment == 0 && q.stride(1) * bytes % kAlignment == 0;
-}
-
 std::tuple<Tensor, Tensor> paged_attention_cuda(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
     const Tensor& seq_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& k_scale,
@@ -59,7 +53,7 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
   }
 
   Tensor aligned_q = q;
-  if (!has_aligned_rows(q_view)) {
+  if (!q_view.has_aligned_rows(kAlignment, element_bytes(q_view.dtype))) {
     aligned_q = torch::stable::clone(torch::stable::contiguous(q));
     const View view = as_view(aligned_q, "q");
     args.q = view.data, args.stride_q_token = view.stride(0), args.stride_q_head = view.stride(1);

@@ -67,15 +67,6 @@ inline KvAppendRows kv_append_rows(const View& tokens, const View& cache, const 
           cache.stride(2) * bytes,        scales};
 }
 
-inline bool are_aligned(const KvAppendRows& rows, int64_t token_bytes, int64_t cache_bytes) {
-  const int64_t tokens = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.tokens)) |
-                         rows.stride_token_bytes | rows.stride_head_bytes;
-  const int64_t cache = static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.cache)) |
-                        rows.stride_page_bytes | rows.stride_slot_bytes |
-                        rows.stride_cache_head_bytes;
-  return tokens % token_bytes == 0 && cache % cache_bytes == 0;
-}
-
 // The checks of an op that appends k and v; symbols and `check` are the op's.
 inline KvAppendParams check_kv_rows(Check& check, const View& k, const View& v, const View& k_cache,
                                     const View& v_cache, const View& slot_mapping,
@@ -108,10 +99,12 @@ inline KvAppendParams check_kv_rows(Check& check, const View& k, const View& v, 
   params.k = kv_append_rows(k, k_cache, k_scales);
   params.v = kv_append_rows(v, v_cache, v_scales);
   params.slot_mapping = slot_mapping.data_as<int64_t>();
+  const int64_t bytes = element_bytes(k.dtype), cache_element_bytes = element_bytes(k_cache.dtype);
   const int64_t cache_bytes = !params.quantizes() ? 16 : k_cache.dtype == DType::kUInt8 ? 4 : 8;
   const bool wide = params.row_bytes % 16 == 0 && (!params.quantizes() || *dim % 8 == 0) &&
-                    are_aligned(params.k, 16, cache_bytes) &&
-                    are_aligned(params.v, 16, cache_bytes);
+                    k.has_aligned_rows(16, bytes) && v.has_aligned_rows(16, bytes) &&
+                    k_cache.has_aligned_rows(cache_bytes, cache_element_bytes) &&
+                    v_cache.has_aligned_rows(cache_bytes, cache_element_bytes);
   params.word_bytes = static_cast<int>(wide ? 16 : element_bytes(k.dtype));
   return params;
 }

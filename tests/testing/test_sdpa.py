@@ -55,3 +55,9 @@ def test_benchmarks_time_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in BENCH:
         case.prepare_baseline(None)
     assert len(taken) == len(BENCH)
+
+
+def test_a_softcap_is_refused() -> None:
+    args, kwargs = replace(DECODE, softcap=5.0).make("cpu")
+    with pytest.raises(ValueError, match=r"softcap must be 0, got 5\.0"):
+        prepare_sdpa(*args, **kwargs)

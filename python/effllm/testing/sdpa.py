@@ -31,18 +31,23 @@ def prepare_sdpa(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float = 0.0,
     sink_tokens: int = 0,
+    max_seqlen_q: int = 0,
+    split_size: int | None = None,
     backend: SDPBackend | None = None,
-    **_: Any,
 ) -> Call:
     """``scaled_dot_product_attention`` over keys and values gathered, and decoded, beforehand.
 
     One call where sequences are equally long, else one for each, or for each KV head that has a
     length of its own; keys that no query sees are left out; a float mask for what SDPA does not
     know: windows over several queries, slopes, and sinks, which become a key without a value.
-    Arguments are those of ``paged_attention`` without softcap, which SDPA has not; what changes no
-    value is ignored. ``backend``: the only one that may be used, None is torch's choice.
+    Arguments are those of ``paged_attention``; ``max_seqlen_q`` and ``split_size`` change no value.
+    ``backend``: the only one that may be used, None is torch's choice. Raises ValueError for a
+    softcap, which SDPA has not.
     """
+    if softcap > 0:
+        raise ValueError(f"prepare_sdpa: softcap must be 0, got {softcap}")
     starts, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
     group = q.shape[1] // k_cache.shape[2]
     device = q.device
