@@ -13,11 +13,32 @@
 
 namespace effllm {
 
-// A matrix of 16-bit floats [rows, cols], 16-byte aligned, its rows `row_stride` elements apart, a
-// multiple of 8; read in boxes of `box_rows` x 64 elements that land in shared memory as 128-byte
-// rows under the 128-byte swizzle.
+// What of a matrix TMA moves at a time. A swizzled box is 128 bytes wide, and its rows lie in
+// shared memory one after another under the 128-byte swizzle.
+struct TensorMapBox {
+  int cols, rows;
+  bool swizzled;
+};
+
+inline CUtensorMapDataType tensor_map_type(DType dtype, const char* op) {
+  switch (dtype) {
+    case DType::kFloat8E4M3:
+      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    case DType::kFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    case DType::kBFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case DType::kFloat32:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+    default:
+      fail(op, std::string("TMA does not move ") + dtype_name(dtype));
+  }
+}
+
+// A matrix [rows, cols], 16-byte aligned, its rows `row_stride` elements apart, a multiple of 16
+// bytes.
 inline CUtensorMap make_tensor_map(const void* data, DType dtype, int64_t rows, int64_t cols,
-                                   int64_t row_stride, int box_rows, const char* op) {
+                                   int64_t row_stride, TensorMapBox box, const char* op) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -30,19 +51,26 @@ inline CUtensorMap make_tensor_map(const void* data, DType dtype, int64_t rows, 
 
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(row_stride) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(row_stride * element_bytes(dtype))};
+  const cuuint32_t box_sizes[2] = {static_cast<cuuint32_t>(box.cols),
+                                   static_cast<cuuint32_t>(box.rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const auto type =
-      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto swizzle = box.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
   const CUresult status =
-      encode(&map, type, 2, const_cast<void*>(data), sizes, row_bytes, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode(&map, tensor_map_type(dtype, op), 2, const_cast<void*>(data), sizes, row_bytes,
+             box_sizes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     fail(op, "cuTensorMapEncodeTiled failed with " + std::to_string(static_cast<int>(status)));
   }
   return map;
+}
+
+// In swizzled boxes of `box_rows` rows.
+inline CUtensorMap make_tensor_map(const void* data, DType dtype, int64_t rows, int64_t cols,
+                                   int64_t row_stride, int box_rows, const char* op) {
+  const TensorMapBox box{128 / static_cast<int>(element_bytes(dtype)), box_rows, true};
+  return make_tensor_map(data, dtype, rows, cols, row_stride, box, op);
 }
 
 }  // namespace effllm

@@ -13,24 +13,37 @@ namespace {
 
 constexpr const char* kOp = "dense_gemm";
 
+template <class InT_>
+struct DenseGemm {
+  using InT = InT_;
+  using Params = DenseGemmParams;
+  using Finish = AddBias<Params>;
+  template <class C>
+  using Promotion = NoPromotion<C>;
+};
+
+constexpr SsGemmShape shape_of(const DenseGemmTile& tile) {
+  return {tile.tokens, tile.rows / 128, tile.stages, 1, kDenseGemmCluster, 128, false};
+}
+
 template <class InT, size_t kIndex>
-using TileGemm = SsGemm<InT, kDenseGemmTiles[kIndex].tokens, kDenseGemmTiles[kIndex].rows / 128,
-                        kDenseGemmTiles[kIndex].stages, kDenseGemmCluster, 128>;
+using TileGemm = SsGemm<DenseGemm<InT>, shape_of(kDenseGemmTiles[kIndex])>;
 
 // The fewest that any of the tiles has at the same time.
 template <size_t... kIndices>
 int resident_clusters(std::index_sequence<kIndices...>) {
-  return std::min(
-      {max_resident_clusters(kOp, ss_gemm_kernel<TileGemm<bfloat16, kIndices>, DenseGemmParams>,
-                             TileGemm<bfloat16, kIndices>::kThreads,
-                             TileGemm<bfloat16, kIndices>::kSmemBytes, kDenseGemmCluster)...});
+  return std::min({max_resident_clusters(
+      kOp, ss_gemm_kernel<TileGemm<bfloat16, kIndices>>, TileGemm<bfloat16, kIndices>::kThreads,
+      TileGemm<bfloat16, kIndices>::kSmemBytes, kDenseGemmCluster)...});
 }
 
 template <class InT, size_t... kIndices>
 void launch(const DenseGemmParams& params, size_t index, int clusters, cudaStream_t stream,
             std::index_sequence<kIndices...>) {
-  ((kIndices == index ? launch_ss_gemm<TileGemm<InT, kIndices>>(kOp, params, clusters, stream)
-                      : void()),
+  const SsGemmPlan plan{clusters * kDenseGemmCluster, 1};
+  ((kIndices == index
+        ? launch_ss_gemm<TileGemm<InT, kIndices>>(kOp, params, params.dtype, plan, 0, stream)
+        : void()),
    ...);
 }
 

@@ -1,12 +1,24 @@
 #include "common/dispatch.h"
 #include "common/torch.h"
+#include "cuda/launch.h"
 #include "gemm/fp8_gemm.h"
 #include "gemm/fp8_gemm_sm80.cuh"
+#include "gemm/fp8_gemm_sm90.h"
 
 namespace effllm {
 namespace {
 
-// `accurate` allows less than fp32 sums where it is false; there are none here.
+constexpr const char* kOp = "fp8_gemm";
+
+// The scales of x [M, groups] in the layout in which kernels read them fastest, a float32 copy.
+Tensor scales_by_group(const Tensor& x_scale_rows, int64_t m, int64_t k) {
+  const int64_t groups = ceil_div(k, kFp8GroupSize);
+  Tensor memory = new_empty(x_scale_rows, {groups, round_up<int64_t>(m, 4)}, DType::kFloat32);
+  Tensor by_row = torch::stable::transpose(torch::stable::narrow(memory, 1, 0, m), 0, 1);
+  torch::stable::copy_(by_row, x_scale_rows);
+  return by_row;
+}
+
 Tensor fp8_gemm_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weight,
                      const Tensor& w_scales, const std::optional<Tensor>& bias,
                      torch::headeronly::ScalarType out_dtype, bool accurate) {
@@ -22,8 +34,18 @@ Tensor fp8_gemm_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weig
   params.out = out.mutable_data_ptr();
 
   const cudaStream_t stream = current_cuda_stream(x);
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, x.get_device_index(), kOp) == 9) {
+    Fp8GemmParams wgmma_params = params;
+    Tensor scales = x_scale_rows;  // kept until the kernel is on its stream
+    if (params.grouped() && !(params.x_scales.grouped && fp8_gemm_takes_scales(params.x_scales))) {
+      scales = scales_by_group(x_scale_rows, params.m, params.k);
+      wgmma_params.x_scales = {
+          scales.const_data_ptr(), DType::kFloat32, 1, scales.stride(1), 0, true};
+    }
+    if (launch_fp8_gemm_sm90(wgmma_params, accurate, x.get_device_index(), stream)) return out;
+  }
   dispatch_float(params.out_dtype, [&](auto element) {
-    launch_strip_gemm_sm80<Fp8Operands<float8_e4m3, decltype(element)>>("fp8_gemm", params, stream);
+    launch_strip_gemm_sm80<Fp8Operands<float8_e4m3, decltype(element)>>(kOp, params, stream);
   });
   return out;
 }

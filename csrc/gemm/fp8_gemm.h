@@ -11,9 +11,11 @@
 // group and the last blocks may be short. fp8_quantize makes scales of x such that those of a group
 // lie beside each other for all rows, which is the fastest to read.
 //
-// Scales apply to fp32 sums of exact products, of 128 columns where there are groups or blocks,
-// else of all. NaN codes are NaN; a scale that is NaN or infinite reaches the outputs that it is
-// for.
+// Scales apply to sums of exact products, of 128 columns where there are groups or blocks, else of
+// all. Sums are fp32; on Hopper its tensor cores, which keep some 14 bits, add up to 128 columns of
+// them, or all that are scaled together where the caller does not ask for accuracy, but none where
+// `out` is fp32 and he does. NaN codes are NaN; a scale that is NaN or infinite reaches the outputs
+// that it is for.
 #pragma once
 
 #include <cstdint>

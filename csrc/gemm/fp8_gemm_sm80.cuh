@@ -16,16 +16,11 @@
 #include <type_traits>
 
 #include "gemm/fp8_gemm.h"
+#include "gemm/fp8_scale.cuh"
 #include "gemm/strip_gemm_sm80.cuh"
 #include "quant/dequant.cuh"
 
 namespace effllm {
-
-__device__ __forceinline__ float load_fp8_scale(const Fp8Scales& scales, int64_t row,
-                                                int64_t group) {
-  if (scales.data == nullptr) return 1.f;
-  return device_load_float(scales.data, scales.dtype, scales.index(row, group));
-}
 
 // kBytes of memory of any alignment, from what the first `left` of them hold, zeros after.
 template <int kBytes>

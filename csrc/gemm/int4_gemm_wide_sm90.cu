@@ -61,8 +61,11 @@ struct Config {
   static constexpr int kXBytes = kTokens * kTileK * 2;
   static constexpr int kCodeBytes = kStrips * kTileBytes;
   static constexpr int kRingBytes = kStages * (kXBytes + kCodeBytes);
-  static constexpr int kOutTokens = kTokens;  // stored in one turn
-  static constexpr int kOutStripBytes = kOutTokens * kInt4StripRows * 2;
+  static constexpr int kCols = kTokens;
+  static constexpr int kOutCols = kCols;  // stored in one turn
+  static constexpr int kOutStripBytes = kOutCols * kInt4StripRows * 2;
+  static constexpr int kNeighbours = 1;
+  static constexpr bool kTokenRows = false;
   static constexpr int kOutBytes = kStrips * kOutStripBytes;
   static constexpr int kGroupBytes = kRows * static_cast<int>(sizeof(uint2));
   static constexpr int kSmemBytes = 1024 + kRingBytes + kOutBytes + kStages * kGroupBytes;
@@ -178,7 +181,7 @@ __device__ __forceinline__ void produce(const Args& args, const SharedMemory<C>&
   // Codes that other CTAs will want, for other tokens, are not thrown out of L2.
   const uint64_t often = ptx::l2_evict_last();
   const uint64_t codes_policy =
-      args.schedule.token_tiles == 1 ? ptx::l2_evict_first() : ptx::l2_evict_normal();
+      args.schedule.col_tiles == 1 ? ptx::l2_evict_first() : ptx::l2_evict_normal();
   const auto* codes = reinterpret_cast<const uint8_t*>(
       params.qweight + (first_strip + warp) * params.stride_qweight_strip +
       work.first_k_tile * kInt4TileWords);
@@ -216,7 +219,7 @@ __device__ __forceinline__ void produce(const Args& args, const SharedMemory<C>&
     }
     if (warp == kXWarp) {
       ptx::tma_load_2d(smem.x_tile(ring.stage), &args.x_map, full,
-                       (work.first_k_tile + tile) * kTileK, work.token_tile * C::kTokens, often);
+                       (work.first_k_tile + tile) * kTileK, work.col_tile * C::kTokens, often);
     }
   }
 }
@@ -297,6 +300,7 @@ __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
     int4_gemm_wide_sm90_kernel(const __grid_constant__ Args args) {
   extern __shared__ uint8_t dynamic_smem[];
   __shared__ uint64_t full[C::kStages], empty[C::kStages];
+  __shared__ TileTerms<C, AddBias<Int4GemmParams>> terms;
   const SharedMemory<C> smem{dynamic_smem + (-ptx::smem_address(dynamic_smem) & 1023u)};
   const Barriers barriers{full, empty};
   if (threadIdx.x == 0) {
@@ -324,15 +328,18 @@ __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
     }
   } else {
     ptx::grow_registers<C::kMathRegisters>();
+    const AddBias<Int4GemmParams> finish(args.params);
     bool storing = false;
     for (int item = 0; args.schedule.get(item, work); ++item) {
+      terms.load(finish, work);
       Accumulators<C> sums = {};
       mainloop<C>(args, smem, barriers, work, ring, sums);
       if (storing && threadIdx.x % 128 == 0) ptx::bulk_wait_read();
       if (work.split) {
-        store_split_tile<C>(args.params, smem.base, args.schedule, work, sums);
+        store_split_tile<C, typename C::InT>(finish, terms, smem.base, args.schedule, work, sums);
       } else {
-        store_tile<C>(args.params, args.out_map, smem.base + C::kRingBytes, work, sums);
+        store_tile<C, typename C::InT>(finish, terms, args.out_map, smem.base + C::kRingBytes, work,
+                                       sums);
       }
       storing = !work.split;
     }
@@ -350,10 +357,10 @@ void launch(const Int4GemmParams& params, const Int4GemmWidePlan& plan, cudaStre
       make_tensor_map(params.out, params.dtype, params.m, params.n, params.n, C::kTokens, kOp);
   TileSchedule& schedule = args.schedule;
   schedule.row_tiles = static_cast<int>(ceil_div<int64_t>(params.n, C::kRows));
-  schedule.token_tiles = static_cast<int>(ceil_div<int64_t>(params.m, C::kTokens));
+  schedule.col_tiles = static_cast<int>(ceil_div<int64_t>(params.m, C::kTokens));
   schedule.k_tiles = static_cast<int>(ceil_div<int64_t>(params.k, kTileK));
   schedule.slices = plan.k_slices;
-  const int tiles = schedule.row_tiles * schedule.token_tiles;
+  const int tiles = schedule.row_tiles * schedule.col_tiles;
   const int grid = plan.k_slices == 1 ? std::min(plan.ctas, tiles) : plan.ctas;
   schedule.whole_tiles = plan.k_slices == 1 ? tiles : tiles / grid * grid;
   args.group_tiles =

@@ -1,38 +1,58 @@
 // GEMM with both operands in shared memory (wgmma "SS", sm_90): a persistent kernel with a producer
 // warp, for weights that need no conversion.
 //
-// Roofline: 2 M N K operations of the tensor cores. A tile of 128 rows by 256 tokens takes 48 KB of
-// W and x for 1024 clocks of products. The two CTAs of a cluster share their x, which leaves 32
-// bytes per clock and multiprocessor to come from L2.
+// Roofline: for many tokens 2 M N K operations of the tensor cores. A tile of 128 by 256 takes 48
+// KB of A and B for 1024 clocks of 16-bit products; two CTAs that share their B leave 32 bytes per
+// clock and multiprocessor to come from L2. For few tokens the bytes of W, of which a CTA's ring
+// keeps some 80 KB on their way; what the next kernel will need first, it asks for while the one
+// ahead of it finishes.
 //
-//                  tokens ->
-//   rows of W   [ CTA 0, warpgroup 0 ]     a cluster's tiles of the output: next to each other, for
-//               [ CTA 0, warpgroup 1 ]     the same tokens
+//                 columns of B ->
+//   rows of A   [ CTA 0, warpgroup 0 ]     tiles of neighbours in a cluster: next to each other, of
+//               [ CTA 0, warpgroup 1 ]     the same columns
 //               [ CTA 1, warpgroup 0 ]
 //               [ CTA 1, warpgroup 1 ]
 //
-//   stage of the ring, 128 bytes of K:  [ x: kTokens rows | W: kRows rows ]   128-byte swizzle
+//   stage of the ring, 128 bytes of K:  [ B: kCols rows | A: kRows rows ]   128-byte swizzle
 //
-//   warp 8            one lane fills the ring by TMA: its CTA's rows of W, and its part of the
-//                     tokens, which TMA writes into both CTAs
+//   warp 8            one lane fills the ring by TMA: its CTA's part of A, and its share of B,
+//   which
+//                     TMA writes into all neighbours
 //   warpgroups 0, 1   wgmma, one stage of products on their way while the next is awaited
 //
-// A stage is filled again when the math warps of both CTAs have released it. The ring goes on from
-// tile to tile: the next tile's first stages arrive while this one is stored.
+// A stage is filled again when the math warps of all CTAs that it was written to have released it.
+// The ring goes on from tile to tile: the next tile's first stages arrive while this one is stored.
+// A is W and B is x, whose tokens may then be few; the other way round a warp knows 2 tokens and
+// all features, which is less to scale by.
+//
+// An op brings types:
+//   InT, Params    of the operands; the op's arguments, with x, weight, stride_weight_n, m, n, k
+//   Finish         what becomes of sums (tile_epilogue_sm90.cuh), made of Params
+//   Promotion<C>   NoPromotion, or how the tensor core's sums of one stage are added up outside:
+//     kStageBytes                           of shared memory that it wants beside a stage
+//     produce(params, smem, full, work, k_tile)   fills them
+//     Promotion(params, work)               at a tile's begin
+//     enter(tile)                           while the first products of the tile's stage are made
+//     load(smem, block)                     while those of a block of rows are
+//     add(smem, partial, sums)              sums += scales * partial, of that block
 #pragma once
 
 #include <cuda.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
+#include "common/dispatch.h"
 #include "common/math.h"
 #include "cuda/launch.h"
 #include "cuda/pipeline.cuh"
 #include "cuda/tensor_map.h"
+#include "gemm/ss_gemm_sm90.h"
 #include "gemm/tile_epilogue_sm90.cuh"
 #include "gemm/tile_schedule.cuh"
 #include "ptx/cluster.cuh"
+#include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warp_roles.cuh"
@@ -40,146 +60,266 @@
 
 namespace effllm {
 
-template <class InT_, int kTokens_, int kRowBlocks_, int kStages_, int kCluster_, int kOutTokens_>
-struct SsGemm {
-  using InT = InT_;
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kRowBlocks = kRowBlocks_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kCluster = kCluster_;
-  static constexpr int kOutTokens = kOutTokens_;  // stored in one turn
-  static constexpr int kRowBytes = 128;           // of a stage
-  static constexpr int kTileK = kRowBytes / sizeof(InT);
-  static constexpr int kStrips = kMathGroups * kRowBlocks;
-  static constexpr int kRows = 64 * kStrips;
-  static constexpr int kClusterRows = kCluster * kRows;
-  static constexpr int kLoadTokens = kTokens / kCluster;  // of which a CTA fetches x
-  static constexpr int kXBytes = kTokens * kRowBytes;
-  static constexpr int kWeightBytes = kRows * kRowBytes;
-  static constexpr int kStageBytes = kXBytes + kWeightBytes;
-  static constexpr int kOutStripBytes = kOutTokens * 64 * 2;
-  static constexpr int kThreads = kMathThreads + 128;
-  static constexpr int kSmemBytes = 1024 + kStages * kStageBytes + kStrips * kOutStripBytes;
-  static_assert(kSmemBytes <= 227 * 1024 && kTokens <= 256 && kRows <= 256);
+template <class C>
+struct NoPromotion {
+  static constexpr int kStageBytes = 0;
 };
 
-// Params are the op's arguments: m, n, k, and what store_tile wants of them.
+template <class Op_, SsGemmShape kShape>
+struct SsGemm {
+  using Op = Op_;
+  using InT = typename Op::InT;
+  static constexpr int kCols = kShape.cols;
+  static constexpr int kRowBlocks = kShape.row_blocks;
+  static constexpr int kStages = kShape.stages;
+  static constexpr int kCtasPerSm = kShape.ctas_per_sm;
+  static constexpr int kNeighbours = kShape.neighbours;
+  static constexpr int kOutCols = kShape.out_cols;
+  static constexpr bool kTokenRows = kShape.token_rows;
+  static constexpr int kTokens = kShape.tokens();
+  static constexpr int kFeatures = kShape.features();
+  static constexpr int kRowBytes = 128;  // of a stage
+  static constexpr int kTileK = kRowBytes / sizeof(InT);
+  static constexpr int kStrips = kMathGroups * kRowBlocks;
+  static constexpr int kRows = kStrips * kBlockRows;
+  static constexpr int kLoadCols = kCols / kNeighbours;  // of which a CTA fetches B
+  static constexpr int kBBytes = kCols * kRowBytes;
+  static constexpr int kABytes = kRows * kRowBytes;
+  static constexpr int kStageBytes = kBBytes + kABytes;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kOutTokens = kTokenRows ? kBlockRows : kOutCols;
+  static constexpr int kOutStripBytes = kOutTokens * 128;
+  static constexpr int kOutBytes = (kTokenRows ? kMathGroups : kStrips) * kOutStripBytes;
+  using Promotion = typename Op::template Promotion<SsGemm>;
+  static constexpr bool kPromoted = !std::is_same_v<Promotion, NoPromotion<SsGemm>>;
+  static constexpr int kThreads = kMathThreads + 128;
+  // A CTA starts with 168 (80) registers per thread; what the producers give up, the others get.
+  static constexpr int kProducerRegisters = kCtasPerSm == 1 ? 40 : 32;
+  static constexpr int kMathRegisters = kCtasPerSm == 1 ? 232 : 104;
+  static constexpr int kSmemBytes =
+      1024 + kRingBytes + kOutBytes + kStages * Promotion::kStageBytes;
+  static_assert(kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
+  static_assert(kCols <= 256 && kRows <= 256);
+  static constexpr bool kSplits = kShape.splits();
+  static_assert(!kSplits || split_sums_bytes(kCols, kRows) <= kRingBytes, "sums reuse the ring");
+};
+
 template <class Params>
 struct SsGemmArgs {
   Params params;
-  CUtensorMap x_map, weight_map, out_map;
-  int cluster_row_tiles, token_tiles, k_tiles;
+  CUtensorMap a_map, b_map, out_map;
+  TileSchedule schedule;
+  DType out_dtype;
+  int prefetch_tiles;  // of K, whose weights are asked for before the kernel ahead has finished
 };
 
 template <class C>
 struct SsGemmShared {
   uint8_t* base;  // 1024-byte aligned, as the swizzle wants it
   uint64_t *full, *empty;
+  int neighbour,
+      first_rank;  // this CTA's place among its neighbours, the first one's in the cluster
+  int group;       // of math warps
 
-  __device__ __forceinline__ uint8_t* x(int stage) const { return base + stage * C::kStageBytes; }
-  __device__ __forceinline__ uint8_t* weight(int stage) const { return x(stage) + C::kXBytes; }
-  __device__ __forceinline__ uint8_t* out() const { return x(C::kStages); }
+  __device__ __forceinline__ uint8_t* b(int stage) const { return base + stage * C::kStageBytes; }
+  __device__ __forceinline__ uint8_t* a(int stage) const { return b(stage) + C::kBBytes; }
+  __device__ __forceinline__ uint8_t* out() const { return b(C::kStages); }
+  __device__ __forceinline__ uint8_t* promotion(int stage) const {
+    return out() + C::kOutBytes + stage * C::Promotion::kStageBytes;
+  }
 };
 
-// The item-th tile of this CTA; false when there is none. CTAs of a cluster have the same number.
-template <class C, class Args>
-__device__ __forceinline__ bool get_tile(const Args& args, int item, TileSchedule::Work& work) {
-  const auto clusters = static_cast<int>(gridDim.x) / C::kCluster;
-  const int tile = item * clusters + static_cast<int>(blockIdx.x) / C::kCluster;
-  if (tile >= args.cluster_row_tiles * args.token_tiles) return false;
-  const TileIdx idx = grouped_tile(tile, args.cluster_row_tiles, args.token_tiles);
-  const int rank = static_cast<int>(blockIdx.x) % C::kCluster;
-  work = {idx.row * C::kCluster + rank, idx.token, 0, args.k_tiles, false};
-  return true;
-}
-
-// The producing lane's share of a tile.
+// The producing lane's share of a piece of work.
 template <class C, class Args>
 __device__ __forceinline__ void produce(const Args& args, const SsGemmShared<C>& smem,
                                         const TileSchedule::Work& work, Ring<C::kStages>& ring) {
-  constexpr auto kAllRanks = static_cast<uint16_t>((1 << C::kCluster) - 1);
-  const uint64_t policy = ptx::l2_evict_normal();
-  const int rank = static_cast<int>(blockIdx.x) % C::kCluster;
-  const int first_token = work.token_tile * C::kTokens + rank * C::kLoadTokens;
+  // Weights that no other CTA wants leave L2 to those that will come.
+  const bool once = !C::kTokenRows && args.schedule.col_tiles == 1;
+  const uint64_t a_policy = once ? ptx::l2_evict_first() : ptx::l2_evict_normal();
+  const int first_col = work.col_tile * C::kCols + smem.neighbour * C::kLoadCols;
+#pragma unroll 1
   for (int tile = 0; tile < work.num_k_tiles; ++tile, ring.advance()) {
     ptx::mbarrier_wait(&smem.empty[ring.stage], ring.phase ^ 1);
     uint64_t* full = &smem.full[ring.stage];
-    ptx::mbarrier_arrive_expect_bytes(full, C::kStageBytes);
-    const int k = tile * C::kTileK;
-    ptx::tma_load_2d(smem.weight(ring.stage), &args.weight_map, full, k, work.row_tile * C::kRows,
-                     policy);
-    uint8_t* x = smem.x(ring.stage) + rank * C::kLoadTokens * C::kRowBytes;
-    if constexpr (C::kCluster == 1) {
-      ptx::tma_load_2d(x, &args.x_map, full, k, first_token, policy);
+    ptx::mbarrier_arrive_expect_bytes(full, C::kStageBytes + C::Promotion::kStageBytes);
+    const int k_tile = work.first_k_tile + tile, k = k_tile * C::kTileK;
+    ptx::tma_load_2d(smem.a(ring.stage), &args.a_map, full, k, work.row_tile * C::kRows, a_policy);
+    if constexpr (C::kNeighbours == 1) {
+      ptx::tma_load_2d(smem.b(ring.stage), &args.b_map, full, k, first_col);
     } else {
-      ptx::tma_load_2d_multicast(x, &args.x_map, full, k, first_token, kAllRanks, policy);
+      const int ranks = ((1 << C::kNeighbours) - 1) << smem.first_rank;
+      ptx::tma_load_2d_multicast(smem.b(ring.stage) + smem.neighbour * C::kLoadCols * C::kRowBytes,
+                                 &args.b_map, full, k, first_col, static_cast<uint16_t>(ranks));
+    }
+    if constexpr (C::Promotion::kStageBytes > 0) {
+      C::Promotion::produce(args.params, smem.promotion(ring.stage), full, work, k_tile);
     }
   }
 }
 
-// This warp has read the stage: all CTAs that write to it hear of it.
-template <class C>
-__device__ __forceinline__ void release(uint64_t* empty) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (C::kCluster == 1) {
-    if (lane == 0) ptx::mbarrier_arrive(empty);
-  } else {
-    if (lane < C::kCluster) ptx::mbarrier_arrive_cluster(empty, lane);
+// Asks L2 for the first weights of a piece of work. They are loaded afterwards all the same, so
+// that it does not matter if the kernel ahead writes them.
+template <class C, class Args>
+__device__ __forceinline__ void prefetch_weights(const Args& args, const TileSchedule::Work& work) {
+  const int tiles = min(args.prefetch_tiles, work.num_k_tiles);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    ptx::tma_prefetch_2d(&args.a_map, (work.first_k_tile + tile) * C::kTileK,
+                         work.row_tile * C::kRows);
   }
 }
 
-// sums = W x^T of this warpgroup's rows.
+// sums (+)= the products of a stage with 64 rows of A.
 template <class C>
-__device__ __forceinline__ void mainloop(const SsGemmShared<C>& smem,
+__device__ __forceinline__ void multiply(float (&sums)[C::kCols / 2], uint64_t a, uint64_t b,
+                                         bool accumulate) {
+  constexpr int kStepBytes = 32;  // of K, in a wgmma
+#pragma unroll
+  for (int step = 0; step < C::kRowBytes / kStepBytes; ++step) {
+    ptx::Wgmma<typename C::InT, C::kCols>::mma(sums, ptx::advance_descriptor(a, step * kStepBytes),
+                                               ptx::advance_descriptor(b, step * kStepBytes),
+                                               accumulate || step > 0);
+  }
+}
+
+// The ring as math warps read it: addresses in uniform registers, as wgmma wants them.
+template <class C>
+class StageReader {
+ public:
+  __device__ __forceinline__ explicit StageReader(const SsGemmShared<C>& smem)
+      : full_(ptx::uniform(ptx::smem_address(smem.full))),
+        empty_(ptx::uniform(ptx::smem_address(smem.empty))),
+        b_(ptx::uniform(ptx::smem_address(smem.base))),
+        a_(b_ + C::kBBytes + smem.group * C::kRowBlocks * kBlockRows * C::kRowBytes),
+        first_rank_(smem.first_rank) {}
+
+  __device__ __forceinline__ void wait(const Ring<C::kStages>& ring) const {
+    ptx::mbarrier_wait(full_ + 8 * ring.stage, ring.phase);
+  }
+
+  // This warp has read the stage: all CTAs that write to it hear of it.
+  __device__ __forceinline__ void release(int stage) const {
+    const int lane = threadIdx.x % 32;
+    if constexpr (C::kNeighbours == 1) {
+      if (lane == 0) ptx::mbarrier_arrive(empty_ + 8 * stage);
+    } else {
+      if (lane < C::kNeighbours)
+        ptx::mbarrier_arrive_cluster(empty_ + 8 * stage, first_rank_ + lane);
+    }
+  }
+
+  __device__ __forceinline__ uint64_t a(int stage) const {
+    return ptx::wgmma_descriptor(a_ + stage * C::kStageBytes);
+  }
+  __device__ __forceinline__ uint64_t b(int stage) const {
+    return ptx::wgmma_descriptor(b_ + stage * C::kStageBytes);
+  }
+
+ private:
+  const uint32_t full_, empty_, b_, a_;
+  const int first_rank_;
+};
+
+// sums = A B^T of this warpgroup's rows.
+template <class C, class Args>
+__device__ __forceinline__ void mainloop(const Args& args, const SsGemmShared<C>& smem,
+                                         const StageReader<C>& stages,
                                          const TileSchedule::Work& work, Ring<C::kStages>& ring,
                                          Accumulators<C>& sums) {
-  constexpr int kStepBytes = 32;  // of K, in a wgmma
-  const int group = threadIdx.x / 128;
-  int read_stage = -1;  // wgmma may still read from it
+  constexpr int kBlockBytes = kBlockRows * C::kRowBytes;
   int tile = 0;
-  do {  // a loop that could run zero times would make ptxas serialise wgmma
-    ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
-    const uint64_t x = ptx::wgmma_descriptor(ptx::smem_address(smem.x(ring.stage)));
-    const uint64_t weight = ptx::wgmma_descriptor(ptx::smem_address(smem.weight(ring.stage)) +
-                                                  group * C::kRowBlocks * 64 * C::kRowBytes);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < C::kRowBytes / kStepBytes; ++step) {
+  if constexpr (C::kPromoted) {
+    typename C::Promotion promotion(args.params, work);
+    float partial[C::kCols / 2];
+    stages.wait(ring);
+    uint64_t a = stages.a(ring.stage), b = stages.b(ring.stage);
+    do {  // a loop that could run zero times would make ptxas serialise wgmma
+      const int stage = ring.stage;
 #pragma unroll
       for (int block = 0; block < C::kRowBlocks; ++block) {
-        ptx::Wgmma<typename C::InT, C::kTokens>::mma(
-            sums[block],
-            ptx::advance_descriptor(weight, block * 64 * C::kRowBytes + step * kStepBytes),
-            ptx::advance_descriptor(x, step * kStepBytes), true);
+        ptx::wgmma_fence();
+        multiply<C>(partial, ptx::advance_descriptor(a, block * kBlockBytes), b, false);
+        ptx::wgmma_commit();
+        // All that can be done meanwhile: the tensor cores go idle if neither group is in time.
+        if (block == 0) promotion.enter(tile);
+        promotion.load(smem.promotion(stage), block);
+        if (block == C::kRowBlocks - 1) {
+          ring.advance();
+          if (tile + 1 < work.num_k_tiles) stages.wait(ring);
+          a = stages.a(ring.stage), b = stages.b(ring.stage);
+        }
+        ptx::wgmma_wait<0>();
+        ptx::pin_accumulators(partial);
+        if (C::Promotion::kStageBytes == 0 && block == C::kRowBlocks - 1) stages.release(stage);
+        promotion.add(smem.promotion(stage), partial, sums[block]);
       }
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<1>();  // the products of the stage before are done
-    if (read_stage >= 0) release<C>(&smem.empty[read_stage]);
-    read_stage = ring.stage;
-    ring.advance();
-  } while (++tile < work.num_k_tiles);
-  ptx::wgmma_wait<0>();
+      if constexpr (C::Promotion::kStageBytes > 0) {
+        __syncwarp();
+        stages.release(stage);
+      }
+    } while (++tile < work.num_k_tiles);
+  } else {
+    int read_stage = -1;  // wgmma may still read from it
+    do {
+      stages.wait(ring);
+      const uint64_t a = stages.a(ring.stage), b = stages.b(ring.stage);
+      ptx::wgmma_fence();
 #pragma unroll
-  for (int block = 0; block < C::kRowBlocks; ++block) ptx::pin_accumulators(sums[block]);
-  release<C>(&smem.empty[read_stage]);
+      for (int block = 0; block < C::kRowBlocks; ++block) {
+        multiply<C>(sums[block], ptx::advance_descriptor(a, block * kBlockBytes), b, true);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();  // the products of the stage before are done
+      if (read_stage >= 0) stages.release(read_stage);
+      read_stage = ring.stage;
+      ring.advance();
+    } while (++tile < work.num_k_tiles);
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int block = 0; block < C::kRowBlocks; ++block) ptx::pin_accumulators(sums[block]);
+    stages.release(read_stage);
+  }
 }
 
-template <class C, class Params>
-__global__ void __launch_bounds__(C::kThreads, 1)
-    ss_gemm_kernel(const __grid_constant__ SsGemmArgs<Params> args) {
+template <class C, class Args, class Finish>
+__device__ __forceinline__ void store(const Args& args, const SsGemmShared<C>& smem,
+                                      const Finish& finish, const TileTerms<C, Finish>& terms,
+                                      const TileSchedule::Work& work, const Accumulators<C>& sums) {
+  if (!work.split) {
+    dispatch_16bit(args.out_dtype, [&](auto out) {
+      store_tile<C, decltype(out)>(finish, terms, args.out_map, smem.out(), work, sums);
+    });
+  } else if constexpr (C::kSplits) {
+    dispatch_float(args.out_dtype, [&](auto out) {
+      store_split_tile<C, decltype(out)>(finish, terms, smem.base, args.schedule, work, sums);
+    });
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
+    ss_gemm_kernel(const __grid_constant__ SsGemmArgs<typename C::Op::Params> args) {
   extern __shared__ uint8_t dynamic_smem[];
   __shared__ uint64_t full[C::kStages], empty[C::kStages];
-  const SsGemmShared<C> smem{dynamic_smem + (-ptx::smem_address(dynamic_smem) & 1023u), full,
-                             empty};
+  __shared__ TileTerms<C, typename C::Op::Finish> terms;
+  const auto cta = static_cast<int>(blockIdx.x);
+  // Known to be the same in a whole warp, it leaves descriptors of shared memory in its uniform
+  // registers, where wgmma reads them.
+  const int warp = ptx::uniform_warp_idx();
+  const SsGemmShared<C> smem{dynamic_smem + (-ptx::smem_address(dynamic_smem) & 1023u),
+                             full,
+                             empty,
+                             cta % C::kNeighbours,
+                             cta / C::kNeighbours % args.schedule.slices * C::kNeighbours,
+                             warp / 4};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
       ptx::mbarrier_init(&full[stage], 1);
-      ptx::mbarrier_init(&empty[stage], C::kCluster * kMathThreads / 32);
+      ptx::mbarrier_init(&empty[stage], C::kNeighbours * kMathThreads / 32);
     }
     ptx::fence_mbarrier_init();
   }
-  if constexpr (C::kCluster == 1) {
+  if constexpr (C::kNeighbours == 1) {
     __syncthreads();
   } else {
     ptx::cluster_sync();  // nobody writes into a CTA whose barriers are not there
@@ -187,49 +327,87 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
   Ring<C::kStages> ring;
   TileSchedule::Work work;
-  if (threadIdx.x >= kMathThreads) {
-    ptx::shrink_registers<40>();
-    if (ptx::uniform_warp_idx() == kMathThreads / 32 && ptx::elect_one()) {
-      for (int item = 0; get_tile<C>(args, item, work); ++item) {
-        produce<C>(args, smem, work, ring);
+  const auto get_work = [&](int item) {
+    return args.schedule.template get<C::kNeighbours>(item, work);
+  };
+  if (warp >= kMathThreads / 32) {
+    ptx::shrink_registers<C::kProducerRegisters>();
+    const bool produces = warp == kMathThreads / 32 && ptx::elect_one();
+    bool more = get_work(0);
+    if (!C::kTokenRows && produces && more) prefetch_weights<C>(args, work);
+    ptx::grid_dependency_wait();
+    for (int item = 1; more; ++item) {
+      if (produces) produce<C>(args, smem, work, ring);
+      const bool split = work.split;
+      more = get_work(item);
+      // The next kernel has the memory for its first loads now.
+      if (produces && !more) ptx::grid_launch_dependents();
+      __syncwarp();
+      if (split) {  // sums lie in the ring until the cluster has read them
+        ptx::cluster_sync();
+        ptx::cluster_sync_relaxed();
       }
     }
-    __syncwarp();
   } else {
-    ptx::grow_registers<232>();
-    for (int item = 0; get_tile<C>(args, item, work); ++item) {
+    ptx::grow_registers<C::kMathRegisters>();
+    ptx::grid_dependency_wait();
+    const typename C::Op::Finish finish(args.params);
+    const StageReader<C> stages(smem);
+    bool storing = false;
+    for (int item = 0; get_work(item); ++item) {
+      terms.load(finish, work);
       Accumulators<C> sums = {};
-      mainloop<C>(smem, work, ring, sums);
-      if (item > 0 && threadIdx.x % 128 == 0) ptx::bulk_wait_read();
-      store_tile<C>(args.params, args.out_map, smem.out(), work, sums);
+      mainloop<C>(args, smem, stages, work, ring, sums);
+      if (storing && threadIdx.x % 128 == 0) ptx::bulk_wait_read();
+      store<C>(args, smem, finish, terms, work, sums);
+      storing = !work.split;
     }
-    if (threadIdx.x % 128 == 0) ptx::bulk_wait();
+    if (storing && threadIdx.x % 128 == 0) ptx::bulk_wait();
   }
   // Nobody leaves whose shared memory or barriers others still write to.
-  if constexpr (C::kCluster > 1) ptx::cluster_sync();
+  if constexpr (C::kNeighbours > 1) ptx::cluster_sync();
 }
 
-// `weight`: [N, K] with rows `stride_weight_n` elements apart; x and out contiguous.
-template <class C, class Params>
-void launch_ss_gemm(const char* op, const Params& params, int resident_clusters,
-                    cudaStream_t stream) {
-  SsGemmArgs<Params> args{params, {}, {}, {}, 0, 0, 0};
-  args.x_map =
-      make_tensor_map(params.x, params.dtype, params.m, params.k, params.k, C::kLoadTokens, op);
-  args.weight_map = make_tensor_map(params.weight, params.dtype, params.n, params.k,
-                                    params.stride_weight_n, C::kRows, op);
-  args.out_map =
-      make_tensor_map(params.out, params.dtype, params.m, params.n, params.n, C::kOutTokens, op);
-  args.cluster_row_tiles = static_cast<int>(ceil_div<int64_t>(params.n, C::kClusterRows));
-  args.token_tiles = static_cast<int>(ceil_div<int64_t>(params.m, C::kTokens));
-  args.k_tiles = static_cast<int>(ceil_div<int64_t>(params.k, C::kTileK));
-  const int clusters = std::min(resident_clusters, args.cluster_row_tiles * args.token_tiles);
+// `weight`: [N, K] with rows `stride_weight_n` elements apart; x and out contiguous. float32 goes
+// out of tiles that may be split.
+template <class C>
+void launch_ss_gemm(const char* op, const typename C::Op::Params& params, DType out_dtype,
+                    SsGemmPlan plan, int prefetch_bytes, cudaStream_t stream) {
+  SsGemmArgs<typename C::Op::Params> args{params, {}, {}, {}, {}, out_dtype, 0};
+  const auto x_map = [&](int rows) {
+    return make_tensor_map(params.x, params.dtype, params.m, params.k, params.k, rows, op);
+  };
+  const auto weight_map = [&](int rows) {
+    return make_tensor_map(params.weight, params.dtype, params.n, params.k, params.stride_weight_n,
+                           rows, op);
+  };
+  args.a_map = C::kTokenRows ? x_map(C::kRows) : weight_map(C::kRows);
+  args.b_map = C::kTokenRows ? weight_map(C::kLoadCols) : x_map(C::kLoadCols);
+  const int64_t rows = C::kTokenRows ? params.m : params.n;
+  const int64_t cols = C::kTokenRows ? params.n : params.m;
+  TileSchedule& schedule = args.schedule;
+  schedule.row_tiles = static_cast<int>(ceil_div<int64_t>(rows, C::kNeighbours * C::kRows));
+  schedule.col_tiles = static_cast<int>(ceil_div<int64_t>(cols, C::kCols));
+  schedule.k_tiles = static_cast<int>(ceil_div<int64_t>(params.k, C::kTileK));
+  schedule.slices = plan.slices;
+  const int tiles = schedule.row_tiles * schedule.col_tiles;
+  const int pieces = plan.ctas / C::kNeighbours;
+  if (out_dtype == DType::kFloat32) {  // store_tile rounds to 16 bits
+    schedule.whole_tiles = 0;
+  } else {
+    args.out_map =
+        make_tensor_map(params.out, out_dtype, params.m, params.n, params.n, C::kOutTokens, op);
+    schedule.whole_tiles = plan.slices == 1 ? tiles : tiles / pieces * pieces;
+  }
+  args.prefetch_tiles = prefetch_bytes / C::kABytes;
+  const int grid = std::min(pieces, tiles * plan.slices) * C::kNeighbours;
   Launch{op,
-         dim3(static_cast<unsigned>(clusters * C::kCluster)),
+         dim3(static_cast<unsigned>(grid)),
          dim3(C::kThreads),
          static_cast<size_t>(C::kSmemBytes),
          stream,
-         C::kCluster}(ss_gemm_kernel<C, Params>, args);
+         plan.slices * C::kNeighbours,
+         true}(ss_gemm_kernel<C>, args);
 }
 
 }  // namespace effllm

@@ -25,11 +25,11 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
 
 // Arrives at the barrier that CTA `rank` has where this CTA has `barrier`. Says nothing about this
 // thread's writes: released to the whole cluster they would cost a fence of the GPU.
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t rank) {
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{.reg .b32 address;\n"
       "mapa.shared::cluster.u32 address, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [address];}" ::"r"(smem_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [address];}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }

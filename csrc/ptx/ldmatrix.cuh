@@ -24,6 +24,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&matrices)[4], const
                : "memory");
 }
 
+// Four matrices to shared memory: row i % 8 of matrix i / 8 is where lane i points at.
+__device__ __forceinline__ void stmatrix_x4(void* row_smem, const uint32_t (&matrices)[4]) {
+  const auto row = static_cast<uint32_t>(__cvta_generic_to_shared(row_smem));
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+}
+
 // Four matrices to shared memory, each transposed: row i % 8 of matrix i / 8, which lane i points
 // at, takes what the lanes hold of that matrix's column i % 8.
 __device__ __forceinline__ void stmatrix_x4_trans(void* row_smem, const uint32_t (&matrices)[4]) {

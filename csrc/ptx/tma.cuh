@@ -49,17 +49,33 @@ __device__ __forceinline__ void tma_load_2d(void* dst, const CUtensorMap* map, u
       : "memory");
 }
 
+// The same without a hint.
+__device__ __forceinline__ void tma_load_2d(void* dst, const CUtensorMap* map, uint64_t* barrier,
+                                            int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(smem_address(dst)),
+      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
 // The same into every CTA of the cluster that `ranks` has a bit for, at the address, and completing
 // on the barrier, that `dst` and `barrier` are in this one.
 __device__ __forceinline__ void tma_load_2d_multicast(void* dst, const CUtensorMap* map,
                                                       uint64_t* barrier, int x, int y,
-                                                      uint16_t ranks, uint64_t l2_policy) {
+                                                      uint16_t ranks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(
-          smem_address(dst)),
-      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "h"(ranks), "l"(l2_policy)
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem_address(dst)),
+      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "h"(ranks)
       : "memory");
+}
+
+// The box into L2 alone.
+__device__ __forceinline__ void tma_prefetch_2d(const CUtensorMap* map, int x, int y) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x),
+               "r"(y)
+               : "memory");
 }
 
 // The other way; elements outside the tensor are not written. Finished as bulk_wait says.

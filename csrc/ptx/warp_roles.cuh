@@ -18,9 +18,15 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
-// A warp's number, the same value in all lanes as far as ptxas can tell.
+// A value that is the same in all lanes of the warp, as ptxas can then tell: it may keep it in the
+// warp's uniform registers, and will not work it out again.
+template <class T>
+__device__ __forceinline__ T uniform(T value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
 __device__ __forceinline__ int uniform_warp_idx() {
-  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  return uniform(static_cast<int>(threadIdx.x) / 32);
 }
 
 // Registers per thread from here on, for all warps of a warpgroup. To grow waits until others of

@@ -16,9 +16,11 @@ from effllm.testing import hostile
 from effllm.testing.cases.fp8_gemm import PAIRS, Fp8GemmCase, random_codes
 from effllm.testing.compare import assert_close_to_reference, assert_equal
 
-BF16, FP32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+HALF, BF16, FP32, E4M3 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
 INF, NAN = math.inf, math.nan
 every_pair = pytest.mark.parametrize(("x_per", "w_per"), PAIRS)
+# Where sums shall be fp32 to the end they come from another kernel than on Hopper's tensor cores.
+both_kernels = pytest.mark.parametrize("out_dtype", [FP32, BF16], ids=["fp32", "bf16"])
 CASE = Fp8GemmCase(6, 200, 320, "group", "block", FP32, bias=True)
 
 
@@ -98,23 +100,29 @@ def test_weights_anywhere_in_memory(offset: int, gap: int, device: str) -> None:
         assert_equal(fp8_gemm(x_view.view(E4M3), x_scales, weight, w_scales, **kwargs), expected)
 
 
+@both_kernels
 @every_pair
-def test_nan_codes_reach_their_outputs_alone(x_per: str, w_per: str, device: str) -> None:
-    args, kwargs = Fp8GemmCase(11, 150, 270, x_per, w_per, FP32).make(device)
+def test_nan_codes_reach_their_outputs_alone(
+    x_per: str, w_per: str, out_dtype: torch.dtype, device: str
+) -> None:
+    args, kwargs = Fp8GemmCase(11, 152, 272, x_per, w_per, out_dtype).make(device)
     expected = fp8_gemm(*args, **kwargs)
     assert not expected.isnan().any()
-    args[0].view(torch.uint8)[4, 269] = 0x7F
+    args[0].view(torch.uint8)[4, 271] = 0x7F
     args[2].view(torch.uint8)[140, 5] = 0xFF
     found = fp8_gemm(*args, **kwargs)
     expected[4] = expected[:, 140] = NAN
     assert_equal(found, expected)
 
 
+@both_kernels
 @pytest.mark.parametrize("value", [0.0, INF, NAN, -1.0])
-def test_scales_that_are_no_scales_reach_their_outputs_alone(value: float, device: str) -> None:
+def test_scales_that_are_no_scales_reach_their_outputs_alone(
+    value: float, out_dtype: torch.dtype, device: str
+) -> None:
     for x_per, w_per in (("row", "row"), ("group", "block")):
         (x, x_scales, weight, w_scales, _), kwargs = Fp8GemmCase(
-            5, 300, 200, x_per, w_per, FP32
+            5, 304, 208, x_per, w_per, out_dtype
         ).make(device)
         # Where all products are 1 sums are plain numbers, and infinity of them infinity.
         x, weight = (torch.full_like(t.float(), 1.0).to(E4M3) for t in (x, weight))
@@ -123,7 +131,7 @@ def test_scales_that_are_no_scales_reach_their_outputs_alone(value: float, devic
         found = fp8_gemm(x, x_scales, weight, w_scales, **kwargs)
         rows = slice(1, 2) if w_per == "row" else slice(128, 256)
         exact = fp8_gemm_ref(x, x_scales, weight, w_scales, **kwargs)
-        assert_close_to_reference(found, exact, exact)
+        assert_close_to_reference(found, exact, exact.to(out_dtype))
         kept = torch.ones_like(expected, dtype=torch.bool)
         kept[3] = kept[:, rows] = False
         assert_equal(found[kept], expected[kept])
@@ -150,8 +158,11 @@ def with_outliers(rows: int, k: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("m", [4, 16, 64])
 @pytest.mark.parametrize("per", ["tensor", "row", "block"])
-def test_long_sums_with_outliers_are_as_good_as_fp32(m: int, per: str, device: str) -> None:
-    """Sums that keep about 14 bits, as those of fp8 tensor cores, miss this by far."""
+@pytest.mark.parametrize("out_dtype", [FP32, HALF, BF16], ids=["fp32", "fp16", "bf16"])
+def test_long_sums_with_outliers_are_as_good_as_fp32(
+    m: int, per: str, out_dtype: torch.dtype, device: str
+) -> None:
+    """Sums that keep about 14 bits, as those of fp8 tensor cores, miss this by far in fp32."""
     n, k = 48, 16384
     x, weight = with_outliers(m, k, 0).to(device), with_outliers(n, k, 1).to(device)
     if per == "tensor":
@@ -162,8 +173,10 @@ def test_long_sums_with_outliers_are_as_good_as_fp32(m: int, per: str, device: s
         xq, x_scales = fp8_quantize(x, group_size=128)
         codes, row_scales = fp8_quantize(weight, group_size=128)
         w_scales = row_scales[:1].contiguous()  # any will do: the codes are what they are
-    found = fp8_gemm(xq, x_scales, codes, w_scales, out_dtype=FP32)
-    exact = fp8_gemm_ref(xq, x_scales, codes, w_scales, out_dtype=FP32)
+    if out_dtype == HALF:  # into its range
+        w_scales = w_scales / 256
+    found = fp8_gemm(xq, x_scales, codes, w_scales, out_dtype=out_dtype)
+    exact = fp8_gemm_ref(xq, x_scales, codes, w_scales, out_dtype=out_dtype)
     # Term after term in fp32: the plainest sum there is.
     per_group = x_scales.float().expand(m, -1).repeat_interleave(k // x_scales.shape[-1], -1)
     terms_x = xq.float() * per_group
@@ -172,7 +185,7 @@ def test_long_sums_with_outliers_are_as_good_as_fp32(m: int, per: str, device: s
     for column in range(k):
         plain += terms_x[:, column, None] * terms_w[:, column]
     error = (found.double() - exact).abs()
-    plain_error = (plain.double() - exact).abs()
+    plain_error = (plain.to(out_dtype).double() - exact).abs()
     assert error.max() <= 1.5 * plain_error.max()
     assert error.square().mean() <= 1.5**2 * plain_error.square().mean()
 
@@ -185,16 +198,57 @@ def test_accuracy_switch_changes_no_shape_or_sense(device: str) -> None:
     assert_close_to_reference(fast, exact, plain, dtype=torch.float16)
 
 
+# Every tile of the Hopper kernel, with whole, split and half-empty ones of them.
+LARGE = [(257, 1024, 640), (700, 3072, 528), (2050, 4096, 256), (4100, 1032, 400), (1024, 576, 896)]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("accurate", [True, False], ids=["accurate", "fast"])
+@pytest.mark.parametrize(("m", "n", "k"), LARGE)
+@every_pair
+def test_large_problems(x_per: str, w_per: str, m: int, n: int, k: int, accurate: bool) -> None:
+    case = Fp8GemmCase(m, n, k, x_per, w_per, HALF, bias=True)
+    args, kwargs = case.make("cuda")
+    found = fp8_gemm(*args, **kwargs, accurate=accurate)
+    exact, plain = case.reference(*args, **kwargs), case.baseline(*args, **kwargs)
+    assert_close_to_reference(found, exact, plain, dtype=HALF if accurate else BF16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("accurate", [True, False], ids=["accurate", "fast"])
+@pytest.mark.parametrize("out_dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_results_repeat_to_the_bit(out_dtype: torch.dtype, accurate: bool) -> None:
+    """Between other kernels, so that launches that start early meet them."""
+    for m, n, k in ((1, 4096, 4096), (33, 576, 7168), (64, 2112, 2048), *LARGE):
+        for pair in (("row", "row"), ("group", "block")):
+            args, kwargs = Fp8GemmCase(m, n, k, *pair, out_dtype).make("cuda")
+            first = fp8_gemm(*args, **kwargs, accurate=accurate)
+            for _ in range(20):
+                args[0].view(torch.uint8).add_(0)
+                assert_equal(fp8_gemm(*args, **kwargs, accurate=accurate), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 64, 700])
+def test_scales_of_x_in_any_layout(m: int) -> None:
+    """Kernels read one layout; others are copied into it."""
+    args, kwargs = Fp8GemmCase(m, 256, 640, "group", "block").make("cuda")
+    expected = fp8_gemm(*args, **kwargs)
+    for scales in (args[1].contiguous(), args[1].T.contiguous().T):
+        assert_equal(fp8_gemm(args[0], scales, *args[2:], **kwargs), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1368, 1376])
 @pytest.mark.parametrize("m", [0, 1, 20, 300])
-def test_captured_as_the_very_first_call_and_repeatable(m: int) -> None:
-    """K = 1368, at which a peer failed only in a captured graph."""
-    args, kwargs = Fp8GemmCase(m, 520, 1368, "group", "block").make("cuda")
+def test_captured_as_the_very_first_call_and_repeatable(m: int, k: int) -> None:
+    """K = 1368, at which a peer failed only in a captured graph, and one that TMA reads."""
+    args, kwargs = Fp8GemmCase(m, 520, k, "group", "block").make("cuda")
     x, x_scales, weight, w_scales, _ = args
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = fp8_gemm(x, x_scales, weight, w_scales, **kwargs)
-    x.view(torch.uint8).copy_(random_codes(m, 1368, 5).view(torch.uint8))
+    x.view(torch.uint8).copy_(random_codes(m, k, 5).view(torch.uint8))
     for _ in range(100):
         graph.replay()
         assert_equal(out, fp8_gemm(x, x_scales, weight, w_scales, **kwargs))

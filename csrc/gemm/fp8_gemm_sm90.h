@@ -1,0 +1,74 @@
+// fp8_gemm on Hopper: the host side, for code compiled for any architecture.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/launch.h"
+#include "gemm/fp8_gemm.h"
+#include "gemm/ss_gemm_sm90.h"
+
+namespace effllm {
+
+// Launches a kernel if it takes these arguments. Not taken: rows of x, W or out that TMA cannot
+// read or write; scales of groups of x but as fp8_gemm_takes_scales says.
+bool launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device,
+                          cudaStream_t stream);
+
+// Sums that are scaled group by group read the scales of x by TMA: float32, [groups, M] in memory,
+// every group 16-byte aligned.
+bool fp8_gemm_takes_scales(const Fp8Scales& scales);
+
+// How sums of 128 columns come together: in the tensor core, in fp32, in fp32 after scaling.
+enum class Fp8Summation { kTensorCore, kPlain, kScaled };
+
+// Nanoseconds of a stage of K on an H100, of each summation, as the model of fp8_gemm_sm90.cu has
+// them; 0 where the shape is not compiled.
+struct Fp8GemmShape {
+  SsGemmShape tile;
+  std::array<int, 3> stage_time;
+};
+
+inline constexpr std::array<Fp8GemmShape, 10> kFp8GemmShapes{{
+    {{16, 1, 5, 2, 1, 16, false}, {0, 130, 130}},
+    {{32, 1, 5, 2, 1, 32, false}, {0, 160, 160}},
+    {{64, 1, 4, 2, 1, 32, false}, {0, 200, 260}},
+    {{128, 1, 6, 1, 1, 64, false}, {335, 400, 400}},
+    {{128, 1, 6, 1, 2, 64, false}, {310, 440, 0}},
+    {{128, 2, 4, 1, 2, 32, false}, {0, 750, 0}},
+    {{256, 1, 4, 1, 2, 64, false}, {630, 0, 0}},
+    {{128, 1, 6, 1, 1, 64, true}, {0, 0, 300}},
+    {{128, 2, 4, 1, 1, 64, true}, {0, 790, 760}},
+    {{128, 2, 4, 1, 2, 64, true}, {0, 0, 640}},
+}};
+
+// TMA writes boxes to multiples of 128 bytes: of so many scales of tokens, at least.
+constexpr int fp8_scales_box(int tokens) { return std::max(tokens, 32); }
+
+// [shape][slices - 1]: clusters of so many slices that run on the current device at the same time.
+using Fp8GemmResidency = std::array<std::array<int, kMaxClusterCtas>, kFp8GemmShapes.size()>;
+
+struct Fp8GemmPlan {
+  size_t shape;
+  SsGemmPlan cut;
+};
+
+Fp8GemmPlan plan_fp8_gemm(const Fp8GemmParams& params, Fp8Summation summation, int num_sms,
+                          const Fp8GemmResidency& residency);
+
+// Of each summation, in a file of its own.
+void launch_fp8_gemm_tensor_core(const Fp8GemmParams& params, const Fp8GemmPlan& plan,
+                                 cudaStream_t stream);
+void launch_fp8_gemm_plain(const Fp8GemmParams& params, const Fp8GemmPlan& plan,
+                           cudaStream_t stream);
+void launch_fp8_gemm_scaled(const Fp8GemmParams& params, const Fp8GemmPlan& plan,
+                            cudaStream_t stream);
+Fp8GemmResidency fp8_gemm_residency_tensor_core();
+Fp8GemmResidency fp8_gemm_residency_plain();
+Fp8GemmResidency fp8_gemm_residency_scaled();
+
+}  // namespace effllm
