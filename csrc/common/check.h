@@ -114,6 +114,18 @@ class Match {
     return *this;
   }
 
+  const Match& same_shape(const View& other) const {
+    bool matches = view_.rank == other.rank;
+    for (int dim = 0; matches && dim < view_.rank; ++dim) {
+      matches = view_.sizes[dim] == other.sizes[dim];
+    }
+    if (!matches) {
+      fail_argument("must be " + format_list(other.sizes, other.rank) + " as " + other.name +
+                    " is, got " + format_list(view_.sizes, view_.rank));
+    }
+    return *this;
+  }
+
   const Match& last_stride_one() const {
     if (view_.size(-1) > 1 && view_.stride(-1) != 1) {
       fail_argument("must have stride 1 in its last dimension, got strides " +

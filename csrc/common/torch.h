@@ -124,6 +124,13 @@ inline Tensor flatten_rows(const Tensor& tensor) {
   return tensor.dim() > 2 ? torch::stable::flatten(tensor, 0, -2) : tensor;
 }
 
+// [M, K] for [..., K], neighbours in a row beside each other: a view where strides allow it, else a
+// copy. One dimension stays one.
+inline Tensor as_rows(const Tensor& tensor) {
+  const Tensor rows = flatten_rows(tensor);
+  return rows.stride(rows.dim() - 1) == 1 ? rows : torch::stable::contiguous(rows);
+}
+
 // Contiguous and uninitialised, in the shape of `like`.
 inline Tensor new_empty_as(const Tensor& like, DType dtype) {
   return torch::stable::new_empty(like, like.sizes(), as_scalar_type(dtype));
@@ -137,6 +144,11 @@ inline Tensor as_scales_of_rows(Tensor scales, const Tensor& x) {
   sizes.back() = scales.size(0);
   const Tensor by_row = torch::stable::transpose(torch::stable::narrow(scales, 1, 0, rows), 0, 1);
   return torch::stable::view(by_row, {sizes.data(), sizes.size()});
+}
+
+// Uninitialised ones.
+inline Tensor new_scales_of_rows(const Tensor& x, int64_t groups, int64_t stride) {
+  return as_scales_of_rows(new_empty(x, {groups, stride}, DType::kFloat32), x);
 }
 
 // The views of a list argument, named "outs[0]", "outs[1]", ...

@@ -3,15 +3,12 @@
 #include "kvcache/rotary_row.cuh"
 
 #include <cstdint>
-#include <optional>
 
 #include "common/dispatch.h"
 #include "kvcache/rope_kv_append.h"
+#include "tensor_argument.h"
 
 namespace {
-
-using effllm::DType;
-using effllm::View;
 
 constexpr int kRowsPerWarp = warp::kLanes / effllm::kRowLanes;
 
@@ -38,20 +35,9 @@ void run_vectors(const effllm::RopeKvAppendParams& params) {
 
 }  // namespace
 
-struct TensorArgument {
-  void* data;
-  int dtype, rank;  // rank 0: None
-  const int64_t *sizes, *strides;
-};
-
 // Tensors in the order of the schema. Returns whether rows went by vectors of 8.
 extern "C" int rope_kv_append_rows(const TensorArgument* tensors, bool interleaved, void* out) {
-  const auto view = [&](int idx) -> std::optional<View> {
-    const TensorArgument& tensor = tensors[idx];
-    if (tensor.rank == 0) return std::nullopt;
-    return View{"argument",   tensor.data,   static_cast<DType>(tensor.dtype), {}, tensor.rank,
-                tensor.sizes, tensor.strides};
-  };
+  const auto view = [&](int idx) { return tensors[idx].view(); };
   effllm::RopeKvAppendParams params =
       effllm::check_rope_kv_append(*view(0), *view(1), *view(2), *view(3), *view(4), *view(5),
                                    *view(6), *view(7), *view(8), view(9), view(10), interleaved);

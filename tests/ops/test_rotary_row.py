@@ -4,16 +4,13 @@ warp whose lanes take turns, against the op on the CPU."""
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernel_on_cpu import TensorArgument, as_argument, compiled
 from torch import Tensor
 
 from effllm.ops import rope_kv_append
@@ -23,56 +20,17 @@ from effllm.testing import hostile
 from effllm.testing.cases.rope_kv_append import CASES, RopeKvAppendCase
 from effllm.testing.compare import assert_equal
 
-TESTS = Path(__file__).parent
-CSRC = TESTS.parents[1] / "csrc"
-# In the order of DType in csrc/common/dtype.h.
-DTYPES = (
-    torch.uint8,
-    torch.int8,
-    torch.int32,
-    torch.int64,
-    torch.float8_e4m3fn,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-)
 MAX_TOKENS = 100
 """A lane's turn takes a microsecond."""
 
 Rows = Callable[..., tuple[Tensor, bool]]
 
 
-class TensorArgument(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int),
-        ("rank", ctypes.c_int),
-        ("sizes", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-    )
-
-
-def as_argument(tensor: Tensor) -> TensorArgument:
-    numbers = ctypes.c_int64 * tensor.dim()
-    return TensorArgument(
-        tensor.data_ptr(),
-        DTYPES.index(tensor.dtype),
-        tensor.dim(),
-        numbers(*tensor.shape),
-        numbers(*tensor.stride()),
-    )
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """rope_kv_append as the GPU does it, and whether in vectors of 8."""
-    library = tmp_path_factory.mktemp("rotary_row") / "rotary_row.so"
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    includes = [f"-I{TESTS / 'warp'}", f"-I{CSRC}"]
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC"]
-    command = [*compiler, *options, *includes, str(TESTS / "rotary_row.cpp")]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).rope_kv_append_rows
+    folder = tmp_path_factory.mktemp("rotary_row")
+    function = compiled("rotary_row.cpp", folder).rope_kv_append_rows
 
     def call(*args: Tensor, interleaved: bool = False) -> tuple[Tensor, bool]:
         out = hostile.poison_(torch.empty(args[0].shape, dtype=args[0].dtype))

@@ -1,5 +1,6 @@
 """The ops of effllm as documented Python functions; each is also ``torch.ops.effllm.<name>``."""
 
+from .add_rms_norm_fp8_quantize import add_rms_norm_fp8_quantize
 from .block_copy import block_copy
 from .dense_gemm import dense_gemm
 from .fp8_gemm import fp8_gemm
@@ -13,9 +14,12 @@ from .kv_append import kv_append
 from .lut4_gemm import lut4_gemm
 from .merge_states import merge_states
 from .paged_attention import paged_attention
+from .rms_norm_fp8_quantize import rms_norm_fp8_quantize
 from .rope_kv_append import rope_kv_append
+from .silu_mul_fp8_quantize import silu_mul_fp8_quantize
 
 __all__ = [
+    "add_rms_norm_fp8_quantize",
     "block_copy",
     "dense_gemm",
     "fp8_gemm",
@@ -29,5 +33,7 @@ __all__ = [
     "lut4_gemm",
     "merge_states",
     "paged_attention",
+    "rms_norm_fp8_quantize",
     "rope_kv_append",
+    "silu_mul_fp8_quantize",
 ]

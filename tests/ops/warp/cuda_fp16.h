@@ -14,3 +14,11 @@ inline __half __float2half_rn(float value) {
 }
 inline uint16_t __half_as_ushort(__half value) { return value.bits; }
 inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+
+struct __half2 {
+  __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}

@@ -1,5 +1,6 @@
-// A warp on the CPU, for headers that are made of CUDA's keywords and warp functions: 32 lanes take
-// turns, each running until it waits for what the others have to say. In place of CUDA's header.
+// A warp on the CPU, or a block of several, for headers that are made of CUDA's keywords and warp
+// functions: lanes take turns, each running until it waits for what others have to say. In place of
+// CUDA's header.
 #pragma once
 
 #include <ucontext.h>
@@ -16,6 +17,10 @@
 
 #define __device__
 #define __forceinline__ inline
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -38,37 +43,45 @@ struct Lane {
   std::vector<char> stack = std::vector<char>(64 * 1024);
   bool done;
   unsigned exchanges;  // so far; two rounds of words are never mixed up
+  unsigned barriers;
 };
 
-inline std::array<Lane, kLanes> lanes;
-inline std::array<std::array<uint32_t, kLanes>, 2> words;
+inline std::vector<Lane> lanes(kLanes);
+inline std::vector<std::array<std::array<uint32_t, kLanes>, 2>> words(1);  // of each warp
 inline ucontext_t caller;
 inline std::function<void()> work;
-inline Index current;
+inline Index current, block, dim{kLanes};
 
 inline void next_lane() {
   const unsigned from = current.x;
   do {
-    current.x = (current.x + 1) % kLanes;
+    current.x = (current.x + 1) % dim.x;
     if (current.x == from && lanes[from].done) swapcontext(&lanes[from].context, &caller);
   } while (lanes[current.x].done);
   if (current.x != from) swapcontext(&lanes[from].context, &lanes[current.x].context);
 }
 
-// Shows a word to all lanes, and returns those of all once they have shown theirs.
-inline const std::array<uint32_t, kLanes>& exchange(uint32_t word) {
-  Lane& lane = lanes[current.x];
-  auto& round = words[lane.exchanges % 2];
-  round[current.x] = word;
-  const unsigned count = ++lane.exchanges;
-  const auto is_missing = [count](const Lane& other) { return other.exchanges < count; };
-  while (std::any_of(lanes.begin(), lanes.end(), is_missing)) {
-    if (std::any_of(lanes.begin(), lanes.end(), [](const Lane& other) { return other.done; })) {
+// Others run until each lane of first .. first + count - 1 has been there `rounds` times.
+inline void wait(unsigned first, unsigned count, unsigned Lane::* rounds) {
+  const auto begin = lanes.begin() + first, end = begin + count;
+  const unsigned needed = lanes[current.x].*rounds;
+  const auto is_missing = [&](const Lane& other) { return other.*rounds < needed; };
+  while (std::any_of(begin, end, is_missing)) {
+    if (std::any_of(begin, end, [&](const Lane& l) { return l.done && is_missing(l); })) {
       std::printf("a lane waits for one that has returned\n");
       std::exit(1);
     }
     next_lane();
   }
+}
+
+// Shows a word to all lanes of the warp, and returns those of all once they have shown theirs.
+inline const std::array<uint32_t, kLanes>& exchange(uint32_t word) {
+  Lane& lane = lanes[current.x];
+  auto& round = words[current.x / kLanes][lane.exchanges % 2];
+  round[current.x % kLanes] = word;
+  ++lane.exchanges;
+  wait(current.x / kLanes * kLanes, kLanes, &Lane::exchanges);
   return round;
 }
 
@@ -78,11 +91,14 @@ inline void run_lane() {
   next_lane();
 }
 
-// Runs `body` once in every lane.
-inline void run(const std::function<void()>& body) {
+// Runs `body` once in every lane of a block.
+inline void run(const std::function<void()>& body, unsigned num_lanes = kLanes) {
   work = body;
+  dim.x = num_lanes;
+  lanes.resize(num_lanes);
+  words.resize(num_lanes / kLanes);
   for (Lane& lane : lanes) {
-    lane.done = false, lane.exchanges = 0;
+    lane.done = false, lane.exchanges = 0, lane.barriers = 0;
     getcontext(&lane.context);
     lane.context.uc_stack.ss_sp = lane.stack.data();
     lane.context.uc_stack.ss_size = lane.stack.size();
@@ -95,16 +111,22 @@ inline void run(const std::function<void()>& body) {
 }  // namespace warp
 
 #define threadIdx (warp::current)
-inline constexpr Index blockDim{warp::kLanes};
+#define blockIdx (warp::block)
+#define blockDim (warp::dim)
+
+inline void __syncthreads() {
+  ++warp::lanes[warp::current.x].barriers;
+  warp::wait(0, warp::dim.x, &warp::Lane::barriers);
+}
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
-  return std::bit_cast<T>(warp::exchange(std::bit_cast<uint32_t>(value))[lane]);
+  return std::bit_cast<T>(warp::exchange(std::bit_cast<uint32_t>(value))[lane % warp::kLanes]);
 }
 
 template <class T>
 T __shfl_up_sync(unsigned, T value, int lanes) {
-  const int lane = static_cast<int>(threadIdx.x);
+  const int lane = static_cast<int>(threadIdx.x % warp::kLanes);
   return std::bit_cast<T>(
       warp::exchange(std::bit_cast<uint32_t>(value))[lane < lanes ? lane : lane - lanes]);
 }
@@ -117,7 +139,7 @@ T __ldcg(const T* src) {
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   const int lane = static_cast<int>(threadIdx.x) ^ mask;
-  return std::bit_cast<T>(warp::exchange(std::bit_cast<uint32_t>(value))[lane]);
+  return std::bit_cast<T>(warp::exchange(std::bit_cast<uint32_t>(value))[lane % warp::kLanes]);
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {

@@ -1,0 +1,78 @@
+// silu_mul_fp8_quantize: silu(gate) * up, the middle of a gated MLP, as e4m3 codes and scales.
+//
+//   gate  [..., K]  fp16, bf16 or fp32; rows may be strided, as halves of one tensor are
+//   up    [..., K]  dtype and shape of gate, strides of its own
+//   xq, scales      as fp8_rows.h says
+//
+// The arithmetic is that of a Hugging Face LlamaMLP in the dtype of gate: silu(gate) is found in
+// fp32 and rounded to the dtype, and so is its product with up. silu(g) = g / (1 + exp(-g)), with
+// an exponential of this file's own, for the same bits on every device: no product is fused with a
+// sum. It errs by less than 2^-21 (1 + |g| / 4) of itself.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <optional>
+
+#include "common/check.h"
+#include "common/view.h"
+#include "quant/fp8_rows.h"
+
+namespace effllm {
+
+// exp(-g) = 2^t = 2^n * 2^f, n the integer next to t: a shift of the exponent, and a polynomial
+// that errs by 2^-23.4 for |f| <= 1/2.
+inline constexpr float kMinusLog2E = -0x1.715476p+0f;
+inline constexpr float kRounder = 0x1.8p23f;   // added, it leaves the integer in the last bits
+inline constexpr float kLargestG = 44.f;       // exp(-44) is nothing beside 1
+inline constexpr float kLargestPower = 128.f;  // of float that is infinity
+inline constexpr float kPower1 = 0x1.62e42ap-1f, kPower2 = 0x1.ebf9bcp-3f, kPower3 = 0x1.c6b752p-5f,
+                       kPower4 = 0x1.3cea88p-7f, kPower5 = 0x1.5bba14p-10f;
+
+// Of a positive limit, which bits compare with as numbers do; floats would be a branch to
+// compilers.
+inline float at_most(float x, float limit) {
+  return std::bit_cast<float>(std::min(std::bit_cast<int32_t>(x), std::bit_cast<int32_t>(limit)));
+}
+
+// NaN for NaN, whatever the limits make of it on the way: the quotient has g itself.
+inline float silu(float g) {
+  const float t = at_most(at_most(g, kLargestG) * kMinusLog2E, kLargestPower);
+  const float rounded = t + kRounder;
+  const float f = t - (rounded - kRounder);
+  float power = kPower5 * f + kPower4;
+  power = power * f + kPower3;
+  power = power * f + kPower2;
+  power = power * f + kPower1;
+  power = power * f + 1.f;
+  const uint32_t bits = std::bit_cast<uint32_t>(power) + (std::bit_cast<uint32_t>(rounded) << 23);
+  return g / (1.f + std::bit_cast<float>(bits));
+}
+
+struct SiluMulParams {
+  Fp8Rows rows;
+  StridedRows gate, up;
+};
+
+// Everything but what is written, and where the rows of gate and up are.
+inline SiluMulParams check_silu_mul_fp8_quantize(const View& gate, const View& up,
+                                                 const std::optional<View>& scale,
+                                                 std::optional<int64_t> group_size) {
+  Check check("silu_mul_fp8_quantize");
+  Sym k("K");
+  check(gate).last_dim(k).dtype({DType::kFloat16, DType::kBFloat16, DType::kFloat32});
+  check(up).dtype({gate.dtype}).same_shape(gate);
+  return {check_fp8_rows(check, gate, scale, group_size), {}, {}};
+}
+
+// On the CPU: a row, in the dtype that is quantised.
+template <class T>
+void silu_mul_row(const T* gate, const T* up, int64_t k, T* y) {
+  for (int64_t column = 0; column < k; ++column) {
+    const float rounded = to_float(from_float<T>(silu(to_float(gate[column]))));
+    y[column] = from_float<T>(rounded * to_float(up[column]));
+  }
+}
+
+}  // namespace effllm

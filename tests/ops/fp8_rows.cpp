@@ -1,0 +1,84 @@
+// The kernels that make rows and quantise them, on lanes that take turns; test_fp8_rows.py compiles
+// it, and calls it with tensors.
+#include "quant/fp8_rows.cuh"
+
+#include <cstdint>
+#include <optional>
+
+#include "common/dispatch.h"
+#include "quant/rms_norm_fp8_quantize.cuh"
+#include "quant/silu_mul_fp8_quantize.cuh"
+#include "tensor_argument.h"
+
+namespace {
+
+using effllm::Fp8Rows;
+using effllm::RowsLaunch;
+using effllm::View;
+
+template <class Params>
+void run_blocks(const RowsLaunch& grid, void (*kernel)(Params), const Params& params) {
+  for (int64_t block = 0; block < grid.blocks; ++block) {
+    warp::block.x = static_cast<unsigned>(block);
+    warp::run([&] { kernel(params); }, static_cast<unsigned>(grid.threads));
+  }
+}
+
+std::optional<int64_t> optional(int64_t group_size) {
+  return group_size < 0 ? std::nullopt : std::optional(group_size);
+}
+
+// Calls run(element, slots) for the kernel that a launch is of.
+template <int kMostSlots, class Run>
+int dispatch(const Fp8Rows& rows, const RowsLaunch& grid, const Run& run) {
+  effllm::dispatch_float(rows.dtype, [&](auto element) {
+    effllm::dispatch_slots<decltype(element), kMostSlots>(grid.slots,
+                                                          [&](auto slots) { run(element, slots); });
+  });
+  return grid.slots;
+}
+
+template <bool kAdd>
+int run_rms_norm(const effllm::RmsNormParams& params, const RowsLaunch& grid) {
+  return dispatch<effllm::kRmsNormMostSlots>(params.rows, grid, [&](auto element, auto slots) {
+    run_blocks(grid, effllm::rms_norm_fp8_quantize_kernel<decltype(element), slots(), kAdd>,
+               params);
+  });
+}
+
+}  // namespace
+
+// Tensors in the order of the schemas, a group size of -1 for None. Return the slots of the kernel.
+
+extern "C" int silu_mul_rows(const TensorArgument* tensors, int64_t group_size, void* codes,
+                             void* scales) {
+  const View gate = *tensors[0].view(), up = *tensors[1].view();
+  effllm::SiluMulParams params =
+      effllm::check_silu_mul_fp8_quantize(gate, up, tensors[2].view(), optional(group_size));
+  Fp8Rows& rows = params.rows;
+  params.gate = effllm::strided_rows(gate);
+  params.up = effllm::strided_rows(up);
+  rows.codes = static_cast<uint8_t*>(codes);
+  rows.scales = static_cast<float*>(scales);
+  const RowsLaunch grid = effllm::silu_mul_launch(params);
+  return dispatch<effllm::kSiluMulMostSlots>(rows, grid, [&](auto element, auto slots) {
+    run_blocks(grid, effllm::silu_mul_fp8_quantize_kernel<decltype(element), slots()>,
+               effllm::SiluMulKernelParams{params, grid.pieces});
+  });
+}
+
+extern "C" int rms_norm_rows(const TensorArgument* tensors, double eps, int64_t group_size,
+                             void* codes, void* scales, void* residual_out) {
+  const View x = *tensors[0].view(), weight = *tensors[2].view();
+  const std::optional<View> residual = tensors[1].view();
+  effllm::RmsNormParams params = effllm::check_rms_norm_fp8_quantize(
+      "rms_norm_fp8_quantize", x, residual, weight, tensors[3].view(), eps, optional(group_size));
+  Fp8Rows& rows = params.rows;
+  params.x = effllm::strided_rows(x);
+  if (residual) params.residual = effllm::strided_rows(*residual);
+  params.residual_out = residual_out;
+  rows.codes = static_cast<uint8_t*>(codes);
+  rows.scales = static_cast<float*>(scales);
+  const RowsLaunch grid = effllm::rms_norm_launch(params);
+  return residual ? run_rms_norm<true>(params, grid) : run_rms_norm<false>(params, grid);
+}

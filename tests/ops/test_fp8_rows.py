@@ -1,0 +1,201 @@
+"""The GPU kernels that make rows and quantise them, proved without a GPU: their own headers, on
+lanes that take turns, against the ops on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_on_cpu import TensorArgument, as_argument, compiled
+from torch import Tensor
+
+from effllm.ops import (
+    add_rms_norm_fp8_quantize,
+    rms_norm_fp8_quantize,
+    silu_mul_fp8_quantize,
+)
+from effllm.ops.fp8_quantize import empty_scales
+from effllm.testing import hostile
+from effllm.testing.cases import (
+    add_rms_norm_fp8_quantize as add_cases,
+)
+from effllm.testing.cases import (
+    rms_norm_fp8_quantize as norm_cases,
+)
+from effllm.testing.cases import (
+    silu_mul_fp8_quantize as silu_cases,
+)
+from effllm.testing.compare import assert_equal
+
+Results = tuple[Tensor, ...]
+Kernel = Callable[..., tuple[Results, int]]
+MAX_ROWS = 100
+"""A block's turn takes milliseconds."""
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class Outputs:
+    """Results between canaries, as an op would allocate them."""
+
+    def __init__(self, x: Tensor, scale: Tensor | None, group_size: int | None) -> None:
+        groups = 1 if group_size is None else -(-x.shape[-1] // group_size)
+        scales = empty_scales(x, groups) if scale is None else torch.empty(1)
+        self.shape = scales.shape
+        self.strides = scales.stride()
+        count = scales.untyped_storage().nbytes() // 4
+        self.codes, check_codes = hostile.guarded(torch.full(x.shape, 0x7F, dtype=torch.uint8))
+        self.scales, check_scales = hostile.guarded(torch.full((count,), torch.nan))
+        self.sum, check_sum = hostile.guarded(torch.full(x.shape, torch.nan, dtype=x.dtype))
+        self.checks = (check_codes, check_scales, check_sum)
+
+    def checked(self) -> Results:
+        for check in self.checks:
+            check()
+        scales = self.scales.as_strided(self.shape, self.strides)
+        return self.codes.view(torch.float8_e4m3fn), scales, self.sum
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compiled("fp8_rows.cpp", tmp_path_factory.mktemp("fp8_rows"))
+
+
+@pytest.fixture(scope="module")
+def silu_mul(library: ctypes.CDLL) -> Kernel:
+    """silu_mul_fp8_quantize as the GPU does it, and the slots of the kernel."""
+
+    def call(
+        gate: Tensor, up: Tensor, scale: Tensor | None = None, *, group_size: int | None
+    ) -> tuple[Results, int]:
+        out = Outputs(gate, scale, group_size)
+        slots = library.silu_mul_rows(
+            (TensorArgument * 3)(*map(as_argument, (gate, up, scale))),
+            ctypes.c_int64(-1 if group_size is None else group_size),
+            pointer(out.codes),
+            pointer(out.scales),
+        )
+        return out.checked()[:2], slots
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def add_rms_norm(library: ctypes.CDLL) -> Kernel:
+    """add_rms_norm_fp8_quantize, or with None rms_norm_fp8_quantize."""
+
+    def call(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        scale: Tensor | None = None,
+        *,
+        eps: float,
+        group_size: int | None,
+    ) -> tuple[Results, int]:
+        out = Outputs(x, scale, group_size)
+        slots = library.rms_norm_rows(
+            (TensorArgument * 4)(*map(as_argument, (x, residual, weight, scale))),
+            ctypes.c_double(eps),
+            ctypes.c_int64(-1 if group_size is None else group_size),
+            pointer(out.codes),
+            pointer(out.scales),
+            pointer(None if residual is None else out.sum),
+        )
+        return out.checked()[: 2 if residual is None else 3], slots
+
+    return call
+
+
+def assert_same(found: Results, wanted: Results) -> None:
+    for index, (tensor, expected) in enumerate(zip(found, wanted, strict=True)):
+        if tensor.element_size() == 1:
+            tensor, expected = tensor.view(torch.uint8), expected.view(torch.uint8)
+        assert_equal(tensor, expected, name=f"result {index}")
+
+
+def slots_of(k: int, dtype: torch.dtype, most: int, in_pieces: bool = False) -> int:
+    """What rows of K elements should take, aligned."""
+    if k % 8 != 0:
+        return 0
+    if in_pieces or k <= 8192:
+        return 2
+    slots = next((slots for slots in (4, 8, 16) if k <= 4096 * slots), 32)
+    return slots if slots <= most and dtype != torch.float32 else 0
+
+
+def small(cases: list[Any]) -> Any:
+    chosen = [case for case in cases if case.m <= MAX_ROWS]
+    return pytest.mark.parametrize("case", chosen, ids=lambda case: case.id)
+
+
+@small(silu_cases.CASES)
+def test_silu_mul_is_that_of_the_cpu(case: Any, silu_mul: Kernel) -> None:
+    args, options = case.make("cpu")
+    found, slots = silu_mul(*args, **options)
+    in_pieces = case.group_size is not None or case.scale_dtype is not None
+    assert slots == slots_of(case.k, case.dtype, 16, in_pieces)
+    assert_same(found, silu_mul_fp8_quantize(*args, **options))
+
+
+@small(norm_cases.CASES)
+def test_rms_norm_is_that_of_the_cpu(case: Any, add_rms_norm: Kernel) -> None:
+    (x, *others), options = case.make("cpu")
+    found, slots = add_rms_norm(x, None, *others, **options)
+    assert slots == (0 if case.gap % 8 else slots_of(case.k, case.dtype, 8))
+    assert_same(found, rms_norm_fp8_quantize(x, *others, **options))
+
+
+@small(add_cases.CASES)
+def test_add_rms_norm_is_that_of_the_cpu(case: Any, add_rms_norm: Kernel) -> None:
+    args, options = case.make("cpu")
+    found, slots = add_rms_norm(*args, **options)
+    assert slots == (0 if case.gap % 8 else slots_of(case.k, case.dtype, 8))
+    assert_same(found, add_rms_norm_fp8_quantize(*args, **options))
+
+
+@pytest.mark.parametrize("group_size", [None, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_special_values(
+    dtype: torch.dtype, group_size: int | None, silu_mul: Kernel, add_rms_norm: Kernel
+) -> None:
+    """Every row has one: in each group that sees it, what the CPU says."""
+    special = [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 44.0, 88.8, -88.8, -1e4]
+    x = hostile.normal(len(special), 320, dtype=dtype)
+    x[:, 130] = torch.tensor(special, dtype=dtype)
+    x[5] = 0
+    up = hostile.normal(*x.shape, dtype=dtype, seed=1)
+    found, _ = silu_mul(x, up, group_size=group_size)
+    assert_same(found, silu_mul_fp8_quantize(x, up, group_size=group_size))
+    for eps in (0.0, 1e-6):
+        args, options = (x, up, up[1]), {"eps": eps, "group_size": group_size}
+        found, _ = add_rms_norm(*args, **options)
+        assert_same(found, add_rms_norm_fp8_quantize(*args, **options))
+        found, _ = add_rms_norm(x, None, up[1], **options)
+        assert_same(found, rms_norm_fp8_quantize(x, up[1], **options))
+
+
+@pytest.mark.parametrize("group_size", [None, 128])
+def test_unaligned_rows(group_size: int | None, silu_mul: Kernel, add_rms_norm: Kernel) -> None:
+    """Each argument in turn at odd addresses: single elements, with NaN beside them."""
+    x = hostile.normal(5, 384, dtype=torch.bfloat16)
+    pair = (x, hostile.normal(5, 384, dtype=x.dtype, seed=1))
+    for index in range(2):
+        args = list(pair)
+        args[index] = dict(hostile.odd_strides(args[index]))["offset"]
+        found, slots = silu_mul(*args, group_size=group_size)
+        assert slots == 0
+        assert_same(found, silu_mul_fp8_quantize(*pair, group_size=group_size))
+    norm_args = (*pair, x[0].contiguous())
+    options = {"eps": 1e-6, "group_size": group_size}
+    for index in range(3):
+        args = list(norm_args)
+        args[index] = dict(hostile.odd_strides(args[index]))["offset"]
+        found, slots = add_rms_norm(*args, **options)
+        assert slots == 0
+        assert_same(found, add_rms_norm_fp8_quantize(*norm_args, **options))
