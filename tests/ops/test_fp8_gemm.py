@@ -13,8 +13,15 @@ from torch import Tensor
 from effllm.ops import fp8_gemm, fp8_quantize, fp8_quantize_tensor
 from effllm.ops.fp8_gemm import dequantize_weight, fp8_gemm_ref
 from effllm.testing import hostile
-from effllm.testing.cases.fp8_gemm import PAIRS, Fp8GemmCase, random_codes
+from effllm.testing.cases.fp8_gemm import (
+    PAIRS,
+    Fp8GemmCase,
+    QuantizedFp8GemmCase,
+    quantize_and_multiply,
+    random_codes,
+)
 from effllm.testing.compare import assert_close_to_reference, assert_equal
+from effllm.testing.run import check_values
 
 HALF, BF16, FP32, E4M3 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
 INF, NAN = math.inf, math.nan
@@ -52,6 +59,23 @@ def test_results_on_the_cpu_do_not_depend_on_the_batch(x_per: str, w_per: str) -
         scales = x_scales if x_per == "tensor" else x_scales[m : m + 1]
         alone = fp8_gemm(x[m : m + 1], scales, weight, w_scales, **kwargs)
         assert_equal(alone, together[m : m + 1])
+
+
+@pytest.mark.parametrize("pair", [("row", "row"), ("group", "block")])
+@pytest.mark.parametrize("m", [1, 33])
+def test_behind_fp8_quantize(m: int, pair: tuple[str, str], device: str) -> None:
+    case = QuantizedFp8GemmCase(m, 200, 384, *pair, bias=True)
+    check_values(quantize_and_multiply, case, device)
+    args, options = case.make(device)
+    out = quantize_and_multiply(*args, **options)
+    for name, other in case.prepare_others(*args, **options).items():
+        result = other()
+        if name == "fp8_gemm alone":
+            assert_equal(result, out)
+        else:
+            assert torch.allclose(
+                result.float(), out.float(), rtol=2e-2, atol=2e-2 * out.std().item()
+            )
 
 
 def test_leading_dimensions_and_strides(device: str) -> None:

@@ -9,19 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...ops.fp8_gemm import dequantize_weight, fp8_gemm_ref, grouped_product
-from ...ops.fp8_quantize import fp8_quantize_ref
+from ...ops.fp8_gemm import dequantize_weight, fp8_gemm, fp8_gemm_ref, grouped_product
+from ...ops.fp8_quantize import fp8_quantize, fp8_quantize_ref
 from ..case import Args, Case, Kwargs
-from ..hostile import normal
+from ..hostile import MAX_DRAWN, normal
 from .int4_gemm import MODEL_SHAPES
 
 
 def random_codes(n: int, k: int, seed: int) -> Tensor:
-    """Every e4m3 but NaN, float8_e4m3fn [n, k]."""
+    """Every e4m3 but NaN, float8_e4m3fn [n, k]; repeated as `hostile.normal` does."""
     generator = torch.Generator().manual_seed(seed)
-    magnitudes = torch.randint(0, 127, (n, k), generator=generator, dtype=torch.uint8)
-    signs = torch.randint(0, 2, (n, k), generator=generator, dtype=torch.uint8)
-    return (magnitudes | signs << 7).view(torch.float8_e4m3fn)
+    drawn = min(n * k, MAX_DRAWN)
+    magnitudes = torch.randint(0, 127, (drawn,), generator=generator, dtype=torch.uint8)
+    signs = torch.randint(0, 2, (drawn,), generator=generator, dtype=torch.uint8)
+    codes = (magnitudes | signs << 7).repeat(-(-n * k // max(drawn, 1)))[: n * k]
+    return codes.view(torch.float8_e4m3fn).view(n, k)
 
 
 def random_scales(n: int, k: int, per: str, dtype: torch.dtype, seed: int) -> Tensor:
@@ -53,6 +55,12 @@ class Fp8GemmCase(Case):
     op: ClassVar[str] = "fp8_gemm"
     math_bits: ClassVar[int] = 8
     baseline_name: ClassVar[str] = "torch.mm"
+
+    @property
+    def variant(self) -> str:  # type: ignore[override]
+        """What scales the result row is about, where peers were measured with them."""
+        pairs = {("row", "row"): "row", ("group", "block"): "block", ("tensor", "tensor"): "tensor"}
+        return pairs.get((self.x_per, self.w_per), "")
 
     @property
     def id(self) -> str:
@@ -94,6 +102,21 @@ class Fp8GemmCase(Case):
         dense = dequantize_weight(weight, w_scales, torch.bfloat16)
         return lambda: torch.nn.functional.linear(rows, dense, bias)
 
+    def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
+        """cuBLASLt's matmul of the same codes, which has scales of tensors and of rows."""
+        x, x_scales, weight, w_scales, bias = args
+        if not x.is_cuda or self.variant not in ("row", "tensor"):
+            return {}
+        columns = w_scales.T.contiguous() if self.variant == "row" else w_scales
+
+        def scaled_mm() -> Tensor:
+            out: Tensor = torch._scaled_mm(
+                x, weight.T, x_scales, columns, bias, out_dtype=self.out_dtype, use_fast_accum=True
+            )
+            return out
+
+        return {"torch._scaled_mm": scaled_mm}
+
     def bytes(self) -> int:
         out = self.m * self.n * self.out_dtype.itemsize
         return self.n * self.k + self.m * self.k + out + 4 * self.num_scales()
@@ -109,6 +132,62 @@ class Fp8GemmCase(Case):
 
     def shape(self) -> dict[str, int | str]:
         return {"N": self.n, "K": self.k, "M": self.m, "scales": f"{self.x_per} x {self.w_per}"}
+
+
+def quantize_and_multiply(
+    x: Tensor,
+    weight: Tensor,
+    w_scales: Tensor,
+    bias: Tensor | None,
+    *,
+    group_size: int | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """What a linear layer in FP8 does with x [M, K] in 16 bits: two ops."""
+    codes, x_scales = fp8_quantize(x, group_size=group_size)
+    return fp8_gemm(codes, x_scales, weight, w_scales, bias, out_dtype=out_dtype)
+
+
+@dataclass(frozen=True)
+class QuantizedFp8GemmCase(Fp8GemmCase):
+    """fp8_quantize and fp8_gemm together: x [m, k] comes in bf16."""
+
+    @property
+    def variant(self) -> str:  # type: ignore[override]
+        return f"{super().variant} + fp8_quantize"
+
+    @property
+    def id(self) -> str:
+        return f"quantize-{super().id}"
+
+    def make(self, device: str | torch.device, seed: int = 0) -> tuple[Args, Kwargs]:
+        (_, _, *others), options = super().make(device, seed)
+        x = normal(self.m, self.k, dtype=torch.bfloat16, device=device, seed=seed)
+        return (x, *others), options | {"group_size": 128 if self.x_per == "group" else None}
+
+    def gemm_args(self, x: Tensor, *others: Any, group_size: int | None, **_: Any) -> Args:
+        """The arguments of fp8_gemm alone."""
+        return *fp8_quantize_ref(x, group_size=group_size), *others
+
+    def reference(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().reference(*self.gemm_args(*args, **kwargs), out_dtype=self.out_dtype)
+
+    def baseline(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().baseline(*self.gemm_args(*args, **kwargs))
+
+    def prepare_baseline(self, x: Tensor, *others: Any, **_: Any) -> Callable[[], Tensor]:
+        """The dense layer needs no quantising of x."""
+        return super().prepare_baseline(x, None, *others)
+
+    def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
+        """The matmul alone, ours and cuBLASLt's."""
+        x, x_scales, *others = self.gemm_args(*args, **kwargs)
+        codes = (x, x_scales.T.contiguous().T, *others)
+        alone = {"fp8_gemm alone": lambda: fp8_gemm(*codes, out_dtype=self.out_dtype)}
+        return alone | super().prepare_others(*codes)
+
+    def bytes(self) -> int:
+        return super().bytes() + self.m * self.k  # x has two bytes
 
 
 _HALF, _BF16, _FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -166,4 +245,10 @@ BENCH = [
     for pair in (("row", "row"), ("group", "block"), ("tensor", "tensor"))
     for n, k in FP8_SHAPES
     for m in (1, 16, 64, 128, 1024, 4096)
+]
+QUANTIZED_BENCH = [
+    QuantizedFp8GemmCase(m, n, k, *pair)
+    for pair in (("row", "row"), ("group", "block"))
+    for n, k in MODEL_SHAPES
+    for m in (1, 16, 64, 1024)
 ]
