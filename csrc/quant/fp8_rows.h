@@ -1,11 +1,16 @@
-// Rows that become e4m3 codes and scales as soon as they are made, by ops that fuse the two.
+// Rows that become e4m3 codes and scales: what fp8_quantize shares with the ops that make rows and
+// quantise them at once.
 //
 //   xq      [..., K]  e4m3, contiguous
-//   scales  as fp8_quantize.h lays them out: per row, or per group of 128 columns; or, with a known
-//           scale of all rows as fp8_quantize_tensor.h takes it, that scale alone, [1] in fp32
+//   scales  [..., ceil(K/g)]  fp32; in memory [ceil(K/g), round_up(M, 4)] for the M rows
+//           or, with a known scale of all rows as fp8_quantize_tensor takes it, that alone, [1]
 //
-// Codes and scales are those of fp8_quantize and fp8_quantize_tensor for the rows in their dtype,
-// that of x: fusing saves reading and writing them, and changes no bit.
+// g is 128, of which the last group may be short, or K: one scale per row. Kernels of GEMMs read
+// the scales of one group for many rows at once, so rows are innermost, and groups start at
+// multiples of 16 bytes as TMA demands. fp8_layout.h says how scales and codes are found.
+//
+// Rows that are made are quantised in the dtype of x: codes and scales are those of fp8_quantize or
+// fp8_quantize_tensor for them. To fuse saves writing and reading them, and changes no bit.
 #pragma once
 
 #include <algorithm>
@@ -88,22 +93,18 @@ inline Fp8Rows check_fp8_rows(Check& check, const View& x, const std::optional<V
   return rows;
 }
 
-// On the CPU: codes and scales of row `row`, whose elements are y[0] .. y[K - 1].
+// On the CPU: codes and scale of a group of row `row`, whose elements are y[0] .. y[K - 1].
 template <class T>
-void quantize_row(const Fp8Rows& rows, int64_t row, const T* y) {
-  uint8_t* codes = rows.codes + row * rows.k;
-  if (rows.given_scale != nullptr) {
-    encode_e4m3(y, rows.k, *rows.scales, codes);
-    return;
-  }
-  for (int64_t group = 0; group < rows.num_groups; ++group) {
-    const int64_t first = group * rows.group_size;
-    const int64_t columns = std::min(rows.group_size, rows.k - first);
-    const float scale = symmetric_scale(max_magnitude_bits(y + first, columns), kE4M3Max);
-    encode_e4m3(y + first, columns, scale, codes + first);
-    rows.scales[group * rows.stride_scales_group + row] = scale;
-  }
+void quantize_group(const Fp8Rows& rows, int64_t row, int64_t group, const T* y) {
+  const int64_t first = group * rows.group_size;
+  const int64_t columns = std::min(rows.group_size, rows.k - first);
+  const float scale = symmetric_scale(max_magnitude_bits(y + first, columns), kE4M3Max);
+  encode_e4m3(y + first, columns, scale, rows.codes + row * rows.k + first);
+  rows.scales[group * rows.stride_scales_group + row] = scale;
 }
+
+// Threads pay off from some ten thousand elements each.
+inline constexpr int64_t kElementsPerThread = int64_t{1} << 15;
 
 // On the CPU: calls make(row, y) for all rows, which fills y[0] .. y[K - 1], and quantises each.
 template <class T, class Threads, class Make>
@@ -111,12 +112,17 @@ void quantize_made_rows(const Fp8Rows& rows, const Threads& threads, const Make&
   if (rows.given_scale != nullptr) {
     *rows.scales = load_float(rows.given_scale, rows.given_scale_dtype, 0);
   }
-  // Threads pay off from some ten thousand elements each.
-  const int64_t grain = ceil_div<int64_t>(int64_t{1} << 14, rows.k + 1);
+  const int64_t grain = ceil_div(kElementsPerThread / 2, rows.k + 1);
   threads.for_each(rows.m, grain, [&](int64_t row) {
     std::vector<T> y(static_cast<size_t>(rows.k));
     make(row, y.data());
-    quantize_row(rows, row, y.data());
+    if (rows.given_scale != nullptr) {
+      encode_e4m3(y.data(), rows.k, *rows.scales, rows.codes + row * rows.k);
+    } else {
+      for (int64_t group = 0; group < rows.num_groups; ++group) {
+        quantize_group(rows, row, group, y.data());
+      }
+    }
   });
 }
 

@@ -1,11 +1,12 @@
-// The kernels that make rows and quantise them, on lanes that take turns; test_fp8_rows.py compiles
-// it, and calls it with tensors.
+// The kernels that quantise rows, also such as they make first, on lanes that take turns;
+// test_fp8_rows.py compiles it, and calls it with tensors.
 #include "quant/fp8_rows.cuh"
 
 #include <cstdint>
 #include <optional>
 
 #include "common/dispatch.h"
+#include "quant/fp8_quantize.cuh"
 #include "quant/rms_norm_fp8_quantize.cuh"
 #include "quant/silu_mul_fp8_quantize.cuh"
 #include "tensor_argument.h"
@@ -49,6 +50,21 @@ int run_rms_norm(const effllm::RmsNormParams& params, const RowsLaunch& grid) {
 }  // namespace
 
 // Tensors in the order of the schemas, a group size of -1 for None. Return the slots of the kernel.
+
+extern "C" int fp8_quantize_rows(const TensorArgument* tensors, int64_t group_size, void* codes,
+                                 void* scales) {
+  const View x = *tensors[0].view();
+  effllm::Fp8QuantizeParams params = effllm::check_fp8_quantize(x, optional(group_size));
+  Fp8Rows& rows = params.rows;
+  params.x = effllm::strided_rows(x);
+  rows.codes = static_cast<uint8_t*>(codes);
+  rows.scales = static_cast<float*>(scales);
+  const RowsLaunch grid = effllm::fp8_quantize_launch(params);
+  return dispatch<effllm::kFp8QuantizeMostSlots>(rows, grid, [&](auto element, auto slots) {
+    run_blocks(grid, effllm::fp8_quantize_kernel<decltype(element), slots()>,
+               effllm::Fp8QuantizeKernelParams{params, grid.pieces});
+  });
+}
 
 extern "C" int silu_mul_rows(const TensorArgument* tensors, int64_t group_size, void* codes,
                              void* scales) {

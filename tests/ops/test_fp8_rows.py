@@ -1,5 +1,5 @@
-"""The GPU kernels that make rows and quantise them, proved without a GPU: their own headers, on
-lanes that take turns, against the ops on the CPU."""
+"""The GPU kernels that quantise rows, also such as they make first, proved without a GPU: their own
+headers, on lanes that take turns, against the ops on the CPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from effllm.ops import (
     add_rms_norm_fp8_quantize,
+    fp8_quantize,
     rms_norm_fp8_quantize,
     silu_mul_fp8_quantize,
 )
@@ -21,6 +22,9 @@ from effllm.ops.fp8_quantize import empty_scales
 from effllm.testing import hostile
 from effllm.testing.cases import (
     add_rms_norm_fp8_quantize as add_cases,
+)
+from effllm.testing.cases import (
+    fp8_quantize as quantize_cases,
 )
 from effllm.testing.cases import (
     rms_norm_fp8_quantize as norm_cases,
@@ -67,8 +71,25 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="module")
+def quantize(library: ctypes.CDLL) -> Kernel:
+    """fp8_quantize as the GPU does it, and the slots of the kernel."""
+
+    def call(x: Tensor, *, group_size: int | None) -> tuple[Results, int]:
+        out = Outputs(x, None, group_size)
+        slots = library.fp8_quantize_rows(
+            (TensorArgument * 1)(as_argument(x)),
+            ctypes.c_int64(-1 if group_size is None else group_size),
+            pointer(out.codes),
+            pointer(out.scales),
+        )
+        return out.checked()[:2], slots
+
+    return call
+
+
+@pytest.fixture(scope="module")
 def silu_mul(library: ctypes.CDLL) -> Kernel:
-    """silu_mul_fp8_quantize as the GPU does it, and the slots of the kernel."""
+    """silu_mul_fp8_quantize."""
 
     def call(
         gate: Tensor, up: Tensor, scale: Tensor | None = None, *, group_size: int | None
@@ -134,6 +155,14 @@ def small(cases: list[Any]) -> Any:
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case.id)
 
 
+@small(quantize_cases.CASES)
+def test_quantize_is_that_of_the_cpu(case: Any, quantize: Kernel) -> None:
+    args, options = case.make("cpu")
+    found, slots = quantize(*args, **options)
+    assert slots == slots_of(case.k, case.dtype, 8, case.group_size is not None)
+    assert_same(found, fp8_quantize(*args, **options))
+
+
 @small(silu_cases.CASES)
 def test_silu_mul_is_that_of_the_cpu(case: Any, silu_mul: Kernel) -> None:
     args, options = case.make("cpu")
@@ -162,13 +191,19 @@ def test_add_rms_norm_is_that_of_the_cpu(case: Any, add_rms_norm: Kernel) -> Non
 @pytest.mark.parametrize("group_size", [None, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_special_values(
-    dtype: torch.dtype, group_size: int | None, silu_mul: Kernel, add_rms_norm: Kernel
+    dtype: torch.dtype,
+    group_size: int | None,
+    quantize: Kernel,
+    silu_mul: Kernel,
+    add_rms_norm: Kernel,
 ) -> None:
     """Every row has one: in each group that sees it, what the CPU says."""
     special = [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 44.0, 88.8, -88.8, -1e4]
     x = hostile.normal(len(special), 320, dtype=dtype)
     x[:, 130] = torch.tensor(special, dtype=dtype)
     x[5] = 0
+    found, _ = quantize(x, group_size=group_size)
+    assert_same(found, fp8_quantize(x, group_size=group_size))
     up = hostile.normal(*x.shape, dtype=dtype, seed=1)
     found, _ = silu_mul(x, up, group_size=group_size)
     assert_same(found, silu_mul_fp8_quantize(x, up, group_size=group_size))
@@ -181,10 +216,15 @@ def test_special_values(
 
 
 @pytest.mark.parametrize("group_size", [None, 128])
-def test_unaligned_rows(group_size: int | None, silu_mul: Kernel, add_rms_norm: Kernel) -> None:
+def test_unaligned_rows(
+    group_size: int | None, quantize: Kernel, silu_mul: Kernel, add_rms_norm: Kernel
+) -> None:
     """Each argument in turn at odd addresses: single elements, with NaN beside them."""
     x = hostile.normal(5, 384, dtype=torch.bfloat16)
     pair = (x, hostile.normal(5, 384, dtype=x.dtype, seed=1))
+    found, slots = quantize(dict(hostile.odd_strides(x))["offset"], group_size=group_size)
+    assert slots == 0
+    assert_same(found, fp8_quantize(x, group_size=group_size))
     for index in range(2):
         args = list(pair)
         args[index] = dict(hostile.odd_strides(args[index]))["offset"]

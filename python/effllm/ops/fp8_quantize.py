@@ -23,7 +23,8 @@ def fp8_quantize(x: Tensor, *, group_size: int | None = None) -> tuple[Tensor, T
     reading x.
 
     Args:
-        x: [..., K], fp16, bf16 or fp32, any strides.
+        x: [..., K], fp16, bf16 or fp32. Rows may have any strides: no copy is made unless
+            neighbours in a row are apart.
         group_size: 128, columns that share a scale, of which the last may be fewer; None is one
             scale per row.
 

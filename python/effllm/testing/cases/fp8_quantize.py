@@ -55,8 +55,13 @@ CASES = [
         for m, k in ((1, 128), (5, 576), (17, 1368), (3, 200), (8, 77), (2, 1), (130, 2112))
         for dtype in (torch.float16, torch.bfloat16, torch.float32)
     ),
-    # A row that the threads of a block go over several times.
-    *(Fp8QuantizeCase(3, 16384, group_size) for group_size in (None, 128)),
+    # As many octets per thread as there are kernels for, and rows that are too long for any.
+    *(
+        Fp8QuantizeCase(2, k, group_size, dtype)
+        for k in (16384, 28672, 57344, 69640)
+        for group_size in (None, 128)
+        for dtype in (torch.bfloat16, torch.float32)
+    ),
     # Nothing to do, in each dimension; a row of no elements has a scale all the same.
     *(Fp8QuantizeCase(m, k, g) for m, k in ((0, 64), (4, 0)) for g in (None, 128)),
     # More rows than two dimensions of a grid may have.
