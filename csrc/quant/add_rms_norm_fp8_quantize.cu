@@ -21,7 +21,7 @@ void launch(const RmsNormParams& params, cudaStream_t stream) {
                       dim3(static_cast<unsigned>(grid.threads)), 0, stream};
   dispatch_float(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    dispatch_slots<T, kRmsNormMostSlots>(grid.slots, [&](auto slots) {
+    dispatch_slots<T>(grid.slots, [&](auto slots) {
       launch(rms_norm_fp8_quantize_kernel<T, slots(), true>, params);
     });
   });

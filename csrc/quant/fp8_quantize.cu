@@ -21,7 +21,7 @@ void launch(const Fp8QuantizeParams& params, cudaStream_t stream) {
                       dim3(static_cast<unsigned>(grid.threads)), 0, stream};
   dispatch_float(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    dispatch_slots<T, kFp8QuantizeMostSlots>(grid.slots, [&](auto slots) {
+    dispatch_slots<T>(grid.slots, [&](auto slots) {
       launch(fp8_quantize_kernel<T, slots()>, Fp8QuantizeKernelParams{params, grid.pieces});
     });
   });

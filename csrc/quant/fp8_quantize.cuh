@@ -12,8 +12,6 @@
 
 namespace effllm {
 
-inline constexpr int kFp8QuantizeMostSlots = 8;  // 32768 columns; longer rows are read twice
-
 struct Fp8QuantizeKernelParams : Fp8QuantizeParams {
   int64_t num_pieces;
 };
@@ -44,7 +42,7 @@ __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
 }
 
 inline RowsLaunch fp8_quantize_launch(const Fp8QuantizeParams& params) {
-  return rows_launch(params.rows, params.rows.is_grouped(), params.x.wide, kFp8QuantizeMostSlots);
+  return rows_launch(params.rows, params.rows.is_grouped(), params.x.wide);
 }
 
 }  // namespace effllm

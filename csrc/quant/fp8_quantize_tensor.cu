@@ -50,10 +50,11 @@ __global__ void __launch_bounds__(kFp8Threads)
                           ? e4m3_scale(*params.largest)
                           : device_load_float(params.given_scale, params.given_scale_dtype, 0);
   if (blockIdx.x == 0 && threadIdx.x == 0) *params.scale = scale;
+  const E4m3Scale by = E4m3Scale::of(scale);
   for_each_vector<kVector>(params.numel, [&](int64_t first) {
     float values[kVector];
     load_floats<kVector>(static_cast<const device_t<T>*>(params.x) + first, values);
-    store_codes<kVector>(values, scale, params.codes + first);
+    store_codes<kVector>(values, by, params.codes + first);
   });
 }
 

@@ -22,6 +22,7 @@
 namespace effllm {
 
 inline constexpr int kMaxRowWarps = kMaxRowLanes / 32;
+inline constexpr int kMostRowSlots = 8;  // of 16-bit elements: 32768 columns; of fp32 a quarter
 inline constexpr int kPieceLanes = 128;  // of a block that takes a piece of a grouped row
 inline constexpr int kPieceSlots = 2;
 inline constexpr int kPieceColumns = kPieceLanes * kPieceSlots * kOctet;
@@ -180,17 +181,17 @@ __device__ __forceinline__ void for_each_slot(const RowPiece& piece, const Body&
 }
 
 template <class T>
-__device__ __forceinline__ void store_octet(const Octet<T>& y, float scale, uint8_t* codes,
+__device__ __forceinline__ void store_octet(const Octet<T>& y, const E4m3Scale& by, uint8_t* codes,
                                             int column, int k, bool wide) {
   float values[kOctet];
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) values[i] = y.value(i);
   if (wide) {
-    store_codes<kOctet>(values, scale, codes + column);
+    store_codes<kOctet>(values, by, codes + column);
   } else {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
-      if (column + i < k) codes[column + i] = static_cast<uint8_t>(e4m3_code(values[i], scale));
+      if (column + i < k) codes[column + i] = static_cast<uint8_t>(e4m3_code(values[i], by));
     }
   }
 }
@@ -223,6 +224,7 @@ __device__ __forceinline__ void quantize_piece(const Fp8Rows& rows, const RowPie
   uint8_t* codes = rows.codes + piece.row * rows.k;
   const bool grouped = rows.is_grouped();
   float scale = grouped ? 1.f : scale_of_row<kSlots>(rows, piece, of_warps, read);
+  E4m3Scale by = E4m3Scale::of(scale);
   for_each_slot<kSlots>(piece, [&](int slot, int column) {
     const bool valid = column < piece.end;
     if (grouped) {
@@ -232,11 +234,12 @@ __device__ __forceinline__ void quantize_piece(const Fp8Rows& rows, const RowPie
         largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
       }
       scale = e4m3_scale(largest);
+      by = E4m3Scale::of(scale);
       if (valid && column % kFp8GroupSize == 0) {
         rows.scales[column / kFp8GroupSize * rows.stride_scales_group + piece.row] = scale;
       }
     }
-    if (valid) store_octet(read(slot, column), scale, codes, column, k, wide);
+    if (valid) store_octet(read(slot, column), by, codes, column, k, wide);
   });
 }
 
@@ -258,9 +261,8 @@ struct RowsLaunch {
   int64_t pieces;  // of a row, each of kPieceColumns; or 1
 };
 
-// `in_pieces`: nothing is shared by a whole row. `wide`: all of StridedRows are. `most_slots`: of
-// the kernels there are for 16-bit rows; those of fp32 have 2, or none.
-inline RowsLaunch rows_launch(const Fp8Rows& rows, bool in_pieces, bool wide, int most_slots) {
+// `in_pieces`: nothing is shared by a whole row. `wide`: all of StridedRows are.
+inline RowsLaunch rows_launch(const Fp8Rows& rows, bool in_pieces, bool wide) {
   // A given scale of no rows is written by a block that has none.
   const int64_t least = rows.given_scale != nullptr ? 1 : 0;
   if (in_pieces) {
@@ -269,25 +271,19 @@ inline RowsLaunch rows_launch(const Fp8Rows& rows, bool in_pieces, bool wide, in
   }
   const int threads = row_lanes(rows.k);
   const int64_t needed = ceil_div<int64_t>(rows.k, threads * kOctet);
-  const int most = rows.dtype == DType::kFloat32 ? 2 : most_slots;
+  const int most = rows.dtype == DType::kFloat32 ? kMostRowSlots / 4 : kMostRowSlots;
   int slots = 2;
   while (slots < needed && slots <= most) slots *= 2;
   return {std::max(rows.m, least), threads, wide && slots <= most ? slots : 0, 1};
 }
 
 // Calls `body` with the slots of a launch as a compile-time constant.
-template <class T, int kMostSlots, class Body>
+template <class T, class Body>
 void dispatch_slots(int slots, const Body& body) {
-  constexpr int kMost = sizeof(T) == 4 ? 2 : kMostSlots;
   if (slots == 2) return body(std::integral_constant<int, 2>{});
-  if constexpr (kMost >= 4) {
+  if constexpr (sizeof(T) == 2) {
     if (slots == 4) return body(std::integral_constant<int, 4>{});
-  }
-  if constexpr (kMost >= 8) {
     if (slots == 8) return body(std::integral_constant<int, 8>{});
-  }
-  if constexpr (kMost >= 16) {
-    if (slots == 16) return body(std::integral_constant<int, 16>{});
   }
   body(std::integral_constant<int, 0>{});
 }

@@ -13,8 +13,6 @@
 
 namespace effllm {
 
-inline constexpr int kRmsNormMostSlots = 8;  // 32768 columns, twice what hidden states have
-
 // x, and what is added to it.
 template <class T, bool kAdd>
 struct RmsNormLoad {
@@ -142,7 +140,7 @@ __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
 }
 
 inline RowsLaunch rms_norm_launch(const RmsNormParams& params) {
-  return rows_launch(params.rows, false, params.wide(), kRmsNormMostSlots);
+  return rows_launch(params.rows, false, params.wide());
 }
 
 }  // namespace effllm

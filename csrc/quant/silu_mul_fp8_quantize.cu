@@ -21,7 +21,7 @@ void launch(const SiluMulParams& params, cudaStream_t stream) {
                       dim3(static_cast<unsigned>(grid.threads)), 0, stream};
   dispatch_float(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    dispatch_slots<T, kSiluMulMostSlots>(grid.slots, [&](auto slots) {
+    dispatch_slots<T>(grid.slots, [&](auto slots) {
       launch(silu_mul_fp8_quantize_kernel<T, slots()>, SiluMulKernelParams{params, grid.pieces});
     });
   });

@@ -5,9 +5,9 @@
 //   xq, scales      as fp8_rows.h says
 //
 // The arithmetic is that of a Hugging Face LlamaMLP in the dtype of gate: silu(gate) is found in
-// fp32 and rounded to the dtype, and so is its product with up. silu(g) = g / (1 + exp(-g)), with
-// an exponential of this file's own, for the same bits on every device: no product is fused with a
-// sum. It errs by less than 2^-21 (1 + |g| / 4) of itself.
+// fp32 and rounded to the dtype, and so is its product with up. silu(g) = g * (1 / (1 + exp(-g)))
+// with an exponential of this file's own, for the same bits on every device: no product is fused
+// with a sum. It errs by less than 2^-21 (1 + |g| / 4) of itself, and is -0 where g is below -70.
 #pragma once
 
 #include <algorithm>
@@ -24,21 +24,17 @@ namespace effllm {
 // exp(-g) = 2^t = 2^n * 2^f, n the integer next to t: a shift of the exponent, and a polynomial
 // that errs by 2^-23.4 for |f| <= 1/2.
 inline constexpr float kMinusLog2E = -0x1.715476p+0f;
-inline constexpr float kRounder = 0x1.8p23f;   // added, it leaves the integer in the last bits
-inline constexpr float kLargestG = 44.f;       // exp(-44) is nothing beside 1
-inline constexpr float kLargestPower = 128.f;  // of float that is infinity
+inline constexpr float kRounder = 0x1.8p23f;  // added, it leaves the integer in the last bits
+inline constexpr float kLargestG = 44.f;      // exp(-44) is nothing beside 1
+inline constexpr uint32_t kLeastGBits = 0xc28c0000;  // -70: silu is above -3e-29
 inline constexpr float kPower1 = 0x1.62e42ap-1f, kPower2 = 0x1.ebf9bcp-3f, kPower3 = 0x1.c6b752p-5f,
                        kPower4 = 0x1.3cea88p-7f, kPower5 = 0x1.5bba14p-10f;
 
-// Of a positive limit, which bits compare with as numbers do; floats would be a branch to
-// compilers.
-inline float at_most(float x, float limit) {
-  return std::bit_cast<float>(std::min(std::bit_cast<int32_t>(x), std::bit_cast<int32_t>(limit)));
-}
-
-// NaN for NaN, whatever the limits make of it on the way: the quotient has g itself.
+// Limits are compared as bits, which order as magnitudes do: of floats compilers make branches.
+// Infinity times 0 is NaN as in torch, and NaN remains, as g itself is what is multiplied.
 inline float silu(float g) {
-  const float t = at_most(at_most(g, kLargestG) * kMinusLog2E, kLargestPower);
+  const int32_t limited = std::min(std::bit_cast<int32_t>(g), std::bit_cast<int32_t>(kLargestG));
+  const float t = std::bit_cast<float>(limited) * kMinusLog2E;
   const float rounded = t + kRounder;
   const float f = t - (rounded - kRounder);
   float power = kPower5 * f + kPower4;
@@ -47,7 +43,11 @@ inline float silu(float g) {
   power = power * f + kPower1;
   power = power * f + 1.f;
   const uint32_t bits = std::bit_cast<uint32_t>(power) + (std::bit_cast<uint32_t>(rounded) << 23);
-  return g / (1.f + std::bit_cast<float>(bits));
+  // Without its last bit: the one significand that iterations for a reciprocal miss has all bits.
+  const uint32_t sum = std::bit_cast<uint32_t>(1.f + std::bit_cast<float>(bits)) & ~1u;
+  const uint32_t sigmoid = std::bit_cast<uint32_t>(1.f / std::bit_cast<float>(sum));
+  const uint32_t mask = std::bit_cast<uint32_t>(g) > kLeastGBits ? 0u : ~0u;
+  return g * std::bit_cast<float>(sigmoid & mask);
 }
 
 struct SiluMulParams {

@@ -30,24 +30,36 @@ std::optional<int64_t> optional(int64_t group_size) {
 }
 
 // Calls run(element, slots) for the kernel that a launch is of.
-template <int kMostSlots, class Run>
+template <class Run>
 int dispatch(const Fp8Rows& rows, const RowsLaunch& grid, const Run& run) {
   effllm::dispatch_float(rows.dtype, [&](auto element) {
-    effllm::dispatch_slots<decltype(element), kMostSlots>(grid.slots,
-                                                          [&](auto slots) { run(element, slots); });
+    effllm::dispatch_slots<decltype(element)>(grid.slots, [&](auto slots) { run(element, slots); });
   });
   return grid.slots;
 }
 
 template <bool kAdd>
 int run_rms_norm(const effllm::RmsNormParams& params, const RowsLaunch& grid) {
-  return dispatch<effllm::kRmsNormMostSlots>(params.rows, grid, [&](auto element, auto slots) {
+  return dispatch(params.rows, grid, [&](auto element, auto slots) {
     run_blocks(grid, effllm::rms_norm_fp8_quantize_kernel<decltype(element), slots(), kAdd>,
                params);
   });
 }
 
 }  // namespace
+
+// Codes of `count` numbers by one scale, and silu of them, as the kernels find these.
+
+extern "C" void e4m3_codes(const float* x, int64_t count, float scale, uint8_t* codes) {
+  const effllm::E4m3Scale by = effllm::E4m3Scale::of(scale);
+  for (int64_t i = 0; i < count; ++i) {
+    codes[i] = static_cast<uint8_t>(effllm::e4m3_code(x[i], by));
+  }
+}
+
+extern "C" void silu_values(const float* g, int64_t count, float* values) {
+  for (int64_t i = 0; i < count; ++i) values[i] = effllm::device_silu(g[i]);
+}
 
 // Tensors in the order of the schemas, a group size of -1 for None. Return the slots of the kernel.
 
@@ -60,7 +72,7 @@ extern "C" int fp8_quantize_rows(const TensorArgument* tensors, int64_t group_si
   rows.codes = static_cast<uint8_t*>(codes);
   rows.scales = static_cast<float*>(scales);
   const RowsLaunch grid = effllm::fp8_quantize_launch(params);
-  return dispatch<effllm::kFp8QuantizeMostSlots>(rows, grid, [&](auto element, auto slots) {
+  return dispatch(rows, grid, [&](auto element, auto slots) {
     run_blocks(grid, effllm::fp8_quantize_kernel<decltype(element), slots()>,
                effllm::Fp8QuantizeKernelParams{params, grid.pieces});
   });
@@ -77,7 +89,7 @@ extern "C" int silu_mul_rows(const TensorArgument* tensors, int64_t group_size, 
   rows.codes = static_cast<uint8_t*>(codes);
   rows.scales = static_cast<float*>(scales);
   const RowsLaunch grid = effllm::silu_mul_launch(params);
-  return dispatch<effllm::kSiluMulMostSlots>(rows, grid, [&](auto element, auto slots) {
+  return dispatch(rows, grid, [&](auto element, auto slots) {
     run_blocks(grid, effllm::silu_mul_fp8_quantize_kernel<decltype(element), slots()>,
                effllm::SiluMulKernelParams{params, grid.pieces});
   });

@@ -110,6 +110,25 @@ def test_captured_as_the_very_first_call_and_repeatable() -> None:
         assert_equal(scale, wanted_scale)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("offset", range(-3, 4))
+def test_gpu_quotients_next_to_where_codes_change(offset: int) -> None:
+    """Scales next to multiples of 2^20 units in the last place have multiples as near to the middle
+    between two floats as any; and scales of every size, special ones too."""
+    near = [((j << 20) + offset) * 2.0**-27 for j in range(9, 16)]
+    sizes = [1.7 * 2.0**power for power in range(-126, 127, 11)]
+    middles = torch.arange(16, 32) * 2.0 ** torch.arange(-14, 5)[:, None]
+    steps = 1 + torch.arange(-3, 4) * 2.0**-24
+    points = (middles.flatten()[:, None].double() * steps).flatten()
+    special = torch.tensor([0.0, INF, NAN, 3e38, 1e-45, 1e-38])
+    for scale in torch.tensor([*near, *sizes, 0.0, -0.7, 1e-45, INF, NAN]):
+        x = torch.cat([(points * scale.double()).float(), special])
+        x = torch.cat([x, -x])
+        codes, _ = fp8_quantize_tensor(x.cuda(), scale.cuda())
+        wanted, _ = fp8_quantize_tensor(x, scale)
+        assert_equal(bits(codes).cpu(), bits(wanted), name=f"scale {scale}")
+
+
 X = torch.ones(4, 128)
 ERRORS = [
     (X, torch.ones(2), r"scale must have one element, got \[2\]"),

@@ -15,10 +15,12 @@ from torch import Tensor
 from effllm.ops import (
     add_rms_norm_fp8_quantize,
     fp8_quantize,
+    fp8_quantize_tensor,
     rms_norm_fp8_quantize,
     silu_mul_fp8_quantize,
 )
 from effllm.ops.fp8_quantize import empty_scales
+from effllm.ops.silu_mul_fp8_quantize import silu_ref
 from effllm.testing import hostile
 from effllm.testing.cases import (
     add_rms_norm_fp8_quantize as add_cases,
@@ -140,14 +142,15 @@ def assert_same(found: Results, wanted: Results) -> None:
         assert_equal(tensor, expected, name=f"result {index}")
 
 
-def slots_of(k: int, dtype: torch.dtype, most: int, in_pieces: bool = False) -> int:
+def slots_of(k: int, dtype: torch.dtype, in_pieces: bool = False) -> int:
     """What rows of K elements should take, aligned."""
     if k % 8 != 0:
         return 0
     if in_pieces or k <= 8192:
         return 2
-    slots = next((slots for slots in (4, 8, 16) if k <= 4096 * slots), 32)
-    return slots if slots <= most and dtype != torch.float32 else 0
+    if dtype == torch.float32 or k > 32768:
+        return 0
+    return 4 if k <= 16384 else 8
 
 
 def small(cases: list[Any]) -> Any:
@@ -155,11 +158,60 @@ def small(cases: list[Any]) -> Any:
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case.id)
 
 
+def codes_by(library: ctypes.CDLL, x: Tensor, scale: float) -> Tensor:
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    count = ctypes.c_int64(x.numel())
+    library.e4m3_codes(pointer(x), count, ctypes.c_float(scale), pointer(codes))
+    return codes
+
+
+def test_quotients_next_to_where_codes_change(library: ctypes.CDLL) -> None:
+    """Scales whose multiples lie as near to the middle between two floats, beside that between two
+    codes, as any do; and others."""
+    near = [(j << 20) + r for j in range(8, 16) for r in range(-4, 5)]
+    scales = torch.tensor([s for s in near if 2**23 <= s < 2**24], dtype=torch.float64) * 2.0**-27
+    others = hostile.normal(300).abs() * 2.0 ** torch.linspace(-70, 70, 300)
+    middles = torch.arange(16, 32) * 2.0 ** torch.arange(-14, 5)[:, None]
+    steps = torch.arange(-3, 4) * 2.0**-24
+    points = (middles.flatten()[:, None].double() * (1 + steps)).flatten()
+    for scale in torch.cat([scales.float(), others]):
+        x = (points * scale.double()).float()
+        x = torch.cat([x, torch.nextafter(x, torch.zeros(()))])
+        x = torch.cat([x, -x])
+        wanted, _ = fp8_quantize_tensor(x, scale)
+        assert_equal(codes_by(library, x, scale.item()), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        *(0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1.0, -0.3, 3e38, 1.7e-18),
+        *(2.0**power for power in (-149, -61, -60, 60, 61)),
+    ],
+)
+def test_quotients_of_special_values(scale: float, library: ctypes.CDLL) -> None:
+    x = 2.0 ** torch.arange(-149.0, 128.0) * 1.3
+    x = torch.cat([x, torch.tensor([0.0, torch.inf, torch.nan, torch.finfo(x.dtype).max])])
+    x = torch.cat([x, -x])
+    wanted, _ = fp8_quantize_tensor(x, torch.tensor(scale))
+    assert_equal(codes_by(library, x, scale), wanted.view(torch.uint8))
+
+
+def test_silu_of_all_16_bit_numbers_and_others(library: ctypes.CDLL) -> None:
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16)
+    random = torch.linspace(-100, 100, 1_000_001)
+    for g in (numbers.view(torch.float16).float(), numbers.view(torch.bfloat16).float(), random):
+        values = torch.empty_like(g)
+        library.silu_values(pointer(g), ctypes.c_int64(g.numel()), pointer(values))
+        assert_equal(values, silu_ref(g))
+        assert_equal(values.signbit(), silu_ref(g).signbit().where(~g.isnan(), values.signbit()))
+
+
 @small(quantize_cases.CASES)
 def test_quantize_is_that_of_the_cpu(case: Any, quantize: Kernel) -> None:
     args, options = case.make("cpu")
     found, slots = quantize(*args, **options)
-    assert slots == slots_of(case.k, case.dtype, 8, case.group_size is not None)
+    assert slots == slots_of(case.k, case.dtype, case.group_size is not None)
     assert_same(found, fp8_quantize(*args, **options))
 
 
@@ -168,7 +220,7 @@ def test_silu_mul_is_that_of_the_cpu(case: Any, silu_mul: Kernel) -> None:
     args, options = case.make("cpu")
     found, slots = silu_mul(*args, **options)
     in_pieces = case.group_size is not None or case.scale_dtype is not None
-    assert slots == slots_of(case.k, case.dtype, 16, in_pieces)
+    assert slots == slots_of(case.k, case.dtype, in_pieces)
     assert_same(found, silu_mul_fp8_quantize(*args, **options))
 
 
@@ -176,7 +228,7 @@ def test_silu_mul_is_that_of_the_cpu(case: Any, silu_mul: Kernel) -> None:
 def test_rms_norm_is_that_of_the_cpu(case: Any, add_rms_norm: Kernel) -> None:
     (x, *others), options = case.make("cpu")
     found, slots = add_rms_norm(x, None, *others, **options)
-    assert slots == (0 if case.gap % 8 else slots_of(case.k, case.dtype, 8))
+    assert slots == (0 if case.gap % 8 else slots_of(case.k, case.dtype))
     assert_same(found, rms_norm_fp8_quantize(x, *others, **options))
 
 
@@ -184,7 +236,7 @@ def test_rms_norm_is_that_of_the_cpu(case: Any, add_rms_norm: Kernel) -> None:
 def test_add_rms_norm_is_that_of_the_cpu(case: Any, add_rms_norm: Kernel) -> None:
     args, options = case.make("cpu")
     found, slots = add_rms_norm(*args, **options)
-    assert slots == (0 if case.gap % 8 else slots_of(case.k, case.dtype, 8))
+    assert slots == (0 if case.gap % 8 else slots_of(case.k, case.dtype))
     assert_same(found, add_rms_norm_fp8_quantize(*args, **options))
 
 

@@ -20,8 +20,8 @@ def silu_mul_fp8_quantize(
     rounded to the dtype of gate, and so is its product with up. Codes and scales are what
     `fp8_quantize` makes of it, NaN and infinity included, or `fp8_quantize_tensor` by a known
     scale. Bits are the same on every device: exp is the op's own, and silu errs by less than 2^-21
-    (1 + |g| / 4) of itself before it is rounded. The product never goes to memory: the time is that
-    of reading gate and up.
+    (1 + |g| / 4) of itself before it is rounded; below -70 it is -0. The product never goes to
+    memory: the time is that of reading gate and up.
 
     Args:
         gate: [..., K], fp16, bf16 or fp32. Rows may have any strides, so that gate and up can be
@@ -82,17 +82,18 @@ def codes_and_scales_ref(
 
 
 def silu_ref(g: Tensor) -> Tensor:
-    """Plain PyTorch, fp32: silu by the op's exponential, 2^t = 2^n * 2^f."""
+    """Plain PyTorch, fp32: silu by the op's exponential, 2^t = 2^n * 2^f, and its sigmoid."""
     # Tensors, lest the numbers be taken in float64.
     coefficients = g.new_tensor([0.0013264727, 0.009671513, 0.055507336, 0.24022242, 0.693147, 1.0])
-    t = (g.clamp(max=44.0) * g.new_tensor(-1.442695)).clamp(max=128.0)
+    t = g.clamp(min=-80.0, max=44.0) * g.new_tensor(-1.442695)
     n = t.round()
     f = t - n
     power = coefficients[0] * f + coefficients[1]
     for coefficient in coefficients[2:]:
         power = power * f + coefficient
-    bits = power.view(torch.int32) + (n.int() << 23)  # 2^128 becomes infinity
-    return g / (bits.view(torch.float32) + 1)
+    power = (power.view(torch.int32) + (n.int() << 23)).view(torch.float32)
+    sigmoid = 1 / ((1 + power).view(torch.int32) & ~1).view(torch.float32)
+    return g * sigmoid.where(~(g < -70.0), 0.0)
 
 
 def silu_mul_ref(gate: Tensor, up: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -174,6 +178,9 @@ inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(
 // Functions, so that no product is fused with the sum that takes it.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __frcp_rn(float x) { return 1 / x; }
+// As far off as it may be there.
+inline float __fdividef(float a, float b) { return std::nextafter(a / b, 0.f); }
 
 using std::max;
 using std::min;
