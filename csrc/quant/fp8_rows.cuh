@@ -254,7 +254,8 @@ __device__ __forceinline__ void store_given_scale(const Fp8Rows& rows) {
 template <int kSlots>
 inline constexpr int kRowBlocksPerSm = kSlots <= 4 ? 2 : 1;
 
-// Blocks, their threads, and the octets that each thread keeps: 0 if a row has too many.
+// Blocks, their threads, and the octets that each thread keeps: 0 of rows that are too long or not
+// aligned.
 struct RowsLaunch {
   int64_t blocks;
   int threads, slots;
@@ -267,7 +268,8 @@ inline RowsLaunch rows_launch(const Fp8Rows& rows, bool in_pieces, bool wide) {
   const int64_t least = rows.given_scale != nullptr ? 1 : 0;
   if (in_pieces) {
     const int64_t pieces = std::max<int64_t>(ceil_div<int64_t>(rows.k, kPieceColumns), 1);
-    return {std::max(rows.m * pieces, least), kPieceLanes, wide ? kPieceSlots : 0, pieces};
+    const int threads = pieces == 1 ? row_lanes(rows.k) : kPieceLanes;
+    return {std::max(rows.m * pieces, least), threads, wide ? kPieceSlots : 0, pieces};
   }
   const int threads = row_lanes(rows.k);
   const int64_t needed = ceil_div<int64_t>(rows.k, threads * kOctet);
