@@ -17,28 +17,6 @@
 
 namespace effllm {
 
-// Lengths as the lanes of a warp have read them, a page table each, if there are so few.
-class DecodeLengths {
- public:
-  __device__ __forceinline__ explicit DecodeLengths(const PagedAttentionArgs& args)
-      : of_lane_(read(args)) {}
-
-  // By the whole warp.
-  __device__ __forceinline__ bool unchanged(const PagedAttentionArgs& args) const {
-    return __all_sync(~0u, args.num_tables <= 32 && read(args) == of_lane_);
-  }
-
- private:
-  static __device__ __forceinline__ SequenceLengths read(const PagedAttentionArgs& args) {
-    const int table_idx = min(static_cast<int>(threadIdx.x % 32), args.num_tables - 1);
-    const auto seq_idx = static_cast<int>(args.table_heads_divisor.quotient(table_idx));
-    const int table_head = table_idx - seq_idx * static_cast<int>(args.table_heads);
-    return {args, seq_idx, table_head, LoadPastL1{}};
-  }
-
-  SequenceLengths of_lane_;
-};
-
 // Lengths and, if it is not large, the page table.
 template <class Config>
 __device__ __forceinline__ void prefetch_tables(const PagedAttentionArgs& args) {

@@ -122,9 +122,14 @@ __device__ __forceinline__ KeyRange keys_of_part(const PagedAttentionArgs& args,
 template <class Config>
 class DecodeSchedule {
  public:
-  __device__ __forceinline__ void start(const PagedAttentionArgs& args, int share_idx) {
-    // The lengths are looked up once where 32 tables are all.
-    const unsigned of_first = count_blocks(args, lane_idx());
+  // All that a schedule is made of, where 32 tables are all: blocks of the keys that are seen in
+  // this lane's. The lengths are looked up once.
+  static __device__ __forceinline__ unsigned blocks_of_lane(const PagedAttentionArgs& args) {
+    return count_blocks(args, lane_idx());
+  }
+
+  __device__ __forceinline__ void start(const PagedAttentionArgs& args, unsigned of_first,
+                                        int share_idx) {
     choose_shares(args, of_first);
     share_idx_ = share_idx;
     begin_ = share_idx * share_size_;

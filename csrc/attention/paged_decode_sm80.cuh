@@ -329,25 +329,35 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     paged_decode_kernel(const __grid_constant__ PagedAttentionArgs args) {
   __shared__ PagedDecodeStorage<Config> smem;
   const auto num_row_tiles = static_cast<unsigned>(args.num_row_tiles);
-  const auto find_share = [&] {
+  const auto find_share = [&](unsigned of_first) {
     DecodeSchedule<Config> schedule;
-    schedule.start(args, static_cast<int>(blockIdx.x / num_row_tiles));
+    schedule.start(args, of_first, static_cast<int>(blockIdx.x / num_row_tiles));
     if (threadIdx.x == 0) {
       smem.schedule = schedule;
       smem.row_tile = static_cast<int>(blockIdx.x % num_row_tiles);
     }
   };
   prefetch_tables<Config>(args);
-  const DecodeLengths lengths(args);
+  unsigned of_first = 0;  // as warp 0 counts blocks
   if (args.early_start) {
-    if (threadIdx.x < 32) find_share();
+    if (threadIdx.x < 32) {
+      of_first = DecodeSchedule<Config>::blocks_of_lane(args);
+      find_share(of_first);
+    }
     __syncthreads();
     if (smem.schedule.valid()) prefetch_part<Config>(args, smem.schedule.part());
     __syncthreads();
   }
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
-  if (threadIdx.x < 32 && !(args.early_start && lengths.unchanged(args))) find_share();
+  if (threadIdx.x < 32) {
+    // Nothing but the blocks of 32 tables went into the share that was found: of the same ones it
+    // is the share that all others find, whatever lengths stood there in the meantime. What keys
+    // the blocks hold is looked up for each part.
+    const unsigned blocks = DecodeSchedule<Config>::blocks_of_lane(args);
+    const bool same = __all_sync(~0u, args.num_tables <= 32 && blocks == of_first);
+    if (!args.early_start || !same) find_share(blocks);
+  }
   clear_keyless_tokens<typename Config::Element>(args);  // by the other warps in the meantime
   __syncthreads();
   while (smem.schedule.valid()) {

@@ -38,7 +38,6 @@ struct SequenceLengths {
     next = load(args.cu_seqlens_q + seq_idx + 1);
     keys = load(args.seq_lens + seq_idx * args.stride_seq_lens_seq + table_head);
   }
-  bool operator==(const SequenceLengths&) const = default;
 };
 
 // All keys that some query of a sequence sees: those of the head, which stay visible when the

@@ -213,3 +213,68 @@ def test_a_chain_of_calls_reads_what_the_call_before_wrote() -> None:
     for _ in range(30):
         chained = paged_attention(**args | {"q": chained})[0]
     assert_equal(chained, serial)
+
+
+def call_that_gives(words: Tensor, num_keys: int, device: str = "cuda") -> dict[str, Any]:
+    """Arguments of a call whose result is ``words`` [2, D / 2] int32, bit for bit.
+
+    A KV head's words are the value of key 0. Its weight is 1, that of the other keys is 0.
+    """
+    dim, pages = 2 * words.shape[1], -(-num_keys // 16)
+    k, v = torch.zeros(2, pages, 16, 2, dim, dtype=torch.float16, device=device)
+    k[0, 0] = 8.0
+    v[0, 0] = words.view(torch.float16)
+    ints = {"dtype": torch.int32, "device": device}
+    return {
+        "q": torch.full((1, 2, dim), 8.0, dtype=torch.float16, device=device),
+        "k_cache": k,
+        "v_cache": v,
+        "page_table": torch.arange(pages, **ints)[None],
+        "seq_lens": torch.tensor([num_keys], **ints),
+        "cu_seqlens_q": torch.tensor([0, 1], **ints),
+        "max_seqlen_q": 1,
+        "scale": 1.0,
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED_KV])
+@pytest.mark.parametrize("num_keys_ahead", [700, 30000])
+def test_lengths_and_pages_that_the_call_ahead_writes(
+    num_keys_ahead: int, kv_dtype: str | None
+) -> None:
+    """A call may start before the one ahead has finished, but must not go by what it finds then.
+
+    The one ahead writes in its last moment, over what it wrote in the replay before: lengths within
+    a block of 64 keys, past it, or none, and another table. Or all stays as it was.
+    """
+    case = lengths_case(*[1024] * 4, head_dim=128, kv_dtype=kv_dtype)
+    args = named(case, "cuda")
+    pages = args["page_table"][:, :64].flatten().cpu()  # without what lies past the end
+    words = []
+    for keys, seed in (
+        (1000, 0),
+        (1001, 0),
+        (1024, 0),
+        (1024, 1),
+        (65, 1),
+        (3, 1),
+        (0, 2),
+        (960, 3),
+    ):
+        lengths = torch.tensor([keys, min(keys, 200), keys // 64 * 64, 0], dtype=torch.int32)
+        order = torch.randperm(len(pages), generator=torch.Generator().manual_seed(seed))
+        words.append(torch.stack([lengths.repeat(16), pages[order[:64]]]).cuda())
+    ahead = call_that_gives(words[0], num_keys_ahead)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = paged_attention(**ahead)[0].view(torch.int32)[0]
+        changing = {"seq_lens": written[0, :4], "page_table": written[1].expand(4, -1)}
+        results = paged_attention(**args | changing)
+    for wanted in (*words, words[-1], *reversed(words)):
+        ahead["v_cache"][0, 0] = wanted.view(torch.float16)
+        graph.replay()
+        assert_equal(written, wanted)
+        fixed = {name: value.clone() for name, value in changing.items()}
+        assert_same_bits(results, paged_attention(**args | fixed))
+        assert_right(results, args | fixed)
