@@ -16,14 +16,13 @@ from ..hostile import MAX_DRAWN, normal
 from .int4_gemm import MODEL_SHAPES
 
 
-def random_codes(n: int, k: int, seed: int) -> Tensor:
-    """Every e4m3 but NaN, float8_e4m3fn [n, k]; repeated as `hostile.normal` does."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = min(n * k, MAX_DRAWN)
-    magnitudes = torch.randint(0, 127, (drawn,), generator=generator, dtype=torch.uint8)
-    signs = torch.randint(0, 2, (drawn,), generator=generator, dtype=torch.uint8)
-    codes = (magnitudes | signs << 7).repeat(-(-n * k // max(drawn, 1)))[: n * k]
-    return codes.view(torch.float8_e4m3fn).view(n, k)
+def random_codes(n: int, k: int, seed: int, device: str | torch.device = "cpu") -> Tensor:
+    """Every e4m3 but NaN, float8_e4m3fn [n, k]."""
+    generator = torch.Generator(device).manual_seed(seed)
+    kinds = {"generator": generator, "dtype": torch.uint8, "device": device}
+    magnitudes = torch.randint(0, 127, (n, k), **kinds)
+    signs = torch.randint(0, 2, (n, k), **kinds)
+    return (magnitudes | signs << 7).view(torch.float8_e4m3fn)
 
 
 def random_scales(n: int, k: int, per: str, dtype: torch.dtype, seed: int) -> Tensor:
@@ -75,9 +74,9 @@ class Fp8GemmCase(Case):
             x, x_scales = fp8_quantize_ref(x, group_size=group_size)
             x_scales = x_scales.T.contiguous().T.to(self.scales_dtype)
         else:
-            x = random_codes(self.m, self.k, seed)
+            x = random_codes(self.m, self.k, seed, device)
             x_scales = random_scales(self.m, self.k, self.x_per, self.scales_dtype, seed + 1)
-        weight = random_codes(self.n, self.k, seed + 2)
+        weight = random_codes(self.n, self.k, seed + 2, device)
         w_scales = random_scales(self.n, self.k, self.w_per, self.scales_dtype, seed + 3)
         bias = normal(self.n, dtype=torch.bfloat16, seed=seed + 4) if self.bias else None
         tensors = (x, x_scales, weight, w_scales, bias)

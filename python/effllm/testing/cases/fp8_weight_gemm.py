@@ -39,7 +39,7 @@ class Fp8WeightGemmCase(Case):
 
     def make(self, device: str | torch.device, seed: int = 0) -> tuple[Args, Kwargs]:
         x = normal(self.m, self.k, dtype=self.dtype, seed=seed)
-        weight = random_codes(self.n, self.k, seed + 1)
+        weight = random_codes(self.n, self.k, seed + 1, device)
         w_scales = random_scales(self.n, self.k, self.per, self.scales_dtype, seed + 2)
         bias = normal(self.n, dtype=self.dtype, seed=seed + 3) if self.bias else None
         tensors = (x, weight, w_scales, bias)
