@@ -20,7 +20,7 @@ bool is_aligned(const void* pointer) {
 // Nanoseconds that a GEMM takes by a model, fitted to the times of all plans for 13 layers of
 // Llamas and DeepSeek-V3 and up to 4096 tokens on an H100: what every launch, tile and reduction
 // costs, and stages of K at the rate at which a multiprocessor multiplies or loads them. Its
-// choices were 1.3 % slower than the best plans, the worst one 13 %.
+// choices were 1.7 % slower than the best plans, the worst one, at N = 576, 40 %.
 class TimeModel {
  public:
   TimeModel(const Fp8GemmParams& params, const Fp8GemmShape& shape, Fp8Summation summation,
@@ -49,7 +49,7 @@ class TimeModel {
     if (cut.slices == 1) return rest == 0 ? time : time + whole_time(rest * tile_.neighbours);
     const int cluster = cut.slices * tile_.neighbours;
     for (const int64_t clusters = pieces / cut.slices; rest > 0; rest -= clusters) {
-      time += kReduce + kReduceValue * tile_.rows() * tile_.cols;
+      time += kReduce + kReduceSlice * cut.slices + kReduceValue * tile_.rows() * tile_.cols;
       time += static_cast<double>(ceil_div<int64_t>(k_tiles_, cut.slices)) *
               stage_time(std::min(rest, clusters) * cluster, cluster);
     }
@@ -57,12 +57,12 @@ class TimeModel {
   }
 
  private:
-  static constexpr double kStart = 4300, kEarlyStart = 2200, kTile = 1150, kReduce = 1300,
-                          kReduceValue = 0.036, kStageBytesPerNanosecond = 87;
+  static constexpr double kStart = 4300, kEarlyStart = 4600, kTile = 1500, kReduce = 2150,
+                          kReduceSlice = 250, kReduceValue = 0.123, kStageBytesPerNanosecond = 92;
 
   // Large clusters are put on few multiprocessors, even where others are idle.
   double stage_time(int64_t busy, int cluster) const {
-    const bool crowded = cluster >= 4 && busy * 8 > int64_t{num_sms_} * 7;
+    const bool crowded = cluster >= 4 && busy * 11 > int64_t{num_sms_} * 8;
     const auto per_sm =
         static_cast<double>(std::max<int64_t>(ceil_div<int64_t>(busy, num_sms_), crowded ? 2 : 1));
     const double bytes = (tile_.cols + tile_.rows()) * 128;
@@ -92,10 +92,9 @@ Fp8GemmPlan plan_fp8_gemm(const Fp8GemmParams& params, Fp8Summation summation, i
     if (!splits && params.out_dtype == DType::kFloat32) continue;
     const TimeModel model(params, shape, summation, num_sms);
     if (model.has_idle_neighbours()) continue;
-    for (int slices = 1;
-         slices * shape.tile.neighbours <= (splits ? kMaxClusterCtas : shape.tile.neighbours) &&
-         slices <= model.k_tiles();
-         ++slices) {
+    for (const int slices : {1, 2, 3, 4, 6, 8}) {
+      if (slices > model.k_tiles() || (slices > 1 && !splits)) break;
+      if (slices * shape.tile.neighbours > kMaxClusterCtas) break;
       const int cluster = slices * shape.tile.neighbours;
       // Whole tiles leave room for the CTAs of the next kernel.
       const int clusters = std::min(residency[index][static_cast<size_t>(slices - 1)],
