@@ -34,8 +34,14 @@ class TimeModel {
 
   int64_t k_tiles() const { return k_tiles_; }
 
-  // A neighbour all of whose rows are beyond the matrix would make TMA slow for the others, too.
-  bool has_idle_neighbours() const { return row_tiles_ % tile_.neighbours != 0; }
+  // What it was fitted to: tiles neither half empty nor, for few tokens each, many; and no
+  // neighbour all of whose rows are beyond the matrix, which makes TMA slow for the others, too.
+  bool applies_to(int64_t m) const {
+    const int tokens = tile_.tokens();
+    return tokens <= std::max<int64_t>(16, 2 * m) &&
+           (tokens > 64 || m <= (tokens == 64 ? 512 : tokens)) &&
+           row_tiles_ % tile_.neighbours == 0;
+  }
 
   double operator()(const SsGemmPlan& cut) const {
     const int64_t tiles = row_tiles_ / tile_.neighbours * col_tiles_;
@@ -91,7 +97,7 @@ Fp8GemmPlan plan_fp8_gemm(const Fp8GemmParams& params, Fp8Summation summation, i
     const bool splits = shape.tile.splits();
     if (!splits && params.out_dtype == DType::kFloat32) continue;
     const TimeModel model(params, shape, summation, num_sms);
-    if (model.has_idle_neighbours()) continue;
+    if (!model.applies_to(params.m)) continue;
     for (const int slices : {1, 2, 3, 4, 6, 8}) {
       if (slices > model.k_tiles() || (slices > 1 && !splits)) break;
       if (slices * shape.tile.neighbours > kMaxClusterCtas) break;

@@ -73,10 +73,12 @@ class Fp8GemmCase(Case):
             group_size = 128 if self.x_per == "group" else None
             x = normal(self.m, self.k, seed=seed, device=device)
             x, x_scales = fp8_quantize_ref(x, group_size=group_size)
-            # In memory as fp8_quantize has them, each group's for all rows from a multiple of four.
-            memory = x_scales.new_zeros(x_scales.shape[1], -(-self.m // 4) * 4)
-            memory[:, : self.m] = x_scales.T
-            x_scales = memory.to(self.scales_dtype)[:, : self.m].T
+            x_scales = x_scales.to(self.scales_dtype)
+            if self.x_per == "group":
+                # As fp8_quantize has them: each group's for all rows from a multiple of four.
+                memory = x_scales.new_zeros(x_scales.shape[1], -(-self.m // 4) * 4)
+                memory[:, : self.m] = x_scales.T
+                x_scales = memory[:, : self.m].T
         else:
             x = random_codes(self.m, self.k, seed, device)
             x_scales = random_scales(self.m, self.k, self.x_per, self.scales_dtype, seed + 1)
