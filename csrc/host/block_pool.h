@@ -19,10 +19,11 @@
 #include <unordered_map>
 #include <vector>
 
+#include "token.h"
+
 namespace effllm {
 
 using PageId = int32_t;
-using Token = int64_t;
 
 // Fewer pages are free than were asked for.
 struct OutOfPages : std::runtime_error {

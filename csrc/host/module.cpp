@@ -3,14 +3,18 @@
 #include <pybind11/stl.h>
 
 #include "block_pool.h"
+#include "token_tree.h"
 
 namespace py = pybind11;
 using effllm::BlockPool;
+using effllm::NodeId;
 using effllm::OutOfPages;
 using effllm::PageId;
 using effllm::Token;
+using effllm::TokenTree;
 using Pages = std::vector<PageId>;
 using Tokens = std::vector<Token>;
+using Nodes = std::vector<NodeId>;
 
 namespace {
 
@@ -59,6 +63,45 @@ void bind_block_pool(py::module_& module) {
       .def("reset", &BlockPool::reset);
 }
 
+void bind_token_tree(py::module_& module) {
+  py::class_<TokenTree>(module, "TokenTree")
+      .def(py::init([](const Tokens& tokens, const Nodes& parents) {
+             return TokenTree(tokens, parents);
+           }),
+           py::arg("tokens"), py::arg("parents"))
+      .def_static(
+          "chain", [](const Tokens& tokens) { return TokenTree::chain(tokens); }, py::arg("tokens"))
+      .def_static("from_choices", &TokenTree::from_choices, py::arg("root"), py::arg("choices"),
+                  py::arg("candidates"))
+      .def_static("best_first", &TokenTree::best_first, py::arg("root"), py::arg("candidates"),
+                  py::arg("probs"), py::arg("max_nodes") = TokenTree::kMaxNodes)
+      .def_static(
+          "most_likely",
+          [](const Tokens& tokens, const Nodes& parents, const std::vector<double>& probs,
+             int64_t max_nodes) {
+            return TokenTree::most_likely(tokens, parents, probs, max_nodes);
+          },
+          py::arg("tokens"), py::arg("parents"), py::arg("probs"),
+          py::arg("max_nodes") = TokenTree::kMaxNodes)
+      .def_static(
+          "prompt_lookup",
+          [](const Tokens& context, int64_t max_ngram, int64_t max_draft, int64_t max_nodes) {
+            return TokenTree::prompt_lookup(context, max_ngram, max_draft, max_nodes);
+          },
+          py::arg("context"), py::arg("max_ngram"), py::arg("max_draft"),
+          py::arg("max_nodes") = TokenTree::kMaxNodes)
+      .def("__len__", &TokenTree::num_nodes)
+      .def_property_readonly("tokens", &TokenTree::tokens)
+      .def_property_readonly("parents", &TokenTree::parents)
+      .def_property_readonly("depths", &TokenTree::depths)
+      .def_property_readonly("first_child", &TokenTree::first_child)
+      .def_property_readonly("next_sibling", &TokenTree::next_sibling)
+      .def_property_readonly("mask_bits", &TokenTree::mask_bits);
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_host, module) { bind_block_pool(module); }
+PYBIND11_MODULE(_host, module) {
+  bind_block_pool(module);
+  bind_token_tree(module);
+}
