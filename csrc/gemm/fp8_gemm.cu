@@ -34,15 +34,16 @@ Tensor fp8_gemm_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weig
   params.out = out.mutable_data_ptr();
 
   const cudaStream_t stream = current_cuda_stream(x);
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, x.get_device_index(), kOp) == 9) {
-    Fp8GemmParams wgmma_params = params;
+  const int device = x.get_device_index();
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp) == 9 &&
+      takes_fp8_gemm_sm90(params, accurate)) {
     Tensor scales = x_scale_rows;  // kept until the kernel is on its stream
-    if (params.grouped() && !(params.x_scales.grouped && fp8_gemm_takes_scales(params.x_scales))) {
+    if (params.grouped() && !takes_fp8_group_scales_sm90(params.x_scales)) {
       scales = scales_by_group(x_scale_rows, params.m, params.k);
-      wgmma_params.x_scales = {
-          scales.const_data_ptr(), DType::kFloat32, 1, scales.stride(1), 0, true};
+      params.x_scales = {scales.const_data_ptr(), DType::kFloat32, 1, scales.stride(1), 0, true};
     }
-    if (launch_fp8_gemm_sm90(wgmma_params, accurate, x.get_device_index(), stream)) return out;
+    launch_fp8_gemm_sm90(params, accurate, device, stream);
+    return out;
   }
   dispatch_float(params.out_dtype, [&](auto element) {
     launch_strip_gemm_sm80<Fp8Operands<float8_e4m3, decltype(element)>>(kOp, params, stream);

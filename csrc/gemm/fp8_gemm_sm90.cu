@@ -82,8 +82,17 @@ class TimeModel {
 
 }  // namespace
 
-bool fp8_gemm_takes_scales(const Fp8Scales& scales) {
-  return scales.dtype == DType::kFloat32 && scales.stride_row == 1 &&
+bool takes_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate) {
+  const bool is_float = params.out_dtype == DType::kFloat32;
+  if (is_float && accurate) return false;
+  const int64_t out_row = params.n * (is_float ? 4 : 2);
+  return params.k > 0 && params.k % kAlignment == 0 && is_aligned(params.x) &&
+         params.stride_weight_n % kAlignment == 0 && is_aligned(params.weight) &&
+         out_row % kAlignment == 0 && is_aligned(params.out);
+}
+
+bool takes_fp8_group_scales_sm90(const Fp8Scales& scales) {
+  return scales.grouped && scales.dtype == DType::kFloat32 && scales.stride_row == 1 &&
          scales.stride_group % (kAlignment / 4) == 0 && is_aligned(scales.data);
 }
 
@@ -114,18 +123,8 @@ Fp8GemmPlan plan_fp8_gemm(const Fp8GemmParams& params, Fp8Summation summation, i
   return best;
 }
 
-bool launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device,
+void launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device,
                           cudaStream_t stream) {
-  // fp32 results are more accurate than what the tensor cores keep of 128 products.
-  const bool is_float = params.out_dtype == DType::kFloat32;
-  if (is_float && accurate) return false;
-  const int64_t out_row = params.n * (is_float ? 4 : 2);
-  if (params.k == 0 || params.k % kAlignment != 0 || !is_aligned(params.x) ||
-      params.stride_weight_n % kAlignment != 0 || !is_aligned(params.weight) ||
-      out_row % kAlignment != 0 || !is_aligned(params.out)) {
-    return false;
-  }
-  if (params.grouped() && !fp8_gemm_takes_scales(params.x_scales)) return false;
   const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device, "fp8_gemm");
   const auto run = [&](Fp8Summation summation, auto& known, auto residency, auto launch) {
     const Fp8GemmResidency resident = known.get(device, residency);
@@ -142,7 +141,6 @@ bool launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device
     run(Fp8Summation::kTensorCore, known, fp8_gemm_residency_tensor_core,
         launch_fp8_gemm_tensor_core);
   }
-  return true;
 }
 
 }  // namespace effllm

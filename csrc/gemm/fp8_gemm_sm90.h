@@ -14,14 +14,18 @@
 
 namespace effllm {
 
-// Launches a kernel if it takes these arguments. Not taken: rows of x, W or out that TMA cannot
-// read or write; scales of groups of x but as fp8_gemm_takes_scales says.
-bool launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device,
-                          cudaStream_t stream);
+// Whether there is a kernel for these arguments, but for the scales of x. Not taken: rows of x, W
+// or out that TMA cannot read or write; float32 results, if they shall be more accurate than what
+// the tensor cores keep of 128 products.
+bool takes_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate);
 
-// Sums that are scaled group by group read the scales of x by TMA: float32, [groups, M] in memory,
-// every group 16-byte aligned.
-bool fp8_gemm_takes_scales(const Fp8Scales& scales);
+// Whether sums that are scaled group by group can read these scales of x, by TMA: float32,
+// [groups, M] in memory, every group 16-byte aligned.
+bool takes_fp8_group_scales_sm90(const Fp8Scales& scales);
+
+// Of arguments that both have been asked about.
+void launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device,
+                          cudaStream_t stream);
 
 // How sums of 128 columns come together: in the tensor core, in fp32, in fp32 after scaling.
 enum class Fp8Summation { kTensorCore, kPlain, kScaled };

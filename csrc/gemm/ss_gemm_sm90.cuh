@@ -16,8 +16,7 @@
 //   stage of the ring, 128 bytes of K:  [ B: kCols rows | A: kRows rows ]   128-byte swizzle
 //
 //   warp 8            one lane fills the ring by TMA: its CTA's part of A, and its share of B,
-//   which
-//                     TMA writes into all neighbours
+//                     which TMA writes into all neighbours
 //   warpgroups 0, 1   wgmma, one stage of products on their way while the next is awaited
 //
 // A stage is filled again when the math warps of all CTAs that it was written to have released it.
@@ -77,7 +76,6 @@ struct SsGemm {
   static constexpr int kOutCols = kShape.out_cols;
   static constexpr bool kTokenRows = kShape.token_rows;
   static constexpr int kTokens = kShape.tokens();
-  static constexpr int kFeatures = kShape.features();
   static constexpr int kRowBytes = 128;  // of a stage
   static constexpr int kTileK = kRowBytes / sizeof(InT);
   static constexpr int kStrips = kMathGroups * kRowBlocks;
@@ -117,9 +115,9 @@ template <class C>
 struct SsGemmShared {
   uint8_t* base;  // 1024-byte aligned, as the swizzle wants it
   uint64_t *full, *empty;
-  int neighbour,
-      first_rank;  // this CTA's place among its neighbours, the first one's in the cluster
-  int group;       // of math warps
+  int neighbour;   // this CTA's place among them
+  int first_rank;  // of the neighbours, in the cluster
+  int group;       // of this math warp
 
   __device__ __forceinline__ uint8_t* b(int stage) const { return base + stage * C::kStageBytes; }
   __device__ __forceinline__ uint8_t* a(int stage) const { return b(stage) + C::kBBytes; }
@@ -203,8 +201,8 @@ class StageReader {
     if constexpr (C::kNeighbours == 1) {
       if (lane == 0) ptx::mbarrier_arrive(empty_ + 8 * stage);
     } else {
-      if (lane < C::kNeighbours)
-        ptx::mbarrier_arrive_cluster(empty_ + 8 * stage, first_rank_ + lane);
+      const int rank = first_rank_ + lane;
+      if (lane < C::kNeighbours) ptx::mbarrier_arrive_cluster(empty_ + 8 * stage, rank);
     }
   }
 
@@ -368,8 +366,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   if constexpr (C::kNeighbours > 1) ptx::cluster_sync();
 }
 
-// `weight`: [N, K] with rows `stride_weight_n` elements apart; x and out contiguous. float32 goes
-// out of tiles that may be split.
+// `weight`: [N, K] with rows `stride_weight_n` elements apart; x and out contiguous. Only tiles
+// that may be split can go out in float32. Of each CTA's first weights, `prefetch_bytes` are asked
+// for early.
 template <class C>
 void launch_ss_gemm(const char* op, const typename C::Op::Params& params, DType out_dtype,
                     SsGemmPlan plan, int prefetch_bytes, cudaStream_t stream) {
