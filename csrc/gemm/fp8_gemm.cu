@@ -38,7 +38,7 @@ Tensor fp8_gemm_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& weig
   if (device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp) == 9 &&
       takes_fp8_gemm_sm90(params, accurate)) {
     Tensor scales = x_scale_rows;  // kept until the kernel is on its stream
-    if (params.grouped() && !takes_fp8_group_scales_sm90(params.x_scales)) {
+    if (params.grouped() && !takes_fp8_group_scales_sm90(params.x_scales, params.m)) {
       scales = scales_by_group(x_scale_rows, params.m, params.k);
       params.x_scales = {scales.const_data_ptr(), DType::kFloat32, 1, scales.stride(1), 0, true};
     }

@@ -91,8 +91,8 @@ bool takes_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate) {
          out_row % kAlignment == 0 && is_aligned(params.out);
 }
 
-bool takes_fp8_group_scales_sm90(const Fp8Scales& scales) {
-  return scales.grouped && scales.dtype == DType::kFloat32 && scales.stride_row == 1 &&
+bool takes_fp8_group_scales_sm90(const Fp8Scales& scales, int64_t m) {
+  return scales.grouped && scales.dtype == DType::kFloat32 && (m == 1 || scales.stride_row == 1) &&
          scales.stride_group % (kAlignment / 4) == 0 && is_aligned(scales.data);
 }
 

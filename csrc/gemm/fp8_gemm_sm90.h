@@ -20,8 +20,8 @@ namespace effllm {
 bool takes_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate);
 
 // Whether sums that are scaled group by group can read these scales of x, by TMA: float32,
-// [groups, M] in memory, every group 16-byte aligned.
-bool takes_fp8_group_scales_sm90(const Fp8Scales& scales);
+// [groups, M] in memory, every group 16-byte aligned. A single row has no stride that matters.
+bool takes_fp8_group_scales_sm90(const Fp8Scales& scales, int64_t m);
 
 // Of arguments that both have been asked about.
 void launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device,
