@@ -27,7 +27,7 @@ inline constexpr int kPieceLanes = 128;  // of a block that takes a piece of a g
 inline constexpr int kPieceSlots = 2;
 inline constexpr int kPieceColumns = kPieceLanes * kPieceSlots * kOctet;
 
-// Two floats, rounded, in a word.
+// Two floats, rounded, in a word: ptx::pack_pair in intrinsics, which tests of the kernels emulate.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
   if constexpr (std::is_same_v<T, bfloat16>) {
