@@ -39,7 +39,7 @@ std::vector<Piece> share_out(const PagedAttentionArgs& args) {
   for (int share = 0; share < args.num_shares; ++share) {
     warp::run([&] {
       effllm::DecodeSchedule<Config> schedule;
-      schedule.start(args, share);
+      schedule.start(args, schedule.blocks_of_lane(args), share);
       for (; schedule.valid(); schedule.advance(args)) {
         const DecodePart& part = schedule.part();
         if (threadIdx.x == 0 && part.begin < part.end) pieces.push_back({share, part});
