@@ -1,3 +1,4 @@
+#include "common/dispatch.h"
 #include "common/torch.h"
 #include "gemm/fp8_gemm_sm80.cuh"
 #include "gemm/fp8_weight_gemm.h"
@@ -19,11 +20,10 @@ Tensor fp8_weight_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor&
   params.out = out.mutable_data_ptr();
 
   const cudaStream_t stream = current_cuda_stream(x);
-  if (params.dtype == DType::kFloat16) {
-    launch_strip_gemm_sm80<Fp8Operands<float16, float16>>(kOp, params, stream);
-  } else {
-    launch_strip_gemm_sm80<Fp8Operands<bfloat16, bfloat16>>(kOp, params, stream);
-  }
+  dispatch_16bit(params.dtype, [&](auto element) {
+    using T = decltype(element);
+    launch_strip_gemm_sm80<Fp8Operands<T, T>>(kOp, params, stream);
+  });
   return out;
 }
 

@@ -2,10 +2,9 @@
 #include <optional>
 #include <tuple>
 
-#include "common/dispatch.h"
 #include "common/torch.h"
-#include "cuda/launch.h"
 #include "quant/fp8_quantize.cuh"
+#include "quant/fp8_rows_launch.cuh"
 
 namespace effllm {
 namespace {
@@ -13,17 +12,10 @@ namespace {
 constexpr const char* kOp = "fp8_quantize";
 
 void launch(const Fp8QuantizeParams& params, cudaStream_t stream) {
-  const Fp8Rows& rows = params.rows;
   const RowsLaunch grid = fp8_quantize_launch(params);
-  if (grid.blocks == 0) return;
-  check_rows_launch(kOp, rows, grid);
-  const Launch launch{kOp, dim3(static_cast<unsigned>(grid.blocks)),
-                      dim3(static_cast<unsigned>(grid.threads)), 0, stream};
-  dispatch_float(rows.dtype, [&](auto element) {
-    using T = decltype(element);
-    dispatch_slots<T>(grid.slots, [&](auto slots) {
-      launch(fp8_quantize_kernel<T, slots()>, Fp8QuantizeKernelParams{params, grid.pieces});
-    });
+  launch_rows(kOp, params.rows, grid, stream, [&](const Launch& launch, auto element, auto slots) {
+    launch(fp8_quantize_kernel<decltype(element), slots()>,
+           Fp8QuantizeKernelParams{params, grid.pieces});
   });
 }
 

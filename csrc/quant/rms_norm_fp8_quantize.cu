@@ -2,9 +2,8 @@
 #include <optional>
 #include <tuple>
 
-#include "common/dispatch.h"
 #include "common/torch.h"
-#include "cuda/launch.h"
+#include "quant/fp8_rows_launch.cuh"
 #include "quant/rms_norm_fp8_quantize.cuh"
 
 namespace effllm {
@@ -13,17 +12,9 @@ namespace {
 constexpr const char* kOp = "rms_norm_fp8_quantize";
 
 void launch(const RmsNormParams& params, cudaStream_t stream) {
-  const Fp8Rows& rows = params.rows;
   const RowsLaunch grid = rms_norm_launch(params);
-  if (grid.blocks == 0) return;
-  check_rows_launch(kOp, rows, grid);
-  const Launch launch{kOp, dim3(static_cast<unsigned>(grid.blocks)),
-                      dim3(static_cast<unsigned>(grid.threads)), 0, stream};
-  dispatch_float(rows.dtype, [&](auto element) {
-    using T = decltype(element);
-    dispatch_slots<T>(grid.slots, [&](auto slots) {
-      launch(rms_norm_fp8_quantize_kernel<T, slots(), false>, params);
-    });
+  launch_rows(kOp, params.rows, grid, stream, [&](const Launch& launch, auto element, auto slots) {
+    launch(rms_norm_fp8_quantize_kernel<decltype(element), slots(), false>, params);
   });
 }
 
