@@ -76,8 +76,8 @@ struct DenseGemmTile {
 
 inline constexpr int kDenseGemmCluster = 2;
 inline constexpr std::array<DenseGemmTile, 2> kDenseGemmTiles{{
-    {256, 128, 4, 750},
-    {128, 128, 6, 500},
+    {256, 128, 3, 750},
+    {128, 128, 5, 500},
 }};
 
 // `clusters`: that run at the same time.

@@ -23,7 +23,7 @@ struct DenseGemm {
 };
 
 constexpr SsGemmShape shape_of(const DenseGemmTile& tile) {
-  return {tile.tokens, tile.rows / 128, tile.stages, 1, kDenseGemmCluster, 128, false};
+  return {tile.tokens, tile.rows / 128, tile.stages, 1, kDenseGemmCluster, tile.tokens, false};
 }
 
 template <class InT, size_t kIndex>

@@ -13,9 +13,9 @@
 //
 // Scales apply to sums of exact products, of 128 columns where there are groups or blocks, else of
 // all. Sums are fp32; on Hopper its tensor cores, which keep some 14 bits, add up to 128 columns of
-// them, or all that are scaled together where the caller does not ask for accuracy, but none where
-// `out` is fp32 and he does. NaN codes are NaN; a scale that is NaN or infinite reaches the outputs
-// that it is for.
+// them, 512 where `out` is bf16, or all that are scaled together where the caller does not ask for
+// accuracy, but none where `out` is fp32 and he does. NaN codes are NaN; a scale that is NaN or
+// infinite reaches the outputs that it is for.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// fp8_gemm whose sums of 128 columns are added in fp32: its kernels (fp8_gemm_sm90.cuh).
+// fp8_gemm whose sums of 128 or 512 columns are added in fp32: its kernels (fp8_gemm_sm90.cuh).
 #include "gemm/fp8_gemm_sm90.cuh"
 
 namespace effllm {

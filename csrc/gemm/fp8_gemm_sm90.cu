@@ -17,10 +17,10 @@ bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
 }
 
-// Nanoseconds that a GEMM takes by a model, fitted to the times of all plans for 13 layers of
-// Llamas and DeepSeek-V3 and up to 4096 tokens on an H100: what every launch, tile and reduction
-// costs, and stages of K at the rate at which a multiprocessor multiplies or loads them. Its
-// choices were 1.7 % slower than the best plans, the worst one, at N = 576, 40 %.
+// Nanoseconds that a GEMM takes by a model, but for what all take: tiles and reductions, and stages
+// of K at the rate at which a multiprocessor multiplies or loads them. Fitted to the choice between
+// all plans for 12 layers of Llamas and DeepSeek-V3 and up to 4096 tokens on an H100 80GB HBM3: its
+// choices were 0.5 % slower than the best plans, the worst one 16 %.
 class TimeModel {
  public:
   TimeModel(const Fp8GemmParams& params, const Fp8GemmShape& shape, Fp8Summation summation,
@@ -49,7 +49,7 @@ class TimeModel {
     const auto whole_time = [&](int64_t busy) {
       return kTile + static_cast<double>(k_tiles_) * stage_time(busy, tile_.neighbours);
     };
-    double time = tile_.ctas_per_sm > 1 ? kEarlyStart : kStart;
+    double time = (tile_.ctas_per_sm > 1 ? kShared : 0) + (tile_.neighbours > 1 ? kNeighbours : 0);
     time += static_cast<double>(tiles / pieces) * whole_time(pieces * tile_.neighbours);
     int64_t rest = tiles % pieces;
     if (cut.slices == 1) return rest == 0 ? time : time + whole_time(rest * tile_.neighbours);
@@ -63,8 +63,8 @@ class TimeModel {
   }
 
  private:
-  static constexpr double kStart = 4300, kEarlyStart = 4600, kTile = 1500, kReduce = 2150,
-                          kReduceSlice = 250, kReduceValue = 0.123, kStageBytesPerNanosecond = 92;
+  static constexpr double kShared = 2100, kNeighbours = 3800, kTile = 860, kReduce = 960,
+                          kReduceSlice = 350, kReduceValue = 0.212, kStageBytesPerNanosecond = 67;
 
   // Large clusters are put on few multiprocessors, even where others are idle.
   double stage_time(int64_t busy, int cluster) const {

@@ -1,8 +1,9 @@
 // fp8_gemm on wgmma: e4m3 operands for the kernel of ss_gemm_sm90.cuh, where what bounds it is
 // said.
 //
-// The tensor cores keep some 14 bits of a sum of e4m3 products. So what they add up of 128 columns
-// is added in fp32 by the CUDA cores, scaled first where there are scales of groups or blocks:
+// The tensor cores keep some 14 bits of a sum of e4m3 products. So what they add up of 128 columns,
+// or of 512 for a bf16 output, which keeps 8, is added in fp32 by the CUDA cores, scaled first
+// where there are scales of groups or blocks:
 //
 //   K ->        [ 128 columns ][ 128 columns ][ 128 columns ] ...     a stage of the ring each
 //                 wgmma          wgmma
@@ -30,12 +31,19 @@ struct Fp8WgmmaParams : Fp8GemmParams {
   CUtensorMap x_scales_map;  // where sums are scaled group by group
 };
 
-// Sums of 128 columns as they are.
+// Sums as they are: of 128 columns, or of 512 where what the tensor core loses over them is little
+// beside the rounding to bf16.
 template <class C>
-struct Fp8Sums {
+class Fp8Sums {
+ public:
   static constexpr int kStageBytes = 0;
 
-  __device__ __forceinline__ Fp8Sums(const Fp8WgmmaParams&, const TileSchedule::Work&) {}
+  __device__ __forceinline__ Fp8Sums(const Fp8WgmmaParams& params, const TileSchedule::Work&)
+      : stages_(params.out_dtype == DType::kBFloat16 ? kBFloat16Stages : 1) {}
+
+  // Of which the tensor core may add up the products.
+  __device__ __forceinline__ int stages() const { return stages_; }
+
   __device__ __forceinline__ void enter(int) {}
   __device__ __forceinline__ void load(const uint8_t*, int) {}
 
@@ -45,6 +53,10 @@ struct Fp8Sums {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] += partial[i];
   }
+
+ private:
+  static constexpr int kBFloat16Stages = 4;
+  const int stages_;
 };
 
 // Sums of 128 columns times their scales: those of the tile's tokens, and one of the weight. A
@@ -197,9 +209,8 @@ template <Fp8Summation kSummation, size_t kShape>
 void launch_fp8_tile_gemm(const Fp8GemmParams& params, SsGemmPlan cut, cudaStream_t stream) {
   if constexpr (kHasFp8TileGemm<kSummation, kShape>) {
     using C = Fp8TileGemm<kSummation, kShape>;
-    // A multiprocessor's share of L2 for what its first CTA will need, and can wait for beside the
-    // kernel ahead.
-    constexpr int kPrefetchBytes = C::kCtasPerSm > 1 ? 128 * 1024 : 0;
+    // What CTAs need first, and can ask for beside the kernel ahead.
+    constexpr int kPrefetchBytes = (C::kCtasPerSm > 1 ? 128 : 64) * 1024;
     Fp8WgmmaParams wgmma_params{params, {}};
     if constexpr (kSummation == Fp8Summation::kScaled) {
       const TensorMapBox box{fp8_scales_box(C::kTokens), 1, false};

@@ -27,27 +27,29 @@ bool takes_fp8_group_scales_sm90(const Fp8Scales& scales, int64_t m);
 void launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device,
                           cudaStream_t stream);
 
-// How sums of 128 columns come together: in the tensor core, in fp32, in fp32 after scaling.
+// Where sums of 128 columns, or of 512, come together: in the tensor core, in fp32, in fp32 after
+// scaling.
 enum class Fp8Summation { kTensorCore, kPlain, kScaled };
 
-// Nanoseconds of a stage of K on an H100, of each summation, as the model of fp8_gemm_sm90.cu has
-// them; 0 where the shape is not compiled.
+// Nanoseconds in which a stage of K is multiplied on an H100, for each summation, as the model of
+// fp8_gemm_sm90.cu has them; 0 where the shape is not compiled.
 struct Fp8GemmShape {
   SsGemmShape tile;
   std::array<int, 3> stage_time;
 };
 
-inline constexpr std::array<Fp8GemmShape, 10> kFp8GemmShapes{{
+inline constexpr std::array<Fp8GemmShape, 11> kFp8GemmShapes{{
     {{16, 1, 5, 2, 1, 16, false}, {0, 117, 137}},
     {{32, 1, 5, 2, 1, 32, false}, {0, 120, 208}},
-    {{64, 1, 4, 2, 1, 32, false}, {0, 155, 338}},
-    {{128, 1, 6, 1, 1, 64, false}, {251, 345, 388}},
-    {{128, 1, 6, 1, 2, 64, false}, {346, 421, 0}},
-    {{128, 2, 4, 1, 2, 32, false}, {0, 667, 0}},
-    {{256, 1, 4, 1, 2, 64, false}, {612, 0, 0}},
-    {{128, 1, 6, 1, 1, 64, true}, {0, 0, 314}},
-    {{128, 2, 4, 1, 1, 64, true}, {0, 887, 687}},
-    {{128, 2, 4, 1, 2, 64, true}, {0, 0, 599}},
+    {{64, 1, 4, 2, 1, 32, false}, {0, 155, 330}},
+    {{128, 1, 5, 1, 1, 128, false}, {281, 320, 618}},
+    {{128, 1, 5, 1, 2, 128, false}, {0, 320, 0}},
+    {{128, 2, 3, 1, 1, 128, false}, {0, 0, 997}},
+    {{128, 2, 3, 1, 2, 128, false}, {0, 810, 0}},
+    {{256, 1, 3, 1, 2, 256, false}, {720, 0, 0}},
+    {{128, 1, 5, 1, 1, 128, true}, {0, 0, 400}},
+    {{128, 2, 3, 1, 2, 128, true}, {0, 0, 735}},
+    {{192, 1, 4, 1, 2, 192, true}, {0, 560, 0}},
 }};
 
 // TMA writes boxes to multiples of 128 bytes: of so many scales of tokens, at least.

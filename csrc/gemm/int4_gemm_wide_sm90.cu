@@ -69,7 +69,7 @@ struct Config {
   static constexpr int kOutBytes = kStrips * kOutStripBytes;
   static constexpr int kGroupBytes = kRows * static_cast<int>(sizeof(uint2));
   static constexpr int kSmemBytes = 1024 + kRingBytes + kOutBytes + kStages * kGroupBytes;
-  static_assert(split_sums_bytes(kTokens, kRows) <= kRingBytes + kOutBytes, "sums reuse the ring");
+  static_assert(SliceSums<Config>::kSmemBytes <= kRingBytes + kOutBytes);
   static_assert(kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
   // wgmmas that are issued together: with two sets of A registers, one is filled meanwhile.
   static constexpr int kUnitSteps = 2;
@@ -299,8 +299,9 @@ template <class C>
 __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
     int4_gemm_wide_sm90_kernel(const __grid_constant__ Args args) {
   extern __shared__ uint8_t dynamic_smem[];
-  __shared__ uint64_t full[C::kStages], empty[C::kStages];
-  __shared__ TileTerms<C, AddBias<Int4GemmParams>> terms;
+  using Terms = TileTerms<C, AddBias<Int4GemmParams>>;
+  __shared__ uint64_t full[C::kStages], empty[C::kStages], received;
+  __shared__ Terms terms;
   const SharedMemory<C> smem{dynamic_smem + (-ptx::smem_address(dynamic_smem) & 1023u)};
   const Barriers barriers{full, empty};
   if (threadIdx.x == 0) {
@@ -308,6 +309,7 @@ __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
       ptx::mbarrier_init(&full[stage], kProducerWarps);
       ptx::mbarrier_init(&empty[stage], kMathThreads / 32);
     }
+    ptx::mbarrier_init(&received, 1);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -321,27 +323,34 @@ __global__ void __launch_bounds__(kThreads, C::kCtasPerSm)
     for (int item = 0; args.schedule.get(item, work); ++item) {
       produce<C>(args, smem, barriers, work, ring);
       __syncwarp();
-      if (work.split) {  // sums lie in the ring until the cluster has read them
-        ptx::cluster_sync();
+      if (work.split) {  // the ring takes sums, until the math warps have added them
         ptx::cluster_sync_relaxed();
+        __syncthreads();
       }
     }
   } else {
     ptx::grow_registers<C::kMathRegisters>();
     const AddBias<Int4GemmParams> finish(args.params);
+    const int slices = args.schedule.slices;
+    const SliceSums<C> slice_sums(smem.base, &received, slices,
+                                  static_cast<int>(blockIdx.x) % slices, 0);
     bool storing = false;
+    uint32_t phase = 0;  // of sums received
     for (int item = 0; args.schedule.get(item, work); ++item) {
-      terms.load(finish, work);
+      const typename Terms::Part part = Terms::load(finish, work);
       Accumulators<C> sums = {};
       mainloop<C>(args, smem, barriers, work, ring, sums);
       if (storing && threadIdx.x % 128 == 0) ptx::bulk_wait_read();
+      terms.keep(part);
       if (work.split) {
-        store_split_tile<C, typename C::InT>(finish, terms, smem.base, args.schedule, work, sums);
+        store_split_tile<C, typename C::InT>(finish, terms, slice_sums, phase, work, sums);
+        __syncthreads();  // the ring may be filled again
       } else {
         store_tile<C, typename C::InT>(finish, terms, args.out_map, smem.base + C::kRingBytes, work,
                                        sums);
       }
       storing = !work.split;
+      phase ^= work.split;
     }
     if (storing && threadIdx.x % 128 == 0) ptx::bulk_wait();
   }

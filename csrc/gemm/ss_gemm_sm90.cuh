@@ -1,11 +1,12 @@
 // GEMM with both operands in shared memory (wgmma "SS", sm_90): a persistent kernel with a producer
 // warp, for weights that need no conversion.
 //
-// Roofline: for many tokens 2 M N K operations of the tensor cores. A tile of 128 by 256 takes 48
-// KB of A and B for 1024 clocks of 16-bit products; two CTAs that share their B leave 32 bytes per
-// clock and multiprocessor to come from L2. For few tokens the bytes of W, of which a CTA's ring
-// keeps some 80 KB on their way; what the next kernel will need first, it asks for while the one
-// ahead of it finishes.
+// Roofline: for many tokens 2 M N K operations of the tensor cores, at the clock that their power
+// leaves (1.3 GHz on an H100), and shared memory's 128 bytes a clock. A stage of 128 by 256 takes
+// 1024 clocks; TMA writes 48 KB of it, and wgmma reads 80 KB with 256 columns, 96 KB with 128: so
+// 1035 clocks were measured, and 1075. For few tokens the bytes of W, of which a CTA's ring keeps
+// some 80 KB on their way; what the next kernel will need first, it asks for while the one ahead of
+// it finishes.
 //
 //                 columns of B ->
 //   rows of A   [ CTA 0, warpgroup 0 ]     tiles of neighbours in a cluster: next to each other, of
@@ -31,6 +32,7 @@
 //     kStageBytes                           of shared memory that it wants beside a stage
 //     produce(params, smem, full, work, k_tile)   fills them
 //     Promotion(params, work)               at a tile's begin
+//     stages()                              that may be summed up before, where there is none such
 //     enter(tile)                           while the first products of the tile's stage are made
 //     load(smem, block)                     while those of a block of rows are
 //     add(smem, partial, sums)              sums += scales * partial, of that block
@@ -85,11 +87,14 @@ struct SsGemm {
   static constexpr int kABytes = kRows * kRowBytes;
   static constexpr int kStageBytes = kBBytes + kABytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kOutTokens = kTokenRows ? kBlockRows : kOutCols;
+  static constexpr int kOutTokens = kTokenRows ? kBlockRows : kOutCols;  // of a strip
   static constexpr int kOutStripBytes = kOutTokens * 128;
-  static constexpr int kOutBytes = (kTokenRows ? kMathGroups : kStrips) * kOutStripBytes;
+  static constexpr int kOutBytes = kRows * kOutCols * 2;
   using Promotion = typename Op::template Promotion<SsGemm>;
   static constexpr bool kPromoted = !std::is_same_v<Promotion, NoPromotion<SsGemm>>;
+  // Two sets of sums fit beside each other.
+  static constexpr bool kPromotesStages =
+      kPromoted && kRowBlocks == 1 && Promotion::kStageBytes == 0;
   static constexpr int kThreads = kMathThreads + 128;
   // A CTA starts with 168 (80) registers per thread; what the producers give up, the others get.
   static constexpr int kProducerRegisters = kCtasPerSm == 1 ? 40 : 32;
@@ -99,7 +104,7 @@ struct SsGemm {
   static_assert(kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
   static_assert(kCols <= 256 && kRows <= 256);
   static constexpr bool kSplits = kShape.splits();
-  static_assert(!kSplits || split_sums_bytes(kCols, kRows) <= kRingBytes, "sums reuse the ring");
+  static_assert(!kSplits || SliceSums<SsGemm>::kSmemBytes <= kRingBytes);
 };
 
 template <class Params>
@@ -114,7 +119,7 @@ struct SsGemmArgs {
 template <class C>
 struct SsGemmShared {
   uint8_t* base;  // 1024-byte aligned, as the swizzle wants it
-  uint64_t *full, *empty;
+  uint64_t *full, *empty, *received;
   int neighbour;   // this CTA's place among them
   int first_rank;  // of the neighbours, in the cluster
   int group;       // of this math warp
@@ -158,12 +163,15 @@ __device__ __forceinline__ void produce(const Args& args, const SsGemmShared<C>&
 // Asks L2 for the first weights of a piece of work. They are loaded afterwards all the same, so
 // that it does not matter if the kernel ahead writes them.
 template <class C, class Args>
-__device__ __forceinline__ void prefetch_weights(const Args& args, const TileSchedule::Work& work) {
+__device__ __forceinline__ void prefetch_weights(const Args& args, const SsGemmShared<C>& smem,
+                                                 const TileSchedule::Work& work) {
+  const CUtensorMap* map = C::kTokenRows ? &args.b_map : &args.a_map;
+  const int first_row = C::kTokenRows ? work.col_tile * C::kCols + smem.neighbour * C::kLoadCols
+                                      : work.row_tile * C::kRows;
   const int tiles = min(args.prefetch_tiles, work.num_k_tiles);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
-    ptx::tma_prefetch_2d(&args.a_map, (work.first_k_tile + tile) * C::kTileK,
-                         work.row_tile * C::kRows);
+    ptx::tma_prefetch_2d(map, (work.first_k_tile + tile) * C::kTileK, first_row);
   }
 }
 
@@ -218,6 +226,34 @@ class StageReader {
   const int first_rank_;
 };
 
+// sums += A B^T of this warpgroup's rows, over stages that follow each other.
+template <class C>
+__device__ __forceinline__ void multiply_stages(const StageReader<C>& stages, int count,
+                                                Ring<C::kStages>& ring, Accumulators<C>& sums,
+                                                bool accumulate) {
+  constexpr int kBlockBytes = kBlockRows * C::kRowBytes;
+  int read_stage = -1;  // wgmma may still read from it
+  do {                  // a loop that could run zero times would make ptxas serialise wgmma
+    stages.wait(ring);
+    const uint64_t a = stages.a(ring.stage), b = stages.b(ring.stage);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int block = 0; block < C::kRowBlocks; ++block) {
+      multiply<C>(sums[block], ptx::advance_descriptor(a, block * kBlockBytes), b, accumulate);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();  // the products of the stage before are done
+    if (read_stage >= 0) stages.release(read_stage);
+    read_stage = ring.stage;
+    accumulate = true;
+    ring.advance();
+  } while (--count > 0);
+  ptx::wgmma_wait<0>();
+#pragma unroll
+  for (int block = 0; block < C::kRowBlocks; ++block) ptx::pin_accumulators(sums[block]);
+  stages.release(read_stage);
+}
+
 // sums = A B^T of this warpgroup's rows.
 template <class C, class Args>
 __device__ __forceinline__ void mainloop(const Args& args, const SsGemmShared<C>& smem,
@@ -225,13 +261,25 @@ __device__ __forceinline__ void mainloop(const Args& args, const SsGemmShared<C>
                                          const TileSchedule::Work& work, Ring<C::kStages>& ring,
                                          Accumulators<C>& sums) {
   constexpr int kBlockBytes = kBlockRows * C::kRowBytes;
-  int tile = 0;
-  if constexpr (C::kPromoted) {
+  if constexpr (!C::kPromoted) {
+    multiply_stages<C>(stages, work.num_k_tiles, ring, sums, true);
+  } else if constexpr (C::kPromotesStages) {
+    const typename C::Promotion promotion(args.params, work);
+    int left = work.num_k_tiles;
+    do {
+      const int count = min(left, promotion.stages());
+      Accumulators<C> partial;
+      multiply_stages<C>(stages, count, ring, partial, false);
+      promotion.add(nullptr, partial[0], sums[0]);
+      left -= count;
+    } while (left > 0);
+  } else {
+    int tile = 0;
     typename C::Promotion promotion(args.params, work);
     float partial[C::kCols / 2];
     stages.wait(ring);
     uint64_t a = stages.a(ring.stage), b = stages.b(ring.stage);
-    do {  // a loop that could run zero times would make ptxas serialise wgmma
+    do {
       const int stage = ring.stage;
 #pragma unroll
       for (int block = 0; block < C::kRowBlocks; ++block) {
@@ -256,41 +304,27 @@ __device__ __forceinline__ void mainloop(const Args& args, const SsGemmShared<C>
         stages.release(stage);
       }
     } while (++tile < work.num_k_tiles);
-  } else {
-    int read_stage = -1;  // wgmma may still read from it
-    do {
-      stages.wait(ring);
-      const uint64_t a = stages.a(ring.stage), b = stages.b(ring.stage);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int block = 0; block < C::kRowBlocks; ++block) {
-        multiply<C>(sums[block], ptx::advance_descriptor(a, block * kBlockBytes), b, true);
-      }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();  // the products of the stage before are done
-      if (read_stage >= 0) stages.release(read_stage);
-      read_stage = ring.stage;
-      ring.advance();
-    } while (++tile < work.num_k_tiles);
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int block = 0; block < C::kRowBlocks; ++block) ptx::pin_accumulators(sums[block]);
-    stages.release(read_stage);
   }
 }
 
 template <class C, class Args, class Finish>
 __device__ __forceinline__ void store(const Args& args, const SsGemmShared<C>& smem,
                                       const Finish& finish, const TileTerms<C, Finish>& terms,
-                                      const TileSchedule::Work& work, const Accumulators<C>& sums) {
+                                      const TileSchedule::Work& work, uint32_t phase,
+                                      const Accumulators<C>& sums) {
   if (!work.split) {
     dispatch_16bit(args.out_dtype, [&](auto out) {
       store_tile<C, decltype(out)>(finish, terms, args.out_map, smem.out(), work, sums);
     });
   } else if constexpr (C::kSplits) {
+    const int slices = args.schedule.slices;
+    const SliceSums<C> slice_sums(smem.base, smem.received, slices,
+                                  static_cast<int>(blockIdx.x) / C::kNeighbours % slices,
+                                  smem.neighbour);
     dispatch_float(args.out_dtype, [&](auto out) {
-      store_split_tile<C, decltype(out)>(finish, terms, smem.base, args.schedule, work, sums);
+      store_split_tile<C, decltype(out)>(finish, terms, slice_sums, phase, work, sums);
     });
+    __syncthreads();  // the ring may be filled again
   }
 }
 
@@ -298,8 +332,9 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     ss_gemm_kernel(const __grid_constant__ SsGemmArgs<typename C::Op::Params> args) {
   extern __shared__ uint8_t dynamic_smem[];
-  __shared__ uint64_t full[C::kStages], empty[C::kStages];
-  __shared__ TileTerms<C, typename C::Op::Finish> terms;
+  using Terms = TileTerms<C, typename C::Op::Finish>;
+  __shared__ uint64_t full[C::kStages], empty[C::kStages], received;
+  __shared__ Terms terms;
   const auto cta = static_cast<int>(blockIdx.x);
   // Known to be the same in a whole warp, it leaves descriptors of shared memory in its uniform
   // registers, where wgmma reads them.
@@ -307,6 +342,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   const SsGemmShared<C> smem{dynamic_smem + (-ptx::smem_address(dynamic_smem) & 1023u),
                              full,
                              empty,
+                             &received,
                              cta % C::kNeighbours,
                              cta / C::kNeighbours % args.schedule.slices * C::kNeighbours,
                              warp / 4};
@@ -315,6 +351,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
       ptx::mbarrier_init(&full[stage], 1);
       ptx::mbarrier_init(&empty[stage], C::kNeighbours * kMathThreads / 32);
     }
+    ptx::mbarrier_init(&received, 1);
     ptx::fence_mbarrier_init();
   }
   if constexpr (C::kNeighbours == 1) {
@@ -331,8 +368,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   if (warp >= kMathThreads / 32) {
     ptx::shrink_registers<C::kProducerRegisters>();
     const bool produces = warp == kMathThreads / 32 && ptx::elect_one();
+    if (produces) {
+      ptx::prefetch_tensor_map(&args.a_map);
+      ptx::prefetch_tensor_map(&args.b_map);
+    }
     bool more = get_work(0);
-    if (!C::kTokenRows && produces && more) prefetch_weights<C>(args, work);
+    if (produces && more) prefetch_weights<C>(args, smem, work);
     ptx::grid_dependency_wait();
     for (int item = 1; more; ++item) {
       if (produces) produce<C>(args, smem, work, ring);
@@ -341,9 +382,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
       // The next kernel has the memory for its first loads now.
       if (produces && !more) ptx::grid_launch_dependents();
       __syncwarp();
-      if (split) {  // sums lie in the ring until the cluster has read them
-        ptx::cluster_sync();
+      if (split) {  // the ring takes sums, until the math warps have added them
         ptx::cluster_sync_relaxed();
+        __syncthreads();
       }
     }
   } else {
@@ -352,13 +393,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     const typename C::Op::Finish finish(args.params);
     const StageReader<C> stages(smem);
     bool storing = false;
+    uint32_t phase = 0;  // of sums received
     for (int item = 0; get_work(item); ++item) {
-      terms.load(finish, work);
+      const typename Terms::Part part = Terms::load(finish, work);
       Accumulators<C> sums = {};
       mainloop<C>(args, smem, stages, work, ring, sums);
       if (storing && threadIdx.x % 128 == 0) ptx::bulk_wait_read();
-      store<C>(args, smem, finish, terms, work, sums);
+      terms.keep(part);
+      store<C>(args, smem, finish, terms, work, phase, sums);
       storing = !work.split;
+      phase ^= work.split;
     }
     if (storing && threadIdx.x % 128 == 0) ptx::bulk_wait();
   }
@@ -398,7 +442,7 @@ void launch_ss_gemm(const char* op, const typename C::Op::Params& params, DType 
         make_tensor_map(params.out, out_dtype, params.m, params.n, params.n, C::kOutTokens, op);
     schedule.whole_tiles = plan.slices == 1 ? tiles : tiles / pieces * pieces;
   }
-  args.prefetch_tiles = prefetch_bytes / C::kABytes;
+  args.prefetch_tiles = prefetch_bytes / ((C::kTokenRows ? C::kLoadCols : C::kRows) * C::kRowBytes);
   const int grid = std::min(pieces, tiles * plan.slices) * C::kNeighbours;
   Launch{op,
          dim3(static_cast<unsigned>(grid)),

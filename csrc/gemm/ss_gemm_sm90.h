@@ -16,7 +16,7 @@ struct SsGemmShape {
 
   // Whether a cluster may share a tile's K, and float32 go out. Large tiles have no registers left
   // for that.
-  constexpr bool splits() const { return !token_rows && row_blocks * cols <= 128; }
+  constexpr bool splits() const { return row_blocks * cols <= 128; }
 };
 
 // How a GEMM is cut: CTAs at the same time, and how many of a cluster share the K of each tile that

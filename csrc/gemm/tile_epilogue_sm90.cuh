@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/math.h"
 #include "cuda/launch.h"
 #include "cuda/vec.cuh"
 #include "gemm/tile_schedule.cuh"
@@ -33,15 +34,11 @@ inline constexpr int kMathGroups = 2;
 inline constexpr int kMathThreads = 128 * kMathGroups;
 inline constexpr int kMathBarrier = 1;  // named barriers: of all math warps, then of each group
 
-// Columns of sums are 4 floats off a multiple of 32: a warp's stores fall into 32 banks.
-inline constexpr int kSumPadding = 4;
-constexpr int split_sums_bytes(int cols, int rows) { return cols * (rows + kSumPadding) * 4; }
-
 template <class C>
 using Accumulators = float[C::kRowBlocks][C::kCols / 2];
 
-// What a Finish wants to know of a tile, in shared memory before its sums are there: loads at the
-// end would have nothing to hide behind. Each warpgroup has its rows and all columns.
+// What a Finish wants to know of a tile, in shared memory when its sums are there. Each warpgroup
+// has its rows and all columns.
 template <class C, class Finish>
 class TileTerms {
  public:
@@ -50,16 +47,39 @@ class TileTerms {
   using Row = std::conditional_t<C::kTokenRows, Token, Feature>;
   using Col = std::conditional_t<C::kTokenRows, Feature, Token>;
 
-  // Between the stores of the tile before and those of this one.
-  __device__ __forceinline__ void load(const Finish& finish, const TileSchedule::Work& work) {
-    constexpr int kGroupRows = C::kRowBlocks * kBlockRows;
-    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
-    const int row = group * kGroupRows + thread, first_col = work.col_tile * C::kCols;
-    if (thread < kGroupRows) set(rows_, row, finish, work.row_tile * C::kRows + row);
+  // A thread's part of them: on its way from global memory while the products are made, as loads
+  // before them or at the end would have nothing to hide behind.
+  struct Part {
+    Row row;
+    Col cols[ceil_div(C::kCols, 128)];
+  };
+
+  static __device__ __forceinline__ Part load(const Finish& finish,
+                                              const TileSchedule::Work& work) {
+    const int thread = threadIdx.x % 128;
+    Part part{};
+    if (thread < kGroupRows) {
+      part.row = load<Row>(finish, work.row_tile * C::kRows + first_row() + thread);
+    }
 #pragma unroll
-    for (int col = 0; col < C::kCols; col += 128) {
-      if (col + thread < C::kCols) {
-        set(cols_[group], col + thread, finish, first_col + col + thread);
+    for (int i = 0; i < ceil_div(C::kCols, 128); ++i) {
+      const int col = i * 128 + thread;
+      if (col < C::kCols) part.cols[i] = load<Col>(finish, work.col_tile * C::kCols + col);
+    }
+    return part;
+  }
+
+  // Between the stores of the tile before and a barrier of the warpgroup.
+  __device__ __forceinline__ void keep(const Part& part) {
+    const int thread = threadIdx.x % 128;
+    if constexpr (!std::is_empty_v<Row>) {
+      if (thread < kGroupRows) rows_[first_row() + thread] = part.row;
+    }
+    if constexpr (!std::is_empty_v<Col>) {
+#pragma unroll
+      for (int i = 0; i < ceil_div(C::kCols, 128); ++i) {
+        const int col = i * 128 + thread;
+        if (col < C::kCols) cols_[threadIdx.x / 128][col] = part.cols[i];
       }
     }
   }
@@ -76,18 +96,21 @@ class TileTerms {
   }
 
  private:
+  static constexpr int kGroupRows = C::kRowBlocks * kBlockRows;
+
   template <class T, int kCount>
   using Terms = T[std::is_empty_v<T> ? 1 : kCount];
 
-  template <class T, size_t kCount>
-  __device__ __forceinline__ void set(T (&terms)[kCount], int index, const Finish& finish,
-                                      int of) const {
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / 128 * kGroupRows; }
+
+  template <class T>
+  static __device__ __forceinline__ T load(const Finish& finish, int of) {
     if constexpr (std::is_empty_v<T>) {
-      return;
+      return {};
     } else if constexpr (std::is_same_v<T, Feature>) {
-      terms[index] = finish.feature(of);
+      return finish.feature(of);
     } else {
-      terms[index] = finish.token(of);
+      return finish.token(of);
     }
   }
 
@@ -123,7 +146,8 @@ struct AddBias {
 
 // A whole tile: finishes its sums, rounds them to 16 bits, and leaves them to TMA, which one thread
 // of each warpgroup starts. Shared memory takes strips of 64 features, [token][feature] under the
-// 128-byte swizzle, of C::kOutCols columns; a tile of more goes out in turns.
+// 128-byte swizzle, of C::kOutCols columns; a tile of more goes out in turns. What was there before
+// the first has been read, as that thread knows.
 template <class C, class OutT, class Finish>
 __device__ __forceinline__ void store_tile(const Finish& finish, const TileTerms<C, Finish>& terms,
                                            const CUtensorMap& out_map, uint8_t* out_smem,
@@ -131,167 +155,212 @@ __device__ __forceinline__ void store_tile(const Finish& finish, const TileTerms
                                            const Accumulators<C>& sums) {
   const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const int first_block = group * C::kRowBlocks;
-  // Where there are no sums yet, what was there before has been read.
-  const auto begin_turn = [&](bool first) {
-    if (!first && threadIdx.x % 128 == 0) ptx::bulk_wait_read();
-    ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);
-  };
-  // Four matrices of 8 x 8: rows and those 8 on, of columns 16 i .. and 16 i + 8 ..
-  const auto round_sums = [&](int block, int i, uint32_t (&matrices)[4]) {
-    const int row = (first_block + block) * kBlockRows + warp * 16 + lane / 4;
+  constexpr int kStripsPerBlock = C::kTokenRows ? C::kOutCols / kBlockRows : 1;
+  uint8_t* const strips = out_smem + first_block * kStripsPerBlock * C::kOutStripBytes;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float* sum = &sums[block][8 * i + 2 * j];
-      const int col = 16 * i + j / 2 * 8 + lane % 4 * 2;
-      const auto row_terms = terms.row(row + j % 2 * 8);
-      matrices[j] =
-          ptx::pack_pair<OutT>(terms.apply(finish, sum[0], row_terms, terms.col(col)),
-                               terms.apply(finish, sum[1], row_terms, terms.col(col + 1)));
-    }
-  };
-  const auto store_strip = [&](uint8_t* strip, int feature, int token) {
-    if (feature < finish.n) ptx::tma_store_2d(&out_map, strip, feature, token);
-  };
-  const auto end_turn = [&] {
-    ptx::fence_async_proxy();
+  for (int first_col = 0; first_col < C::kCols; first_col += C::kOutCols) {
+    if (first_col > 0 && threadIdx.x % 128 == 0) ptx::bulk_wait_read();
     ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);
-  };
-  if constexpr (C::kTokenRows) {
-    static_assert(C::kOutCols == 64);
-    // Lane i points at a token's 16 bytes of 8 features: tokens i % 16, features of chunk i / 16.
-    const int token = warp * 16 + lane % 16;
-    uint8_t* strip = out_smem + group * C::kOutStripBytes;
 #pragma unroll
     for (int block = 0; block < C::kRowBlocks; ++block) {
+      const int row = (first_block + block) * kBlockRows + warp * 16 + lane / 4;
+      const typename TileTerms<C, Finish>::Row rows[2] = {terms.row(row), terms.row(row + 8)};
 #pragma unroll
-      for (int first = 0; first < C::kCols; first += C::kOutCols) {
-        begin_turn(block == 0 && first == 0);
+      for (int i = 0; i < C::kOutCols / 16; ++i) {
+        // Four matrices of 8 x 8: rows and those 8 on, of columns 16 i .. and 16 i + 8 ..
+        uint32_t matrices[4];
 #pragma unroll
-        for (int i = 0; i < C::kOutCols / 16; ++i) {
-          uint32_t matrices[4];
-          round_sums(block, first / 16 + i, matrices);
-          const int chunk = 2 * i + lane / 16;
+        for (int j = 0; j < 4; ++j) {
+          const int col = first_col + 16 * i + j / 2 * 8;  // the warp's
+          const float* sum = &sums[block][col / 2 + j % 2 * 2];
+          const auto first = terms.col(col + lane % 4 * 2),
+                     second = terms.col(col + lane % 4 * 2 + 1);
+          matrices[j] = ptx::pack_pair<OutT>(terms.apply(finish, sum[0], rows[j % 2], first),
+                                             terms.apply(finish, sum[1], rows[j % 2], second));
+        }
+        // A lane points at a token's 16 bytes of 8 features.
+        if constexpr (C::kTokenRows) {
+          const int token = warp * 16 + lane % 16, chunk = i % 4 * 2 + lane / 16;
+          uint8_t* strip = strips + (block * kStripsPerBlock + i / 4) * C::kOutStripBytes;
           ptx::stmatrix_x4(strip + token * 128 + ((chunk ^ (token % 8)) << 4), matrices);
-        }
-        end_turn();
-        if (threadIdx.x % 128 == 0) {
-          store_strip(strip, work.col_tile * C::kCols + first,
-                      work.row_tile * C::kRows + (first_block + block) * kBlockRows);
-          ptx::bulk_commit();
+        } else {
+          const int token = i * 16 + lane / 16 * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
+          uint8_t* strip = strips + block * C::kOutStripBytes;
+          ptx::stmatrix_x4_trans(strip + token * 128 + ((chunk ^ (lane % 8)) << 4), matrices);
         }
       }
     }
-  } else {
+    ptx::fence_async_proxy();
+    ptx::named_barrier_sync<128>(kMathBarrier + 1 + group);
+    if (threadIdx.x % 128 != 0) continue;
 #pragma unroll
-    for (int first = 0; first < C::kCols; first += C::kOutCols) {
-      begin_turn(first == 0);
-#pragma unroll
-      for (int block = 0; block < C::kRowBlocks; ++block) {
-        // Lane i points at a token's 16 bytes of 8 features: tokens i % 8 and, from 16 on, those 8
-        // on.
-        const int chunk = 2 * warp + lane / 8 % 2;
-        uint8_t* out = out_smem + (first_block + block) * C::kOutStripBytes +
-                       (lane / 16 * 8 + lane % 8) * 128 + ((chunk ^ (lane % 8)) << 4);
-#pragma unroll
-        for (int i = 0; i < C::kOutCols / 16; ++i) {
-          uint32_t matrices[4];
-          round_sums(block, first / 16 + i, matrices);
-          ptx::stmatrix_x4_trans(out + i * 16 * 128, matrices);
-        }
+    for (int strip = 0; strip < C::kRowBlocks * kStripsPerBlock; ++strip) {
+      const int row =
+          work.row_tile * C::kRows + (first_block + strip / kStripsPerBlock) * kBlockRows;
+      const int col = work.col_tile * C::kCols + first_col + strip % kStripsPerBlock * kBlockRows;
+      const int feature = C::kTokenRows ? col : row, token = C::kTokenRows ? row : col;
+      if (feature < finish.n) {
+        ptx::tma_store_2d(&out_map, strips + strip * C::kOutStripBytes, feature, token);
       }
-      end_turn();
-      if (threadIdx.x % 128 == 0) {
+    }
+    ptx::bulk_commit();
+  }
+}
+
+// What the slices of a tile's K add up to. A piece is what four warps have of 64 rows and 8
+// columns, 4 sums a lane. Each CTA of the cluster finishes some of the tile's pieces, and gets them
+// from all into its ring, which all have read by then:
+//
+//   ring   [ from slice 0: its pieces ][ from slice 1: the same pieces ] ..     2 KB each
+//
+// A sum that arrives counts on a barrier there: no fence, and no round trip.
+template <class C>
+class SliceSums {
+ public:
+  static constexpr int kPieces = C::kRowBlocks * C::kCols / 4;
+  static constexpr int kPieceBytes = kBlockRows * 8 * sizeof(float);
+  static constexpr int kSmemBytes = (kPieces + kMaxClusterCtas) * kPieceBytes;
+
+  // The CTA with slice s has rank `first_rank` + s * C::kNeighbours in the cluster.
+  __device__ __forceinline__ SliceSums(uint8_t* smem, uint64_t* received, int slices, int slice,
+                                       int first_rank)
+      : smem_(smem),
+        received_(received),
+        slices_(slices),
+        slice_(slice),
+        first_rank_(first_rank),
+        reciprocal_((1 << 16) / slices + 1) {}
+
+  // All of the cluster, when none of them reads its ring any more.
+  __device__ __forceinline__ void exchange(const Accumulators<C>& sums) const {
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect_bytes(received_, num_pieces() * (slices_ - 1) * kPieceBytes);
+    }
+    constexpr int kGroupPieces = kPieces / kMathGroups;
+    uint8_t* const own_sums = at(slice_, 0) + threadIdx.x % 128 * sizeof(float4);
 #pragma unroll
-        for (int block = first_block; block < first_block + C::kRowBlocks; ++block) {
-          store_strip(out_smem + block * C::kOutStripBytes,
-                      work.row_tile * C::kRows + block * kBlockRows,
-                      work.col_tile * C::kCols + first);
-        }
-        ptx::bulk_commit();
+    for (int i = 0; i < kGroupPieces; ++i) {
+      const int piece = static_cast<int>(threadIdx.x) / 128 * kGroupPieces + i;
+      const int slice = ((piece + 1) * slices_ - 1) / kPieces;
+      uint8_t* const to = own_sums + (piece - first_piece(slice)) * kPieceBytes;
+      const float* sum = &sums[i / (C::kCols / 8)][i % (C::kCols / 8) * 4];
+      const float4 values{sum[0], sum[1], sum[2], sum[3]};
+      if (slice == slice_) {
+        *reinterpret_cast<float4*>(to) = values;
+      } else {
+        ptx::store_async_cluster(to, received_, first_rank_ + slice * C::kNeighbours, values);
       }
     }
   }
-}
 
-// Four neighbouring values of a row of the output.
-template <class OutT>
-__device__ __forceinline__ void store_quad(OutT* out, const float (&values)[4]) {
-  if constexpr (sizeof(OutT) == 4) {
-    *reinterpret_cast<float4*>(out) = {values[0], values[1], values[2], values[3]};
-  } else {
-    *reinterpret_cast<uint2*>(out) = {ptx::pack_pair<OutT>(values[0], values[1]),
-                                      ptx::pack_pair<OutT>(values[2], values[3])};
+  // finish(row, column, sums, smem) by a warp for each of this CTA's pieces: the first row and
+  // column, the sums of all slices, and 1 KB to use.
+  template <class F>
+  __device__ __forceinline__ void add(uint32_t phase, const F& finish) const {
+    ptx::named_barrier_sync<kMathThreads>(kMathBarrier);  // this CTA's own sums are there
+    ptx::mbarrier_wait(received_, phase);
+#pragma unroll 1
+    for (int own = threadIdx.x / 32; own < num_pieces(); own += kMathThreads / 32) {
+      float4 sums[4] = {};  // of the rows of a warp each
+#pragma unroll 2
+      for (int from = 0; from < slices_; ++from) {
+        const auto* parts = reinterpret_cast<const float4*>(at(from, own)) + threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float4 part = parts[i * 32];
+          sums[i].x += part.x, sums[i].y += part.y, sums[i].z += part.z, sums[i].w += part.w;
+        }
+      }
+      const int piece = first_piece(slice_) + own;
+      finish(piece / (C::kCols / 8) * kBlockRows, piece % (C::kCols / 8) * 8, sums, at(0, own));
+    }
   }
-}
 
-// A tile of which this CTA has one slice: leaves its sums where the cluster can read them, then
-// adds those of all slices, in order, for its share of the tokens. n is a multiple of 4.
+ private:
+  // Slices' pieces follow each other. x / slices for x up to 8 kPieces.
+  __device__ __forceinline__ int divide(int x) const { return x * reciprocal_ >> 16; }
+  __device__ __forceinline__ int first_piece(int slice) const { return divide(slice * kPieces); }
+  __device__ __forceinline__ int num_pieces() const {
+    return first_piece(slice_ + 1) - first_piece(slice_);
+  }
+  __device__ __forceinline__ uint8_t* at(int from, int piece) const {
+    const int max_pieces = divide(kPieces - 1) + 1;
+    return smem_ + (from * max_pieces + piece) * kPieceBytes;
+  }
+
+  uint8_t* const smem_;
+  uint64_t* const received_;
+  const int slices_, slice_, first_rank_, reciprocal_;
+};
+
+// A tile of which this CTA has one slice. n is a multiple of 8.
 template <class C, class OutT, class Finish>
 __device__ __forceinline__ void store_split_tile(const Finish& finish,
                                                  const TileTerms<C, Finish>& terms,
-                                                 uint8_t* ring_smem, const TileSchedule& schedule,
+                                                 const SliceSums<C>& slices, uint32_t phase,
                                                  const TileSchedule::Work& work,
                                                  const Accumulators<C>& sums) {
-  static_assert(!C::kTokenRows);
-  auto* const sums_smem = reinterpret_cast<float*>(ring_smem);
-  constexpr int kStride = C::kRows + kSumPadding;
-  const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  ptx::named_barrier_sync<kMathThreads>(kMathBarrier);  // the ring has been read by all
+  const int lane = threadIdx.x % 32;
+  ptx::cluster_sync_relaxed();
+  slices.exchange(sums);
+  slices.add(phase, [&](int first_row, int first_col, float4(&sums)[4], uint8_t* smem) {
+    const int row = first_row + lane / 4, col = first_col + lane % 4 * 2;
+    const typename TileTerms<C, Finish>::Col cols[2] = {terms.col(col), terms.col(col + 1)};
+    float values[8][2];  // of rows 8 apart
 #pragma unroll
-  for (int block = 0; block < C::kRowBlocks; ++block) {
-    const int row = (group * C::kRowBlocks + block) * kBlockRows + warp * 16 + lane / 4;
-#pragma unroll
-    for (int i = 0; i < C::kCols / 2; ++i) {
-      const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      sums_smem[token * kStride + row + i / 2 % 2 * 8] = sums[block][i];
+    for (int i = 0; i < 8; ++i) {
+      const auto row_terms = terms.row(row + 8 * i);
+      const float4& sum = sums[i / 2];
+      values[i][0] = terms.apply(finish, i % 2 == 0 ? sum.x : sum.z, row_terms, cols[0]);
+      values[i][1] = terms.apply(finish, i % 2 == 0 ? sum.y : sum.w, row_terms, cols[1]);
     }
-  }
-  ptx::fence_async_proxy();  // the ring will be filled again
-  ptx::cluster_sync();
-  const int slices = schedule.slices,
-            slice = static_cast<int>(blockIdx.x) / C::kNeighbours % slices;
-  const int neighbour = static_cast<int>(blockIdx.x) % C::kNeighbours;
-  constexpr int kQuads = C::kRows / 4;
-  static_assert(kMathThreads % kQuads == 0, "a thread's rows are the same for all of its tokens");
-  const int quad = threadIdx.x % kQuads, first_row = work.row_tile * C::kRows + quad * 4;
-  const int first_token = work.col_tile * C::kCols;
-  const int tokens = min(static_cast<int>(finish.m) - first_token, C::kCols);
-  // Loads from other CTAs take their time: those of several tokens, or of all slices, at once.
-  constexpr int kBatch = std::max(1, C::kCols / 16), kUnroll = std::max(1, 8 / kBatch);
-  const int token_stride = slices * kMathThreads / kQuads;
-  const int own_token = (static_cast<int>(threadIdx.x) + slice * kMathThreads) / kQuads;
-  for (int first = own_token; first < tokens; first += kBatch * token_stride) {
-    if (first_row >= finish.n) break;
-    float sums_of[kBatch][4] = {};
-#pragma unroll kUnroll
-    for (int rank = neighbour; rank < slices * C::kNeighbours; rank += C::kNeighbours) {
-      float4 parts[kBatch];
+    // Where a row and a column of the tile go; null if not into the output.
+    const auto out = [&](int row, int col) -> OutT* {
+      row += work.row_tile * C::kRows, col += work.col_tile * C::kCols;
+      const int64_t token = C::kTokenRows ? row : col, feature = C::kTokenRows ? col : row;
+      if (token >= finish.m || feature >= finish.n) return nullptr;
+      return static_cast<OutT*>(finish.out) + token * finish.n + feature;
+    };
+    if constexpr (sizeof(OutT) == 4) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int token = first + i * token_stride;
-        const auto* own = reinterpret_cast<const float4*>(sums_smem + token * kStride) + quad;
-        if (token < tokens) parts[i] = ptx::load_cluster_smem(own, rank);
+      for (int i = 0; i < 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (OutT* to = out(row + 8 * i, col + j)) *to = values[i][j];
+        }
       }
+    } else {
+      // A lane gets 8 features of a token, to store at once. In shared memory: [64 tokens][8
+      // features], or [8 tokens][64 features] under a swizzle.
+      const auto chunk = [&](int token, int i) {
+        return smem + (C::kTokenRows ? token * 16 : token * 128 + ((i ^ token) << 4));
+      };
+      __syncwarp();
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        sums_of[i][0] += parts[i].x, sums_of[i][1] += parts[i].y;
-        sums_of[i][2] += parts[i].z, sums_of[i][3] += parts[i].w;
+      for (int i = 0; i < 2; ++i) {
+        uint32_t matrices[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          matrices[j] = ptx::pack_pair<OutT>(values[i * 4 + j][0], values[i * 4 + j][1]);
+        }
+        if constexpr (C::kTokenRows) {
+          ptx::stmatrix_x4(chunk(i * 32 + lane, 0), matrices);
+        } else {
+          ptx::stmatrix_x4_trans(chunk(lane % 8, i * 4 + lane / 8), matrices);
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = C::kTokenRows ? i * 32 + lane : i * 4 + lane / 8;
+        OutT* to = C::kTokenRows ? out(first_row + token, first_col)
+                                 : out(first_row + lane % 8 * 8, first_col + token);
+        if (to != nullptr) {
+          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(chunk(token, lane % 8));
+        }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int token = first + i * token_stride;
-      if (token >= tokens) break;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        sums_of[i][j] =
-            terms.apply(finish, sums_of[i][j], terms.row(quad * 4 + j), terms.col(token));
-      }
-      store_quad(static_cast<OutT*>(finish.out) + (first_token + token) * finish.n + first_row,
-                 sums_of[i]);
-    }
-  }
-  ptx::cluster_sync_relaxed();  // nobody overwrites, or leaves with, what others still read
+  });
 }
 
 }  // namespace effllm

@@ -47,16 +47,18 @@ __device__ __forceinline__ float load_cluster_smem(const float* pointer, uint32_
   return value;
 }
 
-__device__ __forceinline__ float4 load_cluster_smem(const float4* pointer, uint32_t rank) {
-  float4 value;
+// Puts a value where CTA `rank` has what is `smem` in this one, and counts its bytes on the barrier
+// that is `barrier` there.
+__device__ __forceinline__ void store_async_cluster(void* smem, uint64_t* barrier, uint32_t rank,
+                                                    const float4& value) {
   asm volatile(
-      "{.reg .b32 address;\n"
-      "mapa.shared::cluster.u32 address, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [address];}"
-      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-      : "r"(smem_address(pointer)), "r"(rank)
+      "{.reg .b32 address, barrier;\n"
+      "mapa.shared::cluster.u32 address, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+      "[address], {%3, %4, %5, %6}, [barrier];}" ::"r"(smem_address(smem)),
+      "r"(smem_address(barrier)), "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
       : "memory");
-  return value;
 }
 
 }  // namespace effllm::ptx

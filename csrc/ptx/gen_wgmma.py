@@ -7,6 +7,7 @@ from pathlib import Path
 
 WIDTHS = (8, 16, 32, 64, 128, 256)
 SHARED_WIDTHS = (128, 256)  # with A in shared memory, of 16-bit types
+E4M3_WIDTHS = (8, 16, 32, 64, 128, 192, 256)
 TYPES = {"float16": "f16", "bfloat16": "bf16"}
 
 HEADER = """\
@@ -76,7 +77,7 @@ def wrapper_e4m3(width: int) -> str:
 
 def source() -> str:
     wrappers = [wrapper_16bit(n, p, width) for n, p in TYPES.items() for width in WIDTHS]
-    wrappers += [wrapper_e4m3(width) for width in WIDTHS]
+    wrappers += [wrapper_e4m3(width) for width in E4M3_WIDTHS]
     return HEADER + "".join(wrappers) + "\n}  // namespace effllm::ptx\n"
 
 

@@ -38,9 +38,9 @@ def fp8_gemm(
         bias: [N], any float dtype, added before the only rounding.
         out_dtype: fp16, bf16 or fp32.
         accurate: Hopper's tensor cores keep some 14 bits of a sum of e4m3 products. True has them
-            add 128 columns at most and adds the rest in fp32 (all of it where ``out_dtype`` is
-            fp32): in bf16 that is as good as fp32 sums. False lets them add all columns, which is
-            faster for many tokens.
+            add 128 columns at most, 512 for bf16, and adds the rest in fp32 (all of it where
+            ``out_dtype`` is fp32): in bf16 that is as good as fp32 sums. False lets them add all
+            columns, which is faster for many tokens.
 
     Returns:
         [..., N] in out_dtype (fp16, bf16 or fp32), contiguous.
