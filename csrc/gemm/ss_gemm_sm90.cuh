@@ -32,10 +32,11 @@
 //     kStageBytes                           of shared memory that it wants beside a stage
 //     produce(params, smem, full, work, k_tile)   fills them
 //     Promotion(params, work)               at a tile's begin
-//     stages()                              that may be summed up before, where there is none such
 //     enter(tile)                           while the first products of the tile's stage are made
 //     load(smem, block)                     while those of a block of rows are
 //     add(smem, partial, sums)              sums += scales * partial, of that block
+//     stages()                              how many the tensor core may sum up for one add, which
+//                                           then needs no memory; asked for one block of rows
 #pragma once
 
 #include <cuda.h>

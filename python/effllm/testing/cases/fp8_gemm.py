@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -108,19 +109,20 @@ class Fp8GemmCase(Case):
         return lambda: torch.nn.functional.linear(rows, dense, bias)
 
     def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
-        """cuBLASLt's matmul of the same codes, which has scales of tensors and of rows."""
+        """torch's matmul of the same codes, which has scales of tensors and of rows; and both with
+        the other way to sum."""
         x, x_scales, weight, w_scales, bias = args
         if not x.is_cuda or self.variant not in ("row", "tensor"):
             return {}
         columns = w_scales.T.contiguous() if self.variant == "row" else w_scales
-
-        def scaled_mm() -> Tensor:
-            out: Tensor = torch._scaled_mm(
-                x, weight.T, x_scales, columns, bias, out_dtype=self.out_dtype, use_fast_accum=True
-            )
-            return out
-
-        return {"torch._scaled_mm": scaled_mm}
+        scaled_mm = partial(
+            torch._scaled_mm, x, weight.T, x_scales, columns, bias, out_dtype=self.out_dtype
+        )
+        return {
+            "torch._scaled_mm": partial(scaled_mm, use_fast_accum=True),
+            "torch._scaled_mm, accurate": scaled_mm,
+            "fp8_gemm, fast": partial(fp8_gemm, *args, out_dtype=self.out_dtype, accurate=False),
+        }
 
     def bytes(self) -> int:
         out = self.m * self.n * self.out_dtype.itemsize
@@ -184,11 +186,12 @@ class QuantizedFp8GemmCase(Fp8GemmCase):
         """The dense layer needs no quantising of x."""
         return super().prepare_baseline(x, None, *others)
 
-    def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
-        """The matmul alone, ours and cuBLASLt's."""
-        x, x_scales, *others = self.gemm_args(*args, **kwargs)
-        codes = (x, x_scales.T.contiguous().T, *others)
-        alone = {"fp8_gemm alone": lambda: fp8_gemm(*codes, out_dtype=self.out_dtype)}
+    def prepare_others(
+        self, x: Tensor, *others: Any, group_size: int | None, **_: Any
+    ) -> dict[str, Callable[[], Any]]:
+        """The matmul alone, ours and torch's."""
+        codes = (*fp8_quantize(x, group_size=group_size), *others)
+        alone = {"fp8_gemm alone": partial(fp8_gemm, *codes, out_dtype=self.out_dtype)}
         return alone | super().prepare_others(*codes)
 
     def bytes(self) -> int:
