@@ -22,6 +22,7 @@ __all__ = [
     "held_out_tokens",
     "load",
     "mean_nll",
+    "medusa_path",
     "model_path",
     "perplexity",
     "training_record",
@@ -39,6 +40,11 @@ def model_path() -> Path:
 def draft_path() -> Path:
     """Folder of the draft model (about 1M parameters) in Hugging Face layout."""
     return _FOLDER / "draft"
+
+
+def medusa_path() -> Path:
+    """Folder of Medusa heads for the main model; see `effllm.speculative.MedusaHeads`."""
+    return _FOLDER / "medusa"
 
 
 def training_record() -> dict[str, Any]:

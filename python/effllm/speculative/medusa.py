@@ -1,0 +1,172 @@
+"""Heads that draft the tokens after the next one from a model's last hidden state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from effllm._host import TokenTree
+
+_CONFIG, _WEIGHTS = "config.json", "medusa_lm_head.safetensors"
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + F.silu(self.linear(hidden))
+
+
+class MedusaHeads(nn.ModuleList):
+    """Medusa's heads: head k tells the token that comes k + 1 after the next one.
+
+    A head is some residual blocks, each ``h + silu(linear(h))``, and a linear layer without bias
+    to the vocabulary. All see the same hidden state, what the model's own head is given: the token
+    that this head chooses is the root of a tree, below which the heads' likeliest tokens stand.
+
+    New heads predict what the model's head does: blocks start at zero, and ``lm_head`` is copied.
+
+    Args:
+        hidden_size, vocab_size: of the model.
+        num_heads: tokens that are drafted along a path, 1 or more.
+        num_layers: residual blocks in a head, 0 or more.
+        lm_head: [vocab_size, hidden_size], the weight of the model's head; random if None.
+
+    Source:
+        Cai et al., "Medusa" (arXiv:2401.10774). The names of the weights are those of its
+        published heads.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        num_heads: int = 3,
+        num_layers: int = 1,
+        lm_head: Tensor | None = None,
+    ) -> None:
+        for name, value, least in (("num_heads", num_heads, 1), ("num_layers", num_layers, 0)):
+            if value < least:
+                raise ValueError(f"MedusaHeads: {name} must be at least {least}, got {value}")
+        wanted = (vocab_size, hidden_size)
+        if lm_head is not None and tuple(lm_head.shape) != wanted:
+            raise ValueError(
+                "MedusaHeads: lm_head must be [vocab_size, hidden_size] = "
+                f"{list(wanted)}, got {list(lm_head.shape)}"
+            )
+        super().__init__()
+        self.hidden_size, self.vocab_size, self.num_layers = hidden_size, vocab_size, num_layers
+        for _ in range(num_heads):
+            blocks = [_ResidualBlock(hidden_size) for _ in range(num_layers)]
+            unembedding = nn.Linear(hidden_size, vocab_size, bias=False)
+            if lm_head is not None:
+                with torch.no_grad():
+                    unembedding.weight.copy_(lm_head)
+            self.append(nn.Sequential(*blocks, unembedding))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[..., hidden_size]`` to logits ``[num_heads, ..., vocab_size]``."""
+        return torch.stack([head(hidden) for head in self])
+
+    @torch.inference_mode()
+    def draft(
+        self, hidden: Tensor, roots: list[int], *, max_nodes: int = 64, candidates: int = 8
+    ) -> list[TokenTree]:
+        """The likeliest tree for each sequence, with what the heads' probabilities say.
+
+        Args:
+            hidden: ``[B, hidden_size]``, of the last token of each sequence.
+            roots: B tokens that the model has chosen from the same hidden states.
+            max_nodes: of a tree, the root included, 1 to 64.
+            candidates: tokens per head that a tree may be made of.
+
+        Raises:
+            ValueError: another number of roots, or options out of range.
+        """
+        if hidden.dim() != 2 or len(roots) != len(hidden):
+            raise ValueError(
+                "MedusaHeads.draft: hidden must be [B, hidden_size] and roots B tokens, got "
+                f"{list(hidden.shape)} and {len(roots)}"
+            )
+        if not 1 <= candidates <= self.vocab_size:
+            raise ValueError(
+                "MedusaHeads.draft: candidates must be in [1, vocab_size] = "
+                f"[1, {self.vocab_size}], got {candidates}"
+            )
+        best = self(hidden).float().softmax(-1).topk(candidates)
+        probs, tokens = (x.transpose(0, 1).tolist() for x in best)
+        return [
+            TokenTree.best_first(*drafted, max_nodes)
+            for drafted in zip(roots, tokens, probs, strict=True)
+        ]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``medusa_lm_head.safetensors``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "medusa_num_heads": len(self),
+            "medusa_num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+        }
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> MedusaHeads:
+        """Reads what ``save_pretrained`` wrote, or published heads: ``medusa_lm_head.pt``.
+
+        Shapes come from the weights, so published configurations, which lack them, will do.
+
+        Args:
+            dtype: None keeps that of the file.
+
+        Raises:
+            FileNotFoundError: no weights in the folder.
+            ValueError: weights that are not those of Medusa's heads.
+        """
+        weights = _read(Path(folder))
+        try:
+            num_heads = 1 + max(int(name.split(".")[0]) for name in weights)
+            num_layers = sum(name.startswith("0.") and "linear.weight" in name for name in weights)
+            vocab_size, hidden_size = weights[f"0.{num_layers}.weight"].shape
+            with torch.device("meta"):
+                heads = cls(hidden_size, vocab_size, num_heads=num_heads, num_layers=num_layers)
+            heads.load_state_dict(weights, assign=True)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"MedusaHeads.from_pretrained: {folder} must hold '<head>.<layer>.linear.weight', "
+                f"'.bias' and '<head>.<layers>.weight' of equal shapes, got {sorted(weights)[:4]}.."
+            ) from error
+        return heads.to(device=device, dtype=dtype).eval()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    if (folder / _WEIGHTS).exists():
+        return load_file(folder / _WEIGHTS)
+    published = folder / "medusa_lm_head.pt"
+    if not published.exists():
+        raise FileNotFoundError(
+            f"MedusaHeads.from_pretrained: {folder} has neither {_WEIGHTS} nor {published.name}"
+        )
+    weights: dict[str, Any] = torch.load(published, map_location="cpu", weights_only=True)
+    return weights
