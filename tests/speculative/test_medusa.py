@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effllm import demo
@@ -19,8 +21,10 @@ from effllm.speculative.train_medusa import accuracy, tokens_per_step, train
 HIDDEN, VOCAB = 12, 20
 
 
-def random_heads(num_heads: int = 3, num_layers: int = 2, seed: int = 0) -> MedusaHeads:
-    heads = MedusaHeads(HIDDEN, VOCAB, num_heads=num_heads, num_layers=num_layers)
+def random_heads(
+    num_heads: int = 3, num_layers: int = 2, tied: bool = False, seed: int = 0
+) -> MedusaHeads:
+    heads = MedusaHeads(HIDDEN, VOCAB, num_heads=num_heads, num_layers=num_layers, tied=tied)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -32,24 +36,28 @@ def random_hidden(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
-def test_values_are_those_of_the_definition() -> None:
-    heads, hidden = random_heads().double(), random_hidden(2, 5).double()
+@pytest.mark.parametrize("tied", [False, True])
+def test_values_are_those_of_the_definition(tied: bool) -> None:
+    heads, hidden = random_heads(tied=tied).double(), random_hidden(2, 5).double()
     weights = heads.state_dict()
-    logits = heads(hidden)
+    lm_head = torch.randn(VOCAB, HIDDEN, dtype=torch.float64)
+    logits = heads(hidden, partial(F.linear, weight=lm_head)) if tied else heads(hidden)
     assert logits.shape == (3, 2, 5, VOCAB)
     for k in range(3):
         h = hidden
         for layer in range(2):
             z = h @ weights[f"{k}.{layer}.linear.weight"].T + weights[f"{k}.{layer}.linear.bias"]
             h = h + z / (1 + (-z).exp())
-        torch.testing.assert_close(logits[k], h @ weights[f"{k}.2.weight"].T)
+        last = lm_head if tied else weights[f"{k}.2.weight"]
+        torch.testing.assert_close(logits[k], h @ last.T)
 
 
-def test_new_heads_predict_what_the_model_does() -> None:
-    lm_head = torch.randn(VOCAB, HIDDEN)
-    heads, hidden = MedusaHeads(HIDDEN, VOCAB, num_heads=2, lm_head=lm_head), random_hidden(4)
-    for logits in heads(hidden):
-        torch.testing.assert_close(logits, hidden @ lm_head.T)
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_heads_predict_what_the_model_does(tied: bool) -> None:
+    weight, hidden = torch.randn(VOCAB, HIDDEN), random_hidden(4)
+    heads = MedusaHeads(HIDDEN, VOCAB, num_heads=2, tied=tied, lm_head=weight)
+    for logits in heads(hidden, partial(F.linear, weight=weight) if tied else None):
+        torch.testing.assert_close(logits, hidden @ weight.T)
 
 
 def paths(tree: TokenTree) -> set[tuple[int, ...]]:
@@ -77,20 +85,22 @@ def test_trees_are_the_likeliest(max_nodes: int) -> None:
         assert paths(tree) == set(wanted)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_files_keep_the_bits(dtype: torch.dtype, tmp_path: Path) -> None:
-    heads = random_heads().to(dtype)
+def test_files_keep_the_bits(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
+    heads = random_heads(tied=tied).to(dtype)
     heads.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["medusa_num_heads"], config["medusa_num_layers"]) == (3, 2)
     loaded = MedusaHeads.from_pretrained(tmp_path)
-    assert (len(loaded), loaded.num_layers, loaded.hidden_size) == (3, 2, HIDDEN)
+    assert (len(loaded), loaded.num_layers, loaded.tied) == (3, 2, tied)
+    assert (loaded.hidden_size, loaded.vocab_size) == (HIDDEN, VOCAB)
+    assert loaded.state_dict().keys() == heads.state_dict().keys()
     for name, tensor in heads.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
         assert loaded.state_dict()[name].dtype == dtype
-    assert MedusaHeads.from_pretrained(tmp_path, dtype=torch.float16)(
-        random_hidden(1).half()
-    ).dtype == torch.float16  # fmt: skip
+    converted = MedusaHeads.from_pretrained(tmp_path, dtype=torch.float16)
+    assert {tensor.dtype for tensor in converted.state_dict().values()} == {torch.float16}
 
 
 def test_published_heads_are_read(tmp_path: Path) -> None:
@@ -121,6 +131,10 @@ def test_errors(tmp_path: Path) -> None:
         heads.draft(random_hidden(1), [1], candidates=21)
     with pytest.raises(ValueError, match="max_nodes"):
         heads.draft(random_hidden(1), [1], max_nodes=65)
+    with pytest.raises(ValueError, match="lm_head must be None, as the heads have their own"):
+        heads(random_hidden(1), torch.nn.Linear(HIDDEN, VOCAB))
+    with pytest.raises(ValueError, match="lm_head must be given, as the heads are tied to it"):
+        random_heads(tied=True).draft(random_hidden(1), [1])
     with pytest.raises(FileNotFoundError, match="has neither medusa_lm_head"):
         MedusaHeads.from_pretrained(tmp_path)
     torch.save({"0.0.linear.weight": torch.zeros(2, 2)}, tmp_path / "medusa_lm_head.pt")
@@ -148,14 +162,15 @@ class Cycle(nn.Module):
         return text
 
 
-def test_heads_learn_what_comes_later() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_heads_learn_what_comes_later(tied: bool) -> None:
     """Each head its own power of the permutation; every draft is then right."""
     torch.manual_seed(0)
     vocab = 16
     model = Cycle(torch.randperm(vocab).roll(1)[torch.randperm(vocab)])
     text = torch.randint(vocab, (1, 1))
     text = model.generate(text, max_length=200)[0]
-    heads = MedusaHeads(vocab, vocab, num_heads=3)
+    heads = MedusaHeads(vocab, vocab, num_heads=3, tied=tied)
     starts = text[:vocab, None]
     untrained = tokens_per_step(model, heads, starts, 20, max_nodes=4)
     curve = train(model, heads, text, steps=150, batch=2, length=32, learning_rate=3e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ class MedusaHeads(nn.ModuleList):
     """Medusa's heads: head k tells the token that comes k + 1 after the next one.
 
     A head is some residual blocks, each ``h + silu(linear(h))``, and a linear layer without bias
-    to the vocabulary. All see the same hidden state, what the model's own head is given: the token
-    that this head chooses is the root of a tree, below which the heads' likeliest tokens stand.
+    to the vocabulary: one of its own, as published heads have it, or the model's. The latter costs
+    no memory, and is read once for all heads; for an 8B model one of their own is 1 GB each. All
+    heads see the same hidden state, what the model's own head is given: the token that this head
+    chooses is the root of a tree, below which the heads' likeliest tokens stand.
 
     New heads predict what the model's head does: blocks start at zero, and ``lm_head`` is copied.
 
@@ -40,6 +43,7 @@ class MedusaHeads(nn.ModuleList):
         hidden_size, vocab_size: of the model.
         num_heads: tokens that are drafted along a path, 1 or more.
         num_layers: residual blocks in a head, 0 or more.
+        tied: heads end in the model's head, which ``forward`` and ``draft`` are then given.
         lm_head: [vocab_size, hidden_size], the weight of the model's head; random if None.
 
     Source:
@@ -54,6 +58,7 @@ class MedusaHeads(nn.ModuleList):
         *,
         num_heads: int = 3,
         num_layers: int = 1,
+        tied: bool = False,
         lm_head: Tensor | None = None,
     ) -> None:
         for name, value, least in (("num_heads", num_heads, 1), ("num_layers", num_layers, 0)):
@@ -66,28 +71,49 @@ class MedusaHeads(nn.ModuleList):
                 f"{list(wanted)}, got {list(lm_head.shape)}"
             )
         super().__init__()
-        self.hidden_size, self.vocab_size, self.num_layers = hidden_size, vocab_size, num_layers
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        self.num_layers, self.tied = num_layers, tied
         for _ in range(num_heads):
-            blocks = [_ResidualBlock(hidden_size) for _ in range(num_layers)]
-            unembedding = nn.Linear(hidden_size, vocab_size, bias=False)
-            if lm_head is not None:
-                with torch.no_grad():
-                    unembedding.weight.copy_(lm_head)
-            self.append(nn.Sequential(*blocks, unembedding))
+            head = nn.Sequential(*(_ResidualBlock(hidden_size) for _ in range(num_layers)))
+            if not tied:
+                head.append(nn.Linear(hidden_size, vocab_size, bias=False))
+                if lm_head is not None:
+                    head[-1].load_state_dict({"weight": lm_head})
+            self.append(head)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """``[..., hidden_size]`` to logits ``[num_heads, ..., vocab_size]``."""
-        return torch.stack([head(hidden) for head in self])
+    def forward(self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """``[..., hidden_size]`` to logits ``[num_heads, ..., vocab_size]``.
+
+        Args:
+            lm_head: the model's, from hidden states to logits; for heads that are tied to it.
+
+        Raises:
+            ValueError: tied heads without an ``lm_head``, or others with one.
+        """
+        if (lm_head is not None) != self.tied:
+            raise ValueError(
+                f"MedusaHeads: lm_head must be {'given' if self.tied else 'None'}, as the heads "
+                f"{'are tied to it' if self.tied else 'have their own'}"
+            )
+        states = torch.stack([head(hidden) for head in self])
+        return states if lm_head is None else lm_head(states)
 
     @torch.inference_mode()
     def draft(
-        self, hidden: Tensor, roots: list[int], *, max_nodes: int = 64, candidates: int = 8
+        self,
+        hidden: Tensor,
+        roots: list[int],
+        lm_head: Callable[[Tensor], Tensor] | None = None,
+        *,
+        max_nodes: int = 64,
+        candidates: int = 8,
     ) -> list[TokenTree]:
         """The likeliest tree for each sequence, with what the heads' probabilities say.
 
         Args:
             hidden: ``[B, hidden_size]``, of the last token of each sequence.
             roots: B tokens that the model has chosen from the same hidden states.
+            lm_head: as in ``forward``.
             max_nodes: of a tree, the root included, 1 to 64.
             candidates: tokens per head that a tree may be made of.
 
@@ -104,7 +130,7 @@ class MedusaHeads(nn.ModuleList):
                 "MedusaHeads.draft: candidates must be in [1, vocab_size] = "
                 f"[1, {self.vocab_size}], got {candidates}"
             )
-        best = self(hidden).float().softmax(-1).topk(candidates)
+        best = self(hidden, lm_head).float().softmax(-1).topk(candidates)
         probs, tokens = (x.transpose(0, 1).tolist() for x in best)
         return [
             TokenTree.best_first(*drafted, max_nodes)
@@ -120,6 +146,7 @@ class MedusaHeads(nn.ModuleList):
             "medusa_num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
+            "tied": self.tied,
         }
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -135,7 +162,7 @@ class MedusaHeads(nn.ModuleList):
     ) -> MedusaHeads:
         """Reads what ``save_pretrained`` wrote, or published heads: ``medusa_lm_head.pt``.
 
-        Shapes come from the weights, so published configurations, which lack them, will do.
+        Published configurations, which lack the sizes, will do: these then come from the weights.
 
         Args:
             dtype: None keeps that of the file.
@@ -144,13 +171,22 @@ class MedusaHeads(nn.ModuleList):
             FileNotFoundError: no weights in the folder.
             ValueError: weights that are not those of Medusa's heads.
         """
-        weights = _read(Path(folder))
+        folder = Path(folder)
+        weights = _read(folder)
+        config = folder / _CONFIG
+        saved = json.loads(config.read_text()) if config.exists() else {}
         try:
             num_heads = 1 + max(int(name.split(".")[0]) for name in weights)
             num_layers = sum(name.startswith("0.") and "linear.weight" in name for name in weights)
-            vocab_size, hidden_size = weights[f"0.{num_layers}.weight"].shape
+            tied = saved.get("tied", False)
+            if tied:
+                vocab_size, hidden_size = saved["vocab_size"], saved["hidden_size"]
+            else:
+                vocab_size, hidden_size = weights[f"0.{num_layers}.weight"].shape
             with torch.device("meta"):
-                heads = cls(hidden_size, vocab_size, num_heads=num_heads, num_layers=num_layers)
+                heads = cls(
+                    hidden_size, vocab_size, num_heads=num_heads, num_layers=num_layers, tied=tied
+                )
             heads.load_state_dict(weights, assign=True)
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(

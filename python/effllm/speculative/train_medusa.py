@@ -38,11 +38,16 @@ def states(model: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, model.lm_head(hidden).float().log_softmax(-1)
 
 
-def head_losses(heads: MedusaHeads, hidden: Tensor, log_probs: Tensor) -> Tensor:
+def lm_head_of(model: Any, heads: MedusaHeads) -> Any:
+    """What the heads want to be given."""
+    return model.lm_head if heads.tied else None
+
+
+def head_losses(model: Any, heads: MedusaHeads, hidden: Tensor, log_probs: Tensor) -> Tensor:
     """Cross entropy of each head to the model's distribution, over all places that have one."""
     losses = []
-    for k, head in enumerate(heads, start=1):
-        predicted = head(hidden[:, :-k]).float().log_softmax(-1)
+    for k, logits in enumerate(heads(hidden, lm_head_of(model, heads)), start=1):
+        predicted = logits[:, :-k].float().log_softmax(-1)
         losses.append(-(log_probs[:, k:].exp() * predicted).sum(-1).mean())
     return torch.stack(losses)
 
@@ -74,7 +79,7 @@ def train(
     curve = []
     for step in range(steps):
         ids = torch.stack([next(windows) for _ in range(batch)]).to(device)
-        losses = head_losses(heads, *states(model, ids))
+        losses = head_losses(model, heads, *states(model, ids))
         optimizer.zero_grad()
         losses.sum().backward()
         torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
@@ -93,8 +98,8 @@ def accuracy(model: Any, heads: MedusaHeads, windows: Tensor, top: int = 1) -> l
     for ids in windows.split(4):
         hidden, log_probs = states(model, ids.to(next(heads.parameters()).device))
         chosen = log_probs.argmax(-1)
-        for k, head in enumerate(heads, start=1):
-            candidates = head(hidden[:, :-k]).topk(top).indices
+        for k, logits in enumerate(heads(hidden, lm_head_of(model, heads)), start=1):
+            candidates = logits[:, :-k].topk(top).indices
             found = (candidates == chosen[:, k:, None]).any(-1)
             hits[k - 1] += found.float().mean().item() * len(ids) / len(windows)
     return hits.tolist()
@@ -120,7 +125,12 @@ def tokens_per_step(
     for row, tokens in zip(hidden, text.tolist(), strict=True):
         position = prompts.shape[1] - 1
         while position + 1 < length:
-            (drafted,) = heads.draft(row[position : position + 1], [tokens[position + 1]], **tree)
+            (drafted,) = heads.draft(
+                row[position : position + 1],
+                [tokens[position + 1]],
+                lm_head_of(model, heads),
+                **tree,
+            )
             children = {
                 (parent, token): node
                 for node, (parent, token) in enumerate(
@@ -150,6 +160,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=demo.model_path(), help="transformers folder")
     parser.add_argument("--text", type=Path, help="UTF-8 file (default: the demo's training text)")
     parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=1, help="residual blocks in a head")
+    parser.add_argument("--tied", action="store_true", help="heads that end in the model's head")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -161,10 +173,16 @@ def main() -> None:
         tokens = demo_text(tokenizer)
     else:
         tokens = tokenizer(options.text.read_text("utf-8"), return_tensors="pt").input_ids[0]
-    lm_head = model.lm_head.weight
+    vocab_size, hidden_size = model.lm_head.weight.shape
     heads = MedusaHeads(
-        lm_head.shape[1], lm_head.shape[0], num_heads=options.heads, lm_head=lm_head
+        hidden_size,
+        vocab_size,
+        num_heads=options.heads,
+        num_layers=options.layers,
+        tied=options.tied,
+        lm_head=model.lm_head.weight,
     ).to(options.device)
+    model.requires_grad_(False)
     record: dict[str, Any] = {"steps": options.steps, "training_tokens": len(tokens)}
     record["curve"] = train(model, heads, tokens, steps=options.steps)
     heads.to(torch.bfloat16).save_pretrained(options.out)
