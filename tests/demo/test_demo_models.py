@@ -56,7 +56,7 @@ def test_architecture(name: str) -> None:
 def test_size_of_all_files() -> None:
     folder = demo.model_path().parent
     files = [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert sum(path.stat().st_size for path in files) <= 26e6
+    assert sum(path.stat().st_size for path in files) <= 22e6
 
 
 def test_one_tokenizer_for_both() -> None:

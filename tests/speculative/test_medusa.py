@@ -41,7 +41,7 @@ def test_values_are_those_of_the_definition(tied: bool) -> None:
     heads, hidden = random_heads(tied=tied).double(), random_hidden(2, 5).double()
     weights = heads.state_dict()
     lm_head = torch.randn(VOCAB, HIDDEN, dtype=torch.float64)
-    logits = heads(hidden, partial(F.linear, weight=lm_head)) if tied else heads(hidden)
+    logits = heads(hidden, partial(F.linear, weight=lm_head))
     assert logits.shape == (3, 2, 5, VOCAB)
     for k in range(3):
         h = hidden
@@ -56,7 +56,7 @@ def test_values_are_those_of_the_definition(tied: bool) -> None:
 def test_new_heads_predict_what_the_model_does(tied: bool) -> None:
     weight, hidden = torch.randn(VOCAB, HIDDEN), random_hidden(4)
     heads = MedusaHeads(HIDDEN, VOCAB, num_heads=2, tied=tied, lm_head=weight)
-    for logits in heads(hidden, partial(F.linear, weight=weight) if tied else None):
+    for logits in heads(hidden, partial(F.linear, weight=weight)):
         torch.testing.assert_close(logits, hidden @ weight.T)
 
 
@@ -131,8 +131,6 @@ def test_errors(tmp_path: Path) -> None:
         heads.draft(random_hidden(1), [1], candidates=21)
     with pytest.raises(ValueError, match="max_nodes"):
         heads.draft(random_hidden(1), [1], max_nodes=65)
-    with pytest.raises(ValueError, match="lm_head must be None, as the heads have their own"):
-        heads(random_hidden(1), torch.nn.Linear(HIDDEN, VOCAB))
     with pytest.raises(ValueError, match="lm_head must be given, as the heads are tied to it"):
         random_heads(tied=True).draft(random_hidden(1), [1])
     with pytest.raises(FileNotFoundError, match="has neither medusa_lm_head"):

@@ -43,7 +43,7 @@ class MedusaHeads(nn.ModuleList):
         hidden_size, vocab_size: of the model.
         num_heads: tokens that are drafted along a path, 1 or more.
         num_layers: residual blocks in a head, 0 or more.
-        tied: heads end in the model's head, which ``forward`` and ``draft`` are then given.
+        tied: heads end in the model's head, which ``forward`` and ``draft`` then need.
         lm_head: [vocab_size, hidden_size], the weight of the model's head; random if None.
 
     Source:
@@ -85,18 +85,17 @@ class MedusaHeads(nn.ModuleList):
         """``[..., hidden_size]`` to logits ``[num_heads, ..., vocab_size]``.
 
         Args:
-            lm_head: the model's, from hidden states to logits; for heads that are tied to it.
+            lm_head: the model's, from hidden states to logits; only tied heads use it.
 
         Raises:
-            ValueError: tied heads without an ``lm_head``, or others with one.
+            ValueError: tied heads without an ``lm_head``.
         """
-        if (lm_head is not None) != self.tied:
-            raise ValueError(
-                f"MedusaHeads: lm_head must be {'given' if self.tied else 'None'}, as the heads "
-                f"{'are tied to it' if self.tied else 'have their own'}"
-            )
         states = torch.stack([head(hidden) for head in self])
-        return states if lm_head is None else lm_head(states)
+        if not self.tied:
+            return states
+        if lm_head is None:
+            raise ValueError("MedusaHeads: lm_head must be given, as the heads are tied to it")
+        return lm_head(states)
 
     @torch.inference_mode()
     def draft(
@@ -118,7 +117,8 @@ class MedusaHeads(nn.ModuleList):
             candidates: tokens per head that a tree may be made of.
 
         Raises:
-            ValueError: another number of roots, or options out of range.
+            ValueError: another number of roots, options out of range, or no ``lm_head`` for tied
+                heads.
         """
         if hidden.dim() != 2 or len(roots) != len(hidden):
             raise ValueError(
@@ -146,7 +146,6 @@ class MedusaHeads(nn.ModuleList):
             "medusa_num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
-            "tied": self.tied,
         }
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -163,6 +162,7 @@ class MedusaHeads(nn.ModuleList):
         """Reads what ``save_pretrained`` wrote, or published heads: ``medusa_lm_head.pt``.
 
         Published configurations, which lack the sizes, will do: these then come from the weights.
+        Heads without an output layer are tied.
 
         Args:
             dtype: None keeps that of the file.
@@ -173,25 +173,29 @@ class MedusaHeads(nn.ModuleList):
         """
         folder = Path(folder)
         weights = _read(folder)
-        config = folder / _CONFIG
-        saved = json.loads(config.read_text()) if config.exists() else {}
         try:
             num_heads = 1 + max(int(name.split(".")[0]) for name in weights)
             num_layers = sum(name.startswith("0.") and "linear.weight" in name for name in weights)
-            tied = saved.get("tied", False)
-            if tied:
-                vocab_size, hidden_size = saved["vocab_size"], saved["hidden_size"]
+            unembedding = weights.get(f"0.{num_layers}.weight")
+            if unembedding is not None:
+                vocab_size, hidden_size = unembedding.shape
             else:
-                vocab_size, hidden_size = weights[f"0.{num_layers}.weight"].shape
+                config = json.loads((folder / _CONFIG).read_text())
+                vocab_size, hidden_size = config["vocab_size"], config["hidden_size"]
             with torch.device("meta"):
                 heads = cls(
-                    hidden_size, vocab_size, num_heads=num_heads, num_layers=num_layers, tied=tied
+                    hidden_size,
+                    vocab_size,
+                    num_heads=num_heads,
+                    num_layers=num_layers,
+                    tied=unembedding is None,
                 )
             heads.load_state_dict(weights, assign=True)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (FileNotFoundError, KeyError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"MedusaHeads.from_pretrained: {folder} must hold '<head>.<layer>.linear.weight', "
-                f"'.bias' and '<head>.<layers>.weight' of equal shapes, got {sorted(weights)[:4]}.."
+                f"'.bias' and '<head>.<layers>.weight' of equal shapes, the last of them or a "
+                f"{_CONFIG} with sizes, got {sorted(weights)[:4]}.."
             ) from error
         return heads.to(device=device, dtype=dtype).eval()
 
