@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fp8_quantize_cpu(
   const Tensor x_rows = as_rows(x), residual_rows = as_rows(residual);
   params.x = strided_rows(as_view(x_rows, "x"));
   params.residual = strided_rows(as_view(residual_rows, "residual"));
-  Fp8Rows& rows = params.rows;
+  CodeRows& rows = params.rows;
   Tensor residual_out = new_empty_as(x, rows.dtype);
   Tensor codes = new_empty_as(x, DType::kFloat8E4M3);
   Tensor scales = scale ? new_empty(x, {1}, DType::kFloat32)
@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fp8_quantize_cpu(
   rows.scales = static_cast<float*>(scales.mutable_data_ptr());
   dispatch_float(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    quantize_made_rows<T>(rows, TorchThreads(),
-                          [&](int64_t row, T* y) { rms_norm_row(params, row, y); });
+    quantize_made_rows<E4M3Codes, T>(rows, TorchThreads(),
+                                     [&](int64_t row, T* y) { rms_norm_row(params, row, y); });
   });
   return {codes, scales, residual_out};
 }

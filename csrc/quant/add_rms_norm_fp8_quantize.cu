@@ -3,7 +3,7 @@
 #include <tuple>
 
 #include "common/torch.h"
-#include "quant/fp8_rows_launch.cuh"
+#include "quant/code_rows_launch.cuh"
 #include "quant/rms_norm_fp8_quantize.cuh"
 
 namespace effllm {
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fp8_quantize_cuda(
   const Tensor x_rows = as_rows(x), residual_rows = as_rows(residual);
   params.x = strided_rows(as_view(x_rows, "x"));
   params.residual = strided_rows(as_view(residual_rows, "residual"));
-  Fp8Rows& rows = params.rows;
+  CodeRows& rows = params.rows;
   Tensor residual_out = new_empty_as(x, rows.dtype);
   Tensor codes = new_empty_as(x, DType::kFloat8E4M3);
   Tensor scales = scale ? new_empty(x, {1}, DType::kFloat32)

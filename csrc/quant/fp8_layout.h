@@ -49,4 +49,14 @@ void encode_e4m3(const T* row, int64_t dim, float scale, uint8_t* codes) {
   }
 }
 
+// What code that is the same for all 8-bit codes takes as a type.
+struct E4M3Codes {
+  static constexpr float kLargest = kE4M3Max;
+
+  template <class T>
+  static void encode(const T* row, int64_t dim, float scale, uint8_t* codes) {
+    encode_e4m3(row, dim, scale, codes);
+  }
+};
+
 }  // namespace effllm

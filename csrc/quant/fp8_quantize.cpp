@@ -10,10 +10,10 @@ namespace effllm {
 namespace {
 
 std::tuple<Tensor, Tensor> fp8_quantize_cpu(const Tensor& x, std::optional<int64_t> group_size) {
-  Fp8QuantizeParams params = check_fp8_quantize(as_view(x, "x"), group_size);
+  QuantizeRowsParams params = check_fp8_quantize(as_view(x, "x"), group_size);
   const Tensor x_rows = as_rows(x);
   params.x = strided_rows(as_view(x_rows, "x"));
-  Fp8Rows& rows = params.rows;
+  CodeRows& rows = params.rows;
   Tensor codes = new_empty_as(x, DType::kFloat8E4M3);
   Tensor scales = new_scales_of_rows(x, rows.num_groups, rows.stride_scales_group);
   rows.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> fp8_quantize_cpu(const Tensor& x, std::optional<int64
     const auto* first = static_cast<const decltype(element)*>(params.x.data);
     TorchThreads().for_each(rows.m * rows.num_groups, grain, [&](int64_t index) {
       const int64_t row = index / rows.num_groups;
-      quantize_group(rows, row, index % rows.num_groups, first + row * params.x.stride);
+      quantize_group<E4M3Codes>(rows, row, index % rows.num_groups, first + row * params.x.stride);
     });
   });
   return {codes, scales};

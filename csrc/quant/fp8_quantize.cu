@@ -1,35 +1,28 @@
-// fp8_quantize on CUDA: chooses the launch; fp8_quantize.cuh has the kernel.
+// fp8_quantize on CUDA; quantize_rows.cuh has the kernel.
 #include <optional>
 #include <tuple>
 
 #include "common/torch.h"
-#include "quant/fp8_quantize.cuh"
-#include "quant/fp8_rows_launch.cuh"
+#include "quant/fp8_encode.cuh"
+#include "quant/fp8_quantize.h"
+#include "quant/quantize_rows_launch.cuh"
 
 namespace effllm {
 namespace {
 
 constexpr const char* kOp = "fp8_quantize";
 
-void launch(const Fp8QuantizeParams& params, cudaStream_t stream) {
-  const RowsLaunch grid = fp8_quantize_launch(params);
-  launch_rows(kOp, params.rows, grid, stream, [&](const Launch& launch, auto element, auto slots) {
-    launch(fp8_quantize_kernel<decltype(element), slots()>,
-           Fp8QuantizeKernelParams{params, grid.pieces});
-  });
-}
-
 std::tuple<Tensor, Tensor> fp8_quantize_cuda(const Tensor& x, std::optional<int64_t> group_size) {
-  Fp8QuantizeParams params = check_fp8_quantize(as_view(x, "x"), group_size);
+  QuantizeRowsParams params = check_fp8_quantize(as_view(x, "x"), group_size);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor x_rows = as_rows(x);
   params.x = strided_rows(as_view(x_rows, "x"));
-  Fp8Rows& rows = params.rows;
+  CodeRows& rows = params.rows;
   Tensor codes = new_empty_as(x, DType::kFloat8E4M3);
   Tensor scales = new_scales_of_rows(x, rows.num_groups, rows.stride_scales_group);
   rows.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   rows.scales = static_cast<float*>(scales.mutable_data_ptr());
-  launch(params, current_cuda_stream(x));
+  launch_quantize_rows<E4m3Scale>(kOp, params, current_cuda_stream(x));
   return {codes, scales};
 }
 

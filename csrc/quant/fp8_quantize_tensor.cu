@@ -47,7 +47,7 @@ template <class T, int kVector>
 __global__ void __launch_bounds__(kFp8Threads)
     encode_kernel(const __grid_constant__ Fp8TensorKernelParams params) {
   const float scale = params.given_scale == nullptr
-                          ? e4m3_scale(*params.largest)
+                          ? scale_of_largest<E4m3Scale>(*params.largest)
                           : device_load_float(params.given_scale, params.given_scale_dtype, 0);
   if (blockIdx.x == 0 && threadIdx.x == 0) *params.scale = scale;
   const E4m3Scale by = E4m3Scale::of(scale);

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> rms_norm_fp8_quantize_cpu(const Tensor& x, const Tens
                                                      as_view(scale, "scale"), eps, group_size);
   const Tensor x_rows = as_rows(x);
   params.x = strided_rows(as_view(x_rows, "x"));
-  Fp8Rows& rows = params.rows;
+  CodeRows& rows = params.rows;
   Tensor codes = new_empty_as(x, DType::kFloat8E4M3);
   Tensor scales = scale ? new_empty(x, {1}, DType::kFloat32)
                         : new_scales_of_rows(x, rows.num_groups, rows.stride_scales_group);
@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor> rms_norm_fp8_quantize_cpu(const Tensor& x, const Tens
   rows.scales = static_cast<float*>(scales.mutable_data_ptr());
   dispatch_float(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    quantize_made_rows<T>(rows, TorchThreads(),
-                          [&](int64_t row, T* y) { rms_norm_row(params, row, y); });
+    quantize_made_rows<E4M3Codes, T>(rows, TorchThreads(),
+                                     [&](int64_t row, T* y) { rms_norm_row(params, row, y); });
   });
   return {codes, scales};
 }

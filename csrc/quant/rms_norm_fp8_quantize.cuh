@@ -3,12 +3,13 @@
 // Roofline: bytes. x is read once and one byte per element is written; with a residual, that is
 // read and the sum written as well.
 //
-//   x [M, K]   | row m ........................ |   block m, octet by octet, as fp8_rows.cuh draws
+//   x [M, K]   | row m ........................ |   block m, octet by octet, as code_rows.cuh draws
 //   it:
 //              sum of squares -> 1 / rms -> largest magnitude -> codes, the row in registers
 #pragma once
 
-#include "quant/fp8_rows.cuh"
+#include "quant/code_rows.cuh"
+#include "quant/fp8_encode.cuh"
 #include "quant/rms_norm_fp8_quantize.h"
 
 namespace effllm {
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
     rms_norm_fp8_quantize_kernel(const __grid_constant__ RmsNormParams params) {
   __shared__ float sums_of_warps[kMaxRowWarps];
   __shared__ int32_t largest_of_warps[kMaxRowWarps];
-  const Fp8Rows& rows = params.rows;
+  const CodeRows& rows = params.rows;
   store_given_scale(rows);
   const int k = static_cast<int>(rows.k);
   const RowPiece piece{blockIdx.x, 0, k};
@@ -131,11 +132,12 @@ __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
     for_each_slot<kSlots>(piece, [&](int slot, int column) {
       if (column < k) row[slot] = normalise(row[slot], slot, column);
     });
-    quantize_piece<kSlots>(rows, piece, largest_of_warps,
-                           [&](int slot, int) -> const Octet<T>& { return row[slot]; });
+    quantize_piece<E4m3Scale, kSlots>(rows, piece, largest_of_warps,
+                                      [&](int slot, int) -> const Octet<T>& { return row[slot]; });
   } else {
-    quantize_piece<0>(rows, piece, largest_of_warps,
-                      [&](int, int column) { return normalise(add(load(column)), 0, column); });
+    quantize_piece<E4m3Scale, 0>(rows, piece, largest_of_warps, [&](int, int column) {
+      return normalise(add(load(column)), 0, column);
+    });
   }
 }
 

@@ -5,12 +5,12 @@
 //   weight    [K]       dtype of x
 //   residual  [..., K]  dtype and shape of x, strides of its own
 //   residual_out [..., K]  x + residual in their dtype, contiguous: what the next block adds to
-//   xq, scales          as fp8_rows.h says
+//   xq, scales          as code_rows.h says
 //
 // The arithmetic is that of a Hugging Face LlamaRMSNorm in the dtype of x: the sum is rounded to
 // it; h / sqrt(mean(h^2) + eps) is found in fp32 and rounded to it, and so is its product with the
 // weight. For the same bits on every device the root and the divisions are true ones, squares and
-// sums are rounded apart, and the order of the sum is this: each lane (row_lanes in fp8_rows.h)
+// sums are rounded apart, and the order of the sum is this: each lane (row_lanes in code_rows.h)
 // sums each of its 8 elements over its octets; then those 8 are folded by halves (0 + 4, .. 3 + 7;
 // of those 0 + 2, 1 + 3; ..), the 32 lanes of a warp likewise, and then the warps.
 #pragma once
@@ -22,12 +22,12 @@
 
 #include "common/check.h"
 #include "common/view.h"
-#include "quant/fp8_rows.h"
+#include "quant/code_rows.h"
 
 namespace effllm {
 
 struct RmsNormParams {
-  Fp8Rows rows;
+  CodeRows rows;
   StridedRows x, residual;  // residual.data is null if there is none
   const void* weight;
   bool weight_wide;    // as StridedRows::wide
@@ -54,7 +54,7 @@ inline RmsNormParams check_rms_norm_fp8_quantize(const char* op, const View& x,
   check.that(eps >= 0 && std::isfinite(eps),
              "eps must be finite and at least 0, got " + std::to_string(eps));
   RmsNormParams params{};
-  params.rows = check_fp8_rows(check, x, scale, group_size);
+  params.rows = check_code_rows(check, x, scale, group_size);
   params.weight = weight.data;
   params.weight_wide = weight.has_aligned_rows(16, element_bytes(weight.dtype));
   params.eps = static_cast<float>(eps);

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> silu_mul_fp8_quantize_cpu(const Tensor& gate, const T
   const Tensor gate_rows = as_rows(gate), up_rows = as_rows(up);
   params.gate = strided_rows(as_view(gate_rows, "gate"));
   params.up = strided_rows(as_view(up_rows, "up"));
-  Fp8Rows& rows = params.rows;
+  CodeRows& rows = params.rows;
   Tensor codes = new_empty_as(gate, DType::kFloat8E4M3);
   Tensor scales = scale ? new_empty(gate, {1}, DType::kFloat32)
                         : new_scales_of_rows(gate, rows.num_groups, rows.stride_scales_group);
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> silu_mul_fp8_quantize_cpu(const Tensor& gate, const T
   rows.scales = static_cast<float*>(scales.mutable_data_ptr());
   dispatch_float(rows.dtype, [&](auto element) {
     using T = decltype(element);
-    quantize_made_rows<T>(rows, TorchThreads(), [&](int64_t row, T* y) {
+    quantize_made_rows<E4M3Codes, T>(rows, TorchThreads(), [&](int64_t row, T* y) {
       silu_mul_row(static_cast<const T*>(params.gate.data) + row * params.gate.stride,
                    static_cast<const T*>(params.up.data) + row * params.up.stride, rows.k, y);
     });

@@ -1,9 +1,9 @@
-// silu_mul_fp8_quantize on CUDA: chooses the launch; fp8_rows.cuh has the kernel's parts.
+// silu_mul_fp8_quantize on CUDA: chooses the launch; code_rows.cuh has the kernel's parts.
 #include <optional>
 #include <tuple>
 
 #include "common/torch.h"
-#include "quant/fp8_rows_launch.cuh"
+#include "quant/code_rows_launch.cuh"
 #include "quant/silu_mul_fp8_quantize.cuh"
 
 namespace effllm {
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> silu_mul_fp8_quantize_cuda(const Tensor& gate, const 
   const Tensor gate_rows = as_rows(gate), up_rows = as_rows(up);
   params.gate = strided_rows(as_view(gate_rows, "gate"));
   params.up = strided_rows(as_view(up_rows, "up"));
-  Fp8Rows& rows = params.rows;
+  CodeRows& rows = params.rows;
   Tensor codes = new_empty_as(gate, DType::kFloat8E4M3);
   Tensor scales = scale ? new_empty(gate, {1}, DType::kFloat32)
                         : new_scales_of_rows(gate, rows.num_groups, rows.stride_scales_group);

@@ -4,10 +4,11 @@
 // inputs the some 50 instructions per element take nearly as long, on an H100, as their 5 bytes.
 //
 //   gate_up [M, 2K]   | gate: row m ........ | up: row m .......... |
-//                        block m (of a piece) takes both, octet by octet, as fp8_rows.cuh draws it
+//                        block m (of a piece) takes both, octet by octet, as code_rows.cuh draws it
 #pragma once
 
-#include "quant/fp8_rows.cuh"
+#include "quant/code_rows.cuh"
+#include "quant/fp8_encode.cuh"
 #include "quant/silu_mul_fp8_quantize.h"
 
 namespace effllm {
@@ -46,7 +47,7 @@ template <class T, int kSlots>
 __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
     silu_mul_fp8_quantize_kernel(const __grid_constant__ SiluMulKernelParams params) {
   __shared__ int32_t of_warps[kMaxRowWarps];
-  const Fp8Rows& rows = params.rows;
+  const CodeRows& rows = params.rows;
   store_given_scale(rows);
   const int k = static_cast<int>(rows.k);
   const RowPiece piece = piece_of_block(k, params.num_pieces);
@@ -75,11 +76,11 @@ __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
   if constexpr (kSlots > 0) {
     Octet<T> made[kSlots];
     make_octets(piece, made, load, make);
-    quantize_piece<kSlots>(rows, piece, of_warps,
-                           [&](int slot, int) -> const Octet<T>& { return made[slot]; });
+    quantize_piece<E4m3Scale, kSlots>(rows, piece, of_warps,
+                                      [&](int slot, int) -> const Octet<T>& { return made[slot]; });
   } else {
-    quantize_piece<0>(rows, piece, of_warps,
-                      [&](int, int column) { return make(load(column), column); });
+    quantize_piece<E4m3Scale, 0>(rows, piece, of_warps,
+                                 [&](int, int column) { return make(load(column), column); });
   }
 }
 

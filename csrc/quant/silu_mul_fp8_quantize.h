@@ -2,7 +2,7 @@
 //
 //   gate  [..., K]  fp16, bf16 or fp32; rows may be strided, as halves of one tensor are
 //   up    [..., K]  dtype and shape of gate, strides of its own
-//   xq, scales      as fp8_rows.h says
+//   xq, scales      as code_rows.h says
 //
 // The arithmetic is that of a Hugging Face LlamaMLP in the dtype of gate: silu(gate) is found in
 // fp32 and rounded to the dtype, and so is its product with up. silu(g) = g * (1 / (1 + exp(-g)))
@@ -17,7 +17,7 @@
 
 #include "common/check.h"
 #include "common/view.h"
-#include "quant/fp8_rows.h"
+#include "quant/code_rows.h"
 
 namespace effllm {
 
@@ -51,7 +51,7 @@ inline float silu(float g) {
 }
 
 struct SiluMulParams {
-  Fp8Rows rows;
+  CodeRows rows;
   StridedRows gate, up;
 };
 
@@ -63,7 +63,7 @@ inline SiluMulParams check_silu_mul_fp8_quantize(const View& gate, const View& u
   Sym k("K");
   check(gate).last_dim(k).dtype({DType::kFloat16, DType::kBFloat16, DType::kFloat32});
   check(up).dtype({gate.dtype}).same_shape(gate);
-  return {check_fp8_rows(check, gate, scale, group_size), {}, {}};
+  return {check_code_rows(check, gate, scale, group_size), {}, {}};
 }
 
 // On the CPU: a row, in the dtype that is quantised.

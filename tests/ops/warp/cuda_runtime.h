@@ -174,7 +174,12 @@ inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
-inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(value)); }
+// Saturates; NaN is 0.
+inline int __float2int_rn(float value) {
+  if (std::isnan(value)) return 0;
+  if (std::fabs(value) >= 0x1p31f) return value > 0 ? INT32_MAX : INT32_MIN;
+  return static_cast<int>(std::nearbyint(value));
+}
 // Functions, so that no product is fused with the sum that takes it.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

@@ -1,19 +1,23 @@
 // The kernels that quantise rows, also such as they make first, on lanes that take turns;
-// test_fp8_rows.py compiles it, and calls it with tensors.
-#include "quant/fp8_rows.cuh"
+// test_code_rows.py compiles it, and calls it with tensors.
+#include "quant/code_rows.cuh"
 
 #include <cstdint>
 #include <optional>
 
 #include "common/dispatch.h"
-#include "quant/fp8_quantize.cuh"
+#include "quant/fp8_encode.cuh"
+#include "quant/fp8_quantize.h"
+#include "quant/int8_encode.cuh"
+#include "quant/int8_quantize.h"
+#include "quant/quantize_rows.cuh"
 #include "quant/rms_norm_fp8_quantize.cuh"
 #include "quant/silu_mul_fp8_quantize.cuh"
 #include "tensor_argument.h"
 
 namespace {
 
-using effllm::Fp8Rows;
+using effllm::CodeRows;
 using effllm::RowsLaunch;
 using effllm::View;
 
@@ -31,7 +35,7 @@ std::optional<int64_t> optional(int64_t group_size) {
 
 // Calls run(element, slots) for the kernel that a launch is of.
 template <class Run>
-int dispatch(const Fp8Rows& rows, const RowsLaunch& grid, const Run& run) {
+int dispatch(const CodeRows& rows, const RowsLaunch& grid, const Run& run) {
   effllm::dispatch_float(rows.dtype, [&](auto element) {
     effllm::dispatch_slots<decltype(element)>(grid.slots, [&](auto slots) { run(element, slots); });
   });
@@ -46,15 +50,35 @@ int run_rms_norm(const effllm::RmsNormParams& params, const RowsLaunch& grid) {
   });
 }
 
+template <class Scale>
+void find_codes(const float* x, int64_t count, float scale, uint8_t* codes) {
+  const Scale by = Scale::of(scale);
+  for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(effllm::code_of(x[i], by));
+}
+
+template <class Scale>
+int run_quantize(effllm::QuantizeRowsParams params, const View& x, void* codes, void* scales) {
+  CodeRows& rows = params.rows;
+  params.x = effllm::strided_rows(x);
+  rows.codes = static_cast<uint8_t*>(codes);
+  rows.scales = static_cast<float*>(scales);
+  const RowsLaunch grid = effllm::quantize_rows_launch(params);
+  return dispatch(rows, grid, [&](auto element, auto slots) {
+    run_blocks(grid, effllm::quantize_rows_kernel<Scale, decltype(element), slots()>,
+               effllm::QuantizeRowsKernelParams{params, grid.pieces});
+  });
+}
+
 }  // namespace
 
 // Codes of `count` numbers by one scale, and silu of them, as the kernels find these.
 
 extern "C" void e4m3_codes(const float* x, int64_t count, float scale, uint8_t* codes) {
-  const effllm::E4m3Scale by = effllm::E4m3Scale::of(scale);
-  for (int64_t i = 0; i < count; ++i) {
-    codes[i] = static_cast<uint8_t>(effllm::e4m3_code(x[i], by));
-  }
+  find_codes<effllm::E4m3Scale>(x, count, scale, codes);
+}
+
+extern "C" void int8_codes(const float* x, int64_t count, float scale, uint8_t* codes) {
+  find_codes<effllm::Int8Scale>(x, count, scale, codes);
 }
 
 extern "C" void silu_values(const float* g, int64_t count, float* values) {
@@ -66,16 +90,14 @@ extern "C" void silu_values(const float* g, int64_t count, float* values) {
 extern "C" int fp8_quantize_rows(const TensorArgument* tensors, int64_t group_size, void* codes,
                                  void* scales) {
   const View x = *tensors[0].view();
-  effllm::Fp8QuantizeParams params = effllm::check_fp8_quantize(x, optional(group_size));
-  Fp8Rows& rows = params.rows;
-  params.x = effllm::strided_rows(x);
-  rows.codes = static_cast<uint8_t*>(codes);
-  rows.scales = static_cast<float*>(scales);
-  const RowsLaunch grid = effllm::fp8_quantize_launch(params);
-  return dispatch(rows, grid, [&](auto element, auto slots) {
-    run_blocks(grid, effllm::fp8_quantize_kernel<decltype(element), slots()>,
-               effllm::Fp8QuantizeKernelParams{params, grid.pieces});
-  });
+  const auto params = effllm::check_fp8_quantize(x, optional(group_size));
+  return run_quantize<effllm::E4m3Scale>(params, x, codes, scales);
+}
+
+extern "C" int int8_quantize_rows(const TensorArgument* tensors, void* codes, void* scales) {
+  const View x = *tensors[0].view();
+  const auto params = effllm::check_int8_quantize(x, tensors[1].view());
+  return run_quantize<effllm::Int8Scale>(params, x, codes, scales);
 }
 
 extern "C" int silu_mul_rows(const TensorArgument* tensors, int64_t group_size, void* codes,
@@ -83,7 +105,7 @@ extern "C" int silu_mul_rows(const TensorArgument* tensors, int64_t group_size, 
   const View gate = *tensors[0].view(), up = *tensors[1].view();
   effllm::SiluMulParams params =
       effllm::check_silu_mul_fp8_quantize(gate, up, tensors[2].view(), optional(group_size));
-  Fp8Rows& rows = params.rows;
+  CodeRows& rows = params.rows;
   params.gate = effllm::strided_rows(gate);
   params.up = effllm::strided_rows(up);
   rows.codes = static_cast<uint8_t*>(codes);
@@ -101,7 +123,7 @@ extern "C" int rms_norm_rows(const TensorArgument* tensors, double eps, int64_t 
   const std::optional<View> residual = tensors[1].view();
   effllm::RmsNormParams params = effllm::check_rms_norm_fp8_quantize(
       "rms_norm_fp8_quantize", x, residual, weight, tensors[3].view(), eps, optional(group_size));
-  Fp8Rows& rows = params.rows;
+  CodeRows& rows = params.rows;
   params.x = effllm::strided_rows(x);
   if (residual) params.residual = effllm::strided_rows(*residual);
   params.residual_out = residual_out;

@@ -1,17 +1,17 @@
-// The launch that kernels of fp8_rows.cuh have in common.
+// The launch that kernels of code_rows.cuh have in common.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "common/dispatch.h"
 #include "cuda/launch.h"
-#include "quant/fp8_rows.cuh"
+#include "quant/code_rows.cuh"
 
 namespace effllm {
 
 // `body(launch, element, slots)` launches the kernel of that type of rows and number of slots.
 template <class Body>
-void launch_rows(const char* op, const Fp8Rows& rows, const RowsLaunch& grid, cudaStream_t stream,
+void launch_rows(const char* op, const CodeRows& rows, const RowsLaunch& grid, cudaStream_t stream,
                  const Body& body) {
   if (grid.blocks == 0) return;
   check_rows_launch(op, rows, grid);

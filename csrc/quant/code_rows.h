@@ -1,13 +1,14 @@
-// Rows that become e4m3 codes and scales: what fp8_quantize shares with the ops that make rows and
-// quantise them at once.
+// Rows that become 8-bit codes and scales: what fp8_quantize and int8_quantize share with the ops
+// that make rows and quantise them at once.
 //
-//   xq      [..., K]  e4m3, contiguous
+//   xq      [..., K]  e4m3 or int8, contiguous
 //   scales  [..., ceil(K/g)]  fp32; in memory [ceil(K/g), round_up(M, 4)] for the M rows
 //           or, with a known scale of all rows as fp8_quantize_tensor takes it, that alone, [1]
 //
 // g is 128, of which the last group may be short, or K: one scale per row. Kernels of GEMMs read
 // the scales of one group for many rows at once, so rows are innermost, and groups start at
-// multiples of 16 bytes as TMA demands. fp8_layout.h says how scales and codes are found.
+// multiples of 16 bytes as TMA demands. fp8_layout.h and int8_layout.h say how scales and codes are
+// found, by types E4M3Codes and Int8Codes.
 //
 // Rows that are made are quantised in the dtype of x: codes and scales are those of fp8_quantize or
 // fp8_quantize_tensor for them. To fuse saves writing and reading them, and changes no bit.
@@ -53,7 +54,7 @@ inline StridedRows strided_rows(const View& rows) {
   return {rows.data, rows.rank > 1 ? rows.stride(0) : 0, wide && rows.size(-1) % kOctet == 0};
 }
 
-struct Fp8Rows {
+struct CodeRows {
   int64_t m, k, group_size, num_groups;
   DType dtype;              // of the rows, before they are codes
   const void* given_scale;  // of all rows; null: each group has its own
@@ -68,13 +69,19 @@ struct Fp8Rows {
   }
 };
 
+// Of ops that quantise rows as they are.
+struct QuantizeRowsParams {
+  CodeRows rows;
+  StridedRows x;
+};
+
 // Everything but what is written. K and dtype of x are checked by the caller.
-inline Fp8Rows check_fp8_rows(Check& check, const View& x, const std::optional<View>& scale,
-                              std::optional<int64_t> group_size) {
+inline CodeRows check_code_rows(Check& check, const View& x, const std::optional<View>& scale,
+                                std::optional<int64_t> group_size) {
   const std::string found = std::to_string(group_size.value_or(0));
   check.that(!group_size || *group_size == kFp8GroupSize,
              "group_size must be 128, or None for one scale per row, got " + found);
-  Fp8Rows rows{};
+  CodeRows rows{};
   rows.m = 1;
   for (int dim = 0; dim + 1 < x.rank; ++dim) rows.m *= x.size(dim);
   rows.k = x.size(-1);
@@ -94,12 +101,12 @@ inline Fp8Rows check_fp8_rows(Check& check, const View& x, const std::optional<V
 }
 
 // On the CPU: codes and scale of a group of row `row`, whose elements are y[0] .. y[K - 1].
-template <class T>
-void quantize_group(const Fp8Rows& rows, int64_t row, int64_t group, const T* y) {
+template <class Codes, class T>
+void quantize_group(const CodeRows& rows, int64_t row, int64_t group, const T* y) {
   const int64_t first = group * rows.group_size;
   const int64_t columns = std::min(rows.group_size, rows.k - first);
-  const float scale = symmetric_scale(max_magnitude_bits(y + first, columns), kE4M3Max);
-  encode_e4m3(y + first, columns, scale, rows.codes + row * rows.k + first);
+  const float scale = symmetric_scale(max_magnitude_bits(y + first, columns), Codes::kLargest);
+  Codes::encode(y + first, columns, scale, rows.codes + row * rows.k + first);
   rows.scales[group * rows.stride_scales_group + row] = scale;
 }
 
@@ -107,8 +114,8 @@ void quantize_group(const Fp8Rows& rows, int64_t row, int64_t group, const T* y)
 inline constexpr int64_t kElementsPerThread = int64_t{1} << 15;
 
 // On the CPU: calls make(row, y) for all rows, which fills y[0] .. y[K - 1], and quantises each.
-template <class T, class Threads, class Make>
-void quantize_made_rows(const Fp8Rows& rows, const Threads& threads, const Make& make) {
+template <class Codes, class T, class Threads, class Make>
+void quantize_made_rows(const CodeRows& rows, const Threads& threads, const Make& make) {
   if (rows.given_scale != nullptr) {
     *rows.scales = load_float(rows.given_scale, rows.given_scale_dtype, 0);
   }
@@ -117,10 +124,10 @@ void quantize_made_rows(const Fp8Rows& rows, const Threads& threads, const Make&
     std::vector<T> y(static_cast<size_t>(rows.k));
     make(row, y.data());
     if (rows.given_scale != nullptr) {
-      encode_e4m3(y.data(), rows.k, *rows.scales, rows.codes + row * rows.k);
+      Codes::encode(y.data(), rows.k, *rows.scales, rows.codes + row * rows.k);
     } else {
       for (int64_t group = 0; group < rows.num_groups; ++group) {
-        quantize_group(rows, row, group, y.data());
+        quantize_group<Codes>(rows, row, group, y.data());
       }
     }
   });

@@ -16,6 +16,7 @@ from effllm.ops import (
     add_rms_norm_fp8_quantize,
     fp8_quantize,
     fp8_quantize_tensor,
+    int8_quantize,
     rms_norm_fp8_quantize,
     silu_mul_fp8_quantize,
 )
@@ -27,6 +28,9 @@ from effllm.testing.cases import (
 )
 from effllm.testing.cases import (
     fp8_quantize as quantize_cases,
+)
+from effllm.testing.cases import (
+    int8_quantize as int8_cases,
 )
 from effllm.testing.cases import (
     rms_norm_fp8_quantize as norm_cases,
@@ -69,7 +73,7 @@ class Outputs:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled("fp8_rows.cpp", tmp_path_factory.mktemp("fp8_rows"))
+    return compiled("code_rows.cpp", tmp_path_factory.mktemp("code_rows"))
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,23 @@ def quantize(library: ctypes.CDLL) -> Kernel:
             pointer(out.scales),
         )
         return out.checked()[:2], slots
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def quantize_int8(library: ctypes.CDLL) -> Kernel:
+    """int8_quantize."""
+
+    def call(x: Tensor, scale: Tensor | None = None) -> tuple[Results, int]:
+        out = Outputs(x, scale, None)
+        slots = library.int8_quantize_rows(
+            (TensorArgument * 2)(as_argument(x), as_argument(scale)),
+            pointer(out.codes),
+            pointer(out.scales),
+        )
+        codes, scales, _ = out.checked()
+        return (codes.view(torch.int8), scales), slots
 
     return call
 
@@ -158,10 +179,11 @@ def small(cases: list[Any]) -> Any:
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case.id)
 
 
-def codes_by(library: ctypes.CDLL, x: Tensor, scale: float) -> Tensor:
+def codes_by(library: ctypes.CDLL, x: Tensor, scale: float, kind: str = "e4m3") -> Tensor:
     codes = torch.empty(x.shape, dtype=torch.uint8)
     count = ctypes.c_int64(x.numel())
-    library.e4m3_codes(pointer(x), count, ctypes.c_float(scale), pointer(codes))
+    find_codes = getattr(library, f"{kind}_codes")
+    find_codes(pointer(x), count, ctypes.c_float(scale), pointer(codes))
     return codes
 
 
@@ -195,6 +217,20 @@ def test_quotients_of_special_values(scale: float, library: ctypes.CDLL) -> None
     x = torch.cat([x, -x])
     wanted, _ = fp8_quantize_tensor(x, torch.tensor(scale))
     assert_equal(codes_by(library, x, scale), wanted.view(torch.uint8))
+    wanted, _ = int8_quantize(x, torch.tensor(scale))
+    assert_equal(codes_by(library, x, scale, "int8"), wanted.view(torch.uint8))
+
+
+def test_quotients_next_to_where_int8_codes_change(library: ctypes.CDLL) -> None:
+    """Halves between codes, and floats beside them, by scales of every kind."""
+    scales = hostile.normal(600).abs() * 2.0 ** torch.linspace(-70, 70, 600)
+    middles = torch.arange(-129, 129) + 0.5
+    steps = torch.arange(-3, 4) * 2.0**-24
+    points = (middles[:, None].double() * (1 + steps)).flatten()
+    for scale in scales:
+        x = (points * scale.double()).float()
+        wanted, _ = int8_quantize(x, scale)
+        assert_equal(codes_by(library, x, scale.item(), "int8"), wanted.view(torch.uint8))
 
 
 def test_silu_of_all_16_bit_numbers_and_others(library: ctypes.CDLL) -> None:
@@ -213,6 +249,14 @@ def test_quantize_is_that_of_the_cpu(case: Any, quantize: Kernel) -> None:
     found, slots = quantize(*args, **options)
     assert slots == slots_of(case.k, case.dtype, case.group_size is not None)
     assert_same(found, fp8_quantize(*args, **options))
+
+
+@small(int8_cases.CASES)
+def test_int8_quantize_is_that_of_the_cpu(case: Any, quantize_int8: Kernel) -> None:
+    args, options = case.make("cpu")
+    found, slots = quantize_int8(*args, **options)
+    assert slots == slots_of(case.k, case.dtype, case.scale_dtype is not None)
+    assert_same(found, int8_quantize(*args, **options))
 
 
 @small(silu_cases.CASES)
@@ -246,6 +290,7 @@ def test_special_values(
     dtype: torch.dtype,
     group_size: int | None,
     quantize: Kernel,
+    quantize_int8: Kernel,
     silu_mul: Kernel,
     add_rms_norm: Kernel,
 ) -> None:
@@ -256,6 +301,9 @@ def test_special_values(
     x[5] = 0
     found, _ = quantize(x, group_size=group_size)
     assert_same(found, fp8_quantize(x, group_size=group_size))
+    for scale in (None, torch.tensor([0.02]), torch.tensor([torch.nan])):
+        found, _ = quantize_int8(x, scale)
+        assert_same(found, int8_quantize(x, scale))
     up = hostile.normal(*x.shape, dtype=dtype, seed=1)
     found, _ = silu_mul(x, up, group_size=group_size)
     assert_same(found, silu_mul_fp8_quantize(x, up, group_size=group_size))

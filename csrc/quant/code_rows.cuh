@@ -1,5 +1,5 @@
 // Rows that a block makes, quantises and never stores: from when they are made until they are codes
-// they stay in registers. The arithmetic is fp8_rows.h's to the bit.
+// they stay in registers. The arithmetic is code_rows.h's to the bit.
 //
 //   octet of a row    0  1 .. 15 | 16 .. 31 | ...  T-1 |  T  T+1 ...   8 columns each
 //   thread of T       0  1 .. 15 | 16 .. 31 | ...  T-1 |  0  1   ...
@@ -16,8 +16,8 @@
 #include <type_traits>
 
 #include "cuda/vec.cuh"
-#include "quant/fp8_encode.cuh"
-#include "quant/fp8_rows.h"
+#include "quant/code_rows.h"
+#include "quant/code_scale.cuh"
 
 namespace effllm {
 
@@ -180,8 +180,8 @@ __device__ __forceinline__ void for_each_slot(const RowPiece& piece, const Body&
   }
 }
 
-template <class T>
-__device__ __forceinline__ void store_octet(const Octet<T>& y, const E4m3Scale& by, uint8_t* codes,
+template <class T, class Scale>
+__device__ __forceinline__ void store_octet(const Octet<T>& y, const Scale& by, uint8_t* codes,
                                             int column, int k, bool wide) {
   float values[kOctet];
 #pragma unroll
@@ -191,14 +191,14 @@ __device__ __forceinline__ void store_octet(const Octet<T>& y, const E4m3Scale& 
   } else {
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
-      if (column + i < k) codes[column + i] = static_cast<uint8_t>(e4m3_code(values[i], by));
+      if (column + i < k) codes[column + i] = static_cast<uint8_t>(code_of(values[i], by));
     }
   }
 }
 
 // The scale of a row that is not grouped.
-template <int kSlots, class Read>
-__device__ __forceinline__ float scale_of_row(const Fp8Rows& rows, const RowPiece& piece,
+template <class Scale, int kSlots, class Read>
+__device__ __forceinline__ float scale_of_row(const CodeRows& rows, const RowPiece& piece,
                                               int32_t (&of_warps)[kMaxRowWarps], const Read& read) {
   if (rows.given_scale != nullptr) {
     return device_load_float(rows.given_scale, rows.given_scale_dtype, 0);
@@ -208,23 +208,23 @@ __device__ __forceinline__ float scale_of_row(const Fp8Rows& rows, const RowPiec
     if (column < piece.end) largest = max(largest, read(slot, column).largest_bits());
   });
   largest = block_fold(largest, of_warps, [](int32_t a, int32_t b) { return max(a, b); });
-  const float scale = e4m3_scale(largest);
+  const float scale = scale_of_largest<Scale>(largest);
   if (threadIdx.x == 0) rows.scales[piece.row] = scale;
   return scale;
 }
 
-// Codes and scales of a piece, whose octets read(slot, column) gives; whole rows if something is
-// shared by a row. `of_warps` must be free for use.
-template <int kSlots, class Read>
-__device__ __forceinline__ void quantize_piece(const Fp8Rows& rows, const RowPiece& piece,
+// Codes (code_scale.cuh) and scales of a piece, whose octets read(slot, column) gives; whole rows
+// if something is shared by a row. `of_warps` must be free for use.
+template <class Scale, int kSlots, class Read>
+__device__ __forceinline__ void quantize_piece(const CodeRows& rows, const RowPiece& piece,
                                                int32_t (&of_warps)[kMaxRowWarps],
                                                const Read& read) {
   const int k = static_cast<int>(rows.k);
   const bool wide = kSlots > 0 || k % kOctet == 0;
   uint8_t* codes = rows.codes + piece.row * rows.k;
   const bool grouped = rows.is_grouped();
-  float scale = grouped ? 1.f : scale_of_row<kSlots>(rows, piece, of_warps, read);
-  E4m3Scale by = E4m3Scale::of(scale);
+  float scale = grouped ? 1.f : scale_of_row<Scale, kSlots>(rows, piece, of_warps, read);
+  Scale by = Scale::of(scale);
   for_each_slot<kSlots>(piece, [&](int slot, int column) {
     const bool valid = column < piece.end;
     if (grouped) {
@@ -233,8 +233,8 @@ __device__ __forceinline__ void quantize_piece(const Fp8Rows& rows, const RowPie
       for (int lanes = kFp8GroupSize / kOctet / 2; lanes > 0; lanes /= 2) {
         largest = max(largest, __shfl_xor_sync(~0u, largest, lanes));
       }
-      scale = e4m3_scale(largest);
-      by = E4m3Scale::of(scale);
+      scale = scale_of_largest<Scale>(largest);
+      by = Scale::of(scale);
       if (valid && column % kFp8GroupSize == 0) {
         rows.scales[column / kFp8GroupSize * rows.stride_scales_group + piece.row] = scale;
       }
@@ -244,7 +244,7 @@ __device__ __forceinline__ void quantize_piece(const Fp8Rows& rows, const RowPie
 }
 
 // The given scale is a result, too, also of no rows.
-__device__ __forceinline__ void store_given_scale(const Fp8Rows& rows) {
+__device__ __forceinline__ void store_given_scale(const CodeRows& rows) {
   if (rows.given_scale != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     *rows.scales = device_load_float(rows.given_scale, rows.given_scale_dtype, 0);
   }
@@ -263,7 +263,7 @@ struct RowsLaunch {
 };
 
 // `in_pieces`: nothing is shared by a whole row. `wide`: all of StridedRows are.
-inline RowsLaunch rows_launch(const Fp8Rows& rows, bool in_pieces, bool wide) {
+inline RowsLaunch rows_launch(const CodeRows& rows, bool in_pieces, bool wide) {
   // A given scale of no rows is written by a block that has none.
   const int64_t least = rows.given_scale != nullptr ? 1 : 0;
   if (in_pieces) {
@@ -290,7 +290,7 @@ void dispatch_slots(int slots, const Body& body) {
   body(std::integral_constant<int, 0>{});
 }
 
-inline void check_rows_launch(const char* op, const Fp8Rows& rows, const RowsLaunch& launch) {
+inline void check_rows_launch(const char* op, const CodeRows& rows, const RowsLaunch& launch) {
   if (launch.blocks > INT32_MAX || rows.k > INT32_MAX / 2) {
     fail(op,
          "on a GPU there must be fewer than 2^31 rows, or pieces of 2048 columns, and fewer "
