@@ -11,7 +11,7 @@
 namespace effllm {
 
 // Each includes those before it.
-enum class CpuIsa : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+enum class CpuIsa : int { kBaseline, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
 
 #if defined(__x86_64__)
 inline constexpr bool kHasX86Isas = true;
@@ -21,7 +21,8 @@ inline CpuIsa widest_cpu_isa() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return CpuIsa::kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? CpuIsa::kAvx512Bf16 : CpuIsa::kAvx512;
+  if (!__builtin_cpu_supports("avx512vnni")) return CpuIsa::kAvx512;
+  return __builtin_cpu_supports("avx512bf16") ? CpuIsa::kAvx512Bf16 : CpuIsa::kAvx512Vnni;
 }
 #else
 inline constexpr bool kHasX86Isas = false;
@@ -37,9 +38,11 @@ inline CpuIsa allowed_cpu_isa() {
   if (value == "baseline") return CpuIsa::kBaseline;
   if (value == "avx2") return CpuIsa::kAvx2;
   if (value == "avx512") return CpuIsa::kAvx512;
+  if (value == "avx512vnni") return CpuIsa::kAvx512Vnni;
   if (value.empty() || value == "avx512bf16") return CpuIsa::kAvx512Bf16;
   throw std::runtime_error(
-      "effllm: EFFLLM_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got '" + value + "'");
+      "effllm: EFFLLM_CPU_ISA must be baseline, avx2, avx512, avx512vnni or avx512bf16, got '" +
+      value + "'");
 }
 
 // Read once: the first use decides for the process.

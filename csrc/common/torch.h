@@ -131,6 +131,13 @@ inline Tensor as_rows(const Tensor& tensor) {
   return rows.stride(rows.dim() - 1) == 1 ? rows : torch::stable::contiguous(rows);
 }
 
+// [N] of [N, K], contiguous.
+inline Tensor sum_of_rows(const Tensor& matrix, DType dtype) {
+  const int64_t last = 1;
+  return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&last, 1), false,
+                            as_scalar_type(dtype));
+}
+
 // Contiguous and uninitialised, in the shape of `like`.
 inline Tensor new_empty_as(const Tensor& like, DType dtype) {
   return torch::stable::new_empty(like, like.sizes(), as_scalar_type(dtype));

@@ -22,6 +22,7 @@ struct TensorMapBox {
 
 inline CUtensorMapDataType tensor_map_type(DType dtype, const char* op) {
   switch (dtype) {
+    case DType::kInt8:
     case DType::kFloat8E4M3:
       return CU_TENSOR_MAP_DATA_TYPE_UINT8;
     case DType::kFloat16:

@@ -3,7 +3,7 @@
 
 namespace effllm {
 
-void launch_fp8_gemm_plain(const Fp8GemmParams& params, const Fp8GemmPlan& plan,
+void launch_fp8_gemm_plain(const Fp8GemmParams& params, const SsGemmChoice& plan,
                            cudaStream_t stream) {
   launch_fp8_wgmma<Fp8Summation::kPlain>(params, plan, stream);
 }

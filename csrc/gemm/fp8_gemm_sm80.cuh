@@ -22,33 +22,6 @@
 
 namespace effllm {
 
-// kBytes of memory of any alignment, from what the first `left` of them hold, zeros after.
-template <int kBytes>
-__device__ __forceinline__ void load_bytes(const void* from, int64_t left,
-                                           uint32_t (&words)[kBytes / 4]) {
-  const auto address = reinterpret_cast<uintptr_t>(from);
-#pragma unroll
-  for (int i = 0; i < kBytes / 4; ++i) words[i] = 0;
-  if (left >= kBytes && address % kBytes == 0) {
-    if constexpr (kBytes == 16) {
-      const uint4 value = __ldcs(static_cast<const uint4*>(from));
-      words[0] = value.x, words[1] = value.y, words[2] = value.z, words[3] = value.w;
-    } else {
-      const uint2 value = *static_cast<const uint2*>(from);
-      words[0] = value.x, words[1] = value.y;
-    }
-  } else if (left >= kBytes && address % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kBytes / 4; ++i) words[i] = static_cast<const uint32_t*>(from)[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kBytes; ++i) {
-      const uint32_t byte = i < left ? static_cast<const uint8_t*>(from)[i] : 0u;
-      words[i / 4] |= byte << (8 * (i % 4));
-    }
-  }
-}
-
 // X is the type of x: float8_e4m3, float16 or bfloat16.
 template <class X, class Out>
 struct Fp8Operands {

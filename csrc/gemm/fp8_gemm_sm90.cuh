@@ -209,8 +209,6 @@ template <Fp8Summation kSummation, size_t kShape>
 void launch_fp8_tile_gemm(const Fp8GemmParams& params, SsGemmPlan cut, cudaStream_t stream) {
   if constexpr (kHasFp8TileGemm<kSummation, kShape>) {
     using C = Fp8TileGemm<kSummation, kShape>;
-    // What CTAs need first, and can ask for beside the kernel ahead.
-    constexpr int kPrefetchBytes = (C::kCtasPerSm > 1 ? 128 : 64) * 1024;
     Fp8WgmmaParams wgmma_params{params, {}};
     if constexpr (kSummation == Fp8Summation::kScaled) {
       const TensorMapBox box{fp8_scales_box(C::kTokens), 1, false};
@@ -218,12 +216,12 @@ void launch_fp8_tile_gemm(const Fp8GemmParams& params, SsGemmPlan cut, cudaStrea
           params.x_scales.data, DType::kFloat32, ceil_div<int64_t>(params.k, kFp8GroupSize),
           params.m, params.x_scales.stride_group, box, "fp8_gemm");
     }
-    launch_ss_gemm<C>("fp8_gemm", wgmma_params, params.out_dtype, cut, kPrefetchBytes, stream);
+    launch_ss_gemm<C>("fp8_gemm", wgmma_params, params.out_dtype, cut, kPrefetchBytes<C>, stream);
   }
 }
 
 template <Fp8Summation kSummation, size_t... kShapes>
-void launch_fp8_wgmma(const Fp8GemmParams& params, const Fp8GemmPlan& plan, cudaStream_t stream,
+void launch_fp8_wgmma(const Fp8GemmParams& params, const SsGemmChoice& plan, cudaStream_t stream,
                       std::index_sequence<kShapes...>) {
   ((kShapes == plan.shape ? launch_fp8_tile_gemm<kSummation, kShapes>(params, plan.cut, stream)
                           : void()),
@@ -231,23 +229,18 @@ void launch_fp8_wgmma(const Fp8GemmParams& params, const Fp8GemmPlan& plan, cuda
 }
 
 template <Fp8Summation kSummation>
-void launch_fp8_wgmma(const Fp8GemmParams& params, const Fp8GemmPlan& plan, cudaStream_t stream) {
+void launch_fp8_wgmma(const Fp8GemmParams& params, const SsGemmChoice& plan, cudaStream_t stream) {
   constexpr std::make_index_sequence<kFp8GemmShapes.size()> kShapes;
   launch_fp8_wgmma<kSummation>(params, plan, stream, kShapes);
 }
 
-// [slices - 1]
 template <Fp8Summation kSummation, size_t kShape>
-std::array<int, kMaxClusterCtas> resident_fp8_clusters() {
-  std::array<int, kMaxClusterCtas> clusters{};
+SsGemmResidency resident_fp8_clusters() {
   if constexpr (kHasFp8TileGemm<kSummation, kShape>) {
-    using C = Fp8TileGemm<kSummation, kShape>;
-    for (int slices = 1; slices * C::kNeighbours <= kMaxClusterCtas; ++slices) {
-      clusters[static_cast<size_t>(slices - 1)] = max_resident_clusters(
-          "fp8_gemm", ss_gemm_kernel<C>, C::kThreads, C::kSmemBytes, slices * C::kNeighbours);
-    }
+    return ss_gemm_residency<Fp8TileGemm<kSummation, kShape>>("fp8_gemm");
+  } else {
+    return {};
   }
-  return clusters;
 }
 
 template <Fp8Summation kSummation, size_t... kShapes>

@@ -31,8 +31,7 @@ void launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device
 // scaling.
 enum class Fp8Summation { kTensorCore, kPlain, kScaled };
 
-// Nanoseconds in which a stage of K is multiplied on an H100, for each summation, as the model of
-// fp8_gemm_sm90.cu has them; 0 where the shape is not compiled.
+// The stage_time of an SsGemmCandidate for each summation; 0 where the shape is not compiled.
 struct Fp8GemmShape {
   SsGemmShape tile;
   std::array<int, 3> stage_time;
@@ -55,23 +54,18 @@ inline constexpr std::array<Fp8GemmShape, 11> kFp8GemmShapes{{
 // TMA writes boxes to multiples of 128 bytes: of so many scales of tokens, at least.
 constexpr int fp8_scales_box(int tokens) { return std::max(tokens, 32); }
 
-// [shape][slices - 1]: clusters of so many slices that run on the current device at the same time.
-using Fp8GemmResidency = std::array<std::array<int, kMaxClusterCtas>, kFp8GemmShapes.size()>;
+// Of each shape, on the current device.
+using Fp8GemmResidency = std::array<SsGemmResidency, kFp8GemmShapes.size()>;
 
-struct Fp8GemmPlan {
-  size_t shape;
-  SsGemmPlan cut;
-};
-
-Fp8GemmPlan plan_fp8_gemm(const Fp8GemmParams& params, Fp8Summation summation, int num_sms,
-                          const Fp8GemmResidency& residency);
+SsGemmChoice plan_fp8_gemm(const Fp8GemmParams& params, Fp8Summation summation, int num_sms,
+                           const Fp8GemmResidency& residency);
 
 // Of each summation, in a file of its own.
-void launch_fp8_gemm_tensor_core(const Fp8GemmParams& params, const Fp8GemmPlan& plan,
+void launch_fp8_gemm_tensor_core(const Fp8GemmParams& params, const SsGemmChoice& plan,
                                  cudaStream_t stream);
-void launch_fp8_gemm_plain(const Fp8GemmParams& params, const Fp8GemmPlan& plan,
+void launch_fp8_gemm_plain(const Fp8GemmParams& params, const SsGemmChoice& plan,
                            cudaStream_t stream);
-void launch_fp8_gemm_scaled(const Fp8GemmParams& params, const Fp8GemmPlan& plan,
+void launch_fp8_gemm_scaled(const Fp8GemmParams& params, const SsGemmChoice& plan,
                             cudaStream_t stream);
 Fp8GemmResidency fp8_gemm_residency_tensor_core();
 Fp8GemmResidency fp8_gemm_residency_plain();

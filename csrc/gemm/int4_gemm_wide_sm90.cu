@@ -50,6 +50,7 @@ constexpr int kProducerWarps = 4;
 template <class InT_, int kShape, bool kExactScales>
 struct Config {
   using InT = InT_;
+  using Sum = float;
   using Weights = ScaledInt4<InT, kExactScales>;
   static constexpr Int4GemmWideShape kDims = kInt4GemmWideShapes[kShape];
   static constexpr int kTokens = kDims.tokens;

@@ -26,9 +26,10 @@
 // all features, which is less to scale by.
 //
 // An op brings types:
-//   InT, Params    of the operands; the op's arguments, with x, weight, stride_weight_n, m, n, k
-//   Finish         what becomes of sums (tile_epilogue_sm90.cuh), made of Params
-//   Promotion<C>   NoPromotion, or how the tensor core's sums of one stage are added up outside:
+//   InT, Params    of the operands, int8 summed up in int32; the op's arguments, with x, weight,
+//   stride_weight_n, m, n, k Finish         what becomes of sums (tile_epilogue_sm90.cuh), made of
+//   Params Promotion<C>   NoPromotion, or how the tensor core's sums of one stage are added up
+//   outside:
 //     kStageBytes                           of shared memory that it wants beside a stage
 //     produce(params, smem, full, work, k_tile)   fills them
 //     Promotion(params, work)               at a tile's begin
@@ -71,6 +72,7 @@ template <class Op_, SsGemmShape kShape>
 struct SsGemm {
   using Op = Op_;
   using InT = typename Op::InT;
+  using Sum = std::conditional_t<std::is_integral_v<InT>, int32_t, float>;
   static constexpr int kCols = kShape.cols;
   static constexpr int kRowBlocks = kShape.row_blocks;
   static constexpr int kStages = kShape.stages;
@@ -178,8 +180,8 @@ __device__ __forceinline__ void prefetch_weights(const Args& args, const SsGemmS
 
 // sums (+)= the products of a stage with 64 rows of A.
 template <class C>
-__device__ __forceinline__ void multiply(float (&sums)[C::kCols / 2], uint64_t a, uint64_t b,
-                                         bool accumulate) {
+__device__ __forceinline__ void multiply(typename C::Sum (&sums)[C::kCols / 2], uint64_t a,
+                                         uint64_t b, bool accumulate) {
   constexpr int kStepBytes = 32;  // of K, in a wgmma
 #pragma unroll
   for (int step = 0; step < C::kRowBytes / kStepBytes; ++step) {
@@ -410,6 +412,21 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
   // Nobody leaves whose shared memory or barriers others still write to.
   if constexpr (C::kNeighbours > 1) ptx::cluster_sync();
 }
+
+// Of the current device.
+template <class C>
+SsGemmResidency ss_gemm_residency(const char* op) {
+  SsGemmResidency clusters{};
+  for (int slices = 1; slices * C::kNeighbours <= kMaxClusterCtas; ++slices) {
+    clusters[static_cast<size_t>(slices - 1)] = max_resident_clusters(
+        op, ss_gemm_kernel<C>, C::kThreads, C::kSmemBytes, slices * C::kNeighbours);
+  }
+  return clusters;
+}
+
+// What CTAs need first, and can ask for beside the kernel ahead.
+template <class C>
+inline constexpr int kPrefetchBytes = (C::kCtasPerSm > 1 ? 128 : 64) * 1024;
 
 // `weight`: [N, K] with rows `stride_weight_n` elements apart; x and out contiguous. Only tiles
 // that may be split can go out in float32. Of each CTA's first weights, `prefetch_bytes` are asked

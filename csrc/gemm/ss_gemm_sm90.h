@@ -1,6 +1,14 @@
 // The host side of ss_gemm_sm90.cuh, for code compiled for any architecture.
 #pragma once
 
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "common/dtype.h"
+#include "cuda/launch.h"
+
 namespace effllm {
 
 // A CTA's tile is rows() by `cols`. Rows are W's and columns tokens, or, with `token_rows`, the
@@ -24,5 +32,42 @@ struct SsGemmShape {
 struct SsGemmPlan {
   int ctas, slices;
 };
+
+// [slices - 1]: clusters of so many slices that run on a device at the same time.
+using SsGemmResidency = std::array<int, kMaxClusterCtas>;
+
+// A shape that a GEMM of 8-bit operands may take, and in how many nanoseconds it multiplies a stage
+// of K on an H100, as the model of ss_gemm_sm90.cu has it; 0 if it may not.
+struct SsGemmCandidate {
+  SsGemmShape tile;
+  int stage_time;
+  SsGemmResidency residency;
+};
+
+struct SsGemmProblem {
+  int64_t m, n, k;
+  DType out_dtype;
+};
+
+struct SsGemmChoice {
+  size_t shape;  // of the candidates
+  SsGemmPlan cut;
+};
+
+SsGemmChoice plan_ss_gemm(const SsGemmProblem& problem, std::span<const SsGemmCandidate> candidates,
+                          int num_sms);
+
+// Whether TMA can read and write the rows of x, W and out, of 8-bit operands.
+template <class Params>
+bool takes_8bit_ss_gemm(const Params& params) {
+  constexpr int64_t kAlignment = 16;  // bytes
+  const auto is_aligned = [](const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
+  };
+  const int64_t out_row = params.n * element_bytes(params.out_dtype);
+  return params.k > 0 && params.k % kAlignment == 0 && is_aligned(params.x) &&
+         params.stride_weight_n % kAlignment == 0 && is_aligned(params.weight) &&
+         out_row % kAlignment == 0 && is_aligned(params.out);
+}
 
 }  // namespace effllm

@@ -1,12 +1,13 @@
 // The matmul kernel on mma.sync (sm_80 and later) for weights that become 16-bit floats in
-// registers: right for every shape. packed_gemm_sm80.cuh and fp8_gemm_sm80.cuh have the weights.
+// registers, or are int8: right for every shape. packed_gemm_sm80.cuh, fp8_gemm_sm80.cuh and
+// int8_gemm_sm80.cuh have the weights.
 //
 // Roofline: for few tokens the bytes of weights are all that counts and each is read once, as the A
 // fragment it becomes part of; for many tokens the tensor cores' 2 M N K operations count.
 //
 // A CTA computes 64 rows of W (one strip) times 8 * kTokenTiles tokens:
 //
-//                 K ->  tile 0   tile 1   tile 2   tile 3 ...     64 columns each
+//                 K ->  tile 0   tile 1   tile 2   tile 3 ...     64 columns each, or 128 of int8
 //   rows  0..15  warp 0 [slice 0][slice 1][slice 0][slice 1]      kSlices groups of 4 warps take
 //   rows 16..31  warp 1 [   .   ][   .   ][   .   ][   .   ]      tiles in turn and are added in
 //   rows 32..47  warp 2 [   .   ][   .   ][   .   ][   .   ]      fixed order at the end
@@ -16,12 +17,14 @@
 // lane's sums are rows (g, g + 8) x tokens (2 c, 2 c + 1), with g = lane / 4, c = lane % 4.
 //
 // An op brings its `Operands`: how x and weights become fragments, and what a lane knows of its two
-// rows. A tile of 64 columns is four k-steps; which columns a step takes is theirs to say.
-//   InT, OutT, Params              16-bit type of mma's operands; type of out; the op's arguments
+// rows. A tile is four k-steps; which columns a step takes is theirs to say.
+//   InT, OutT, Params              type of mma's operands, 16 bits or int8_t, whose sums are int32;
+//                                  type of out; the op's arguments
 //   Codes                          what a lane holds of a tile's weights
 //   Operands(params, strip, thread), load_codes(params, tile)     thread is one of 128
-//   XChunk, load_x(params, m, k)   columns k .. k + 7 of a token as they lie in memory, else zeros
-//   x_values(chunk)                the same as eight InT
+//   XChunk, load_x(params, m, k)   from column k on of a token, 16 bytes of InT, as they lie in
+//                                  memory, else zeros
+//   x_values(chunk)                the same as InT
 //   kScaleSteps                    k-steps that are scaled together: 2 or 4
 //   load_scales(params, row, k)    those of column k and on; whole warps call it together
 //   weight_fragment(codes, step, c, columns_left, a)   columns_left: of the tile, before K
@@ -33,6 +36,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "common/math.h"
@@ -62,22 +66,25 @@ template <class Operands_, int kTokenTiles_, int kSlices_>
 struct StripGemmSm80 {
   using Operands = Operands_;
   using Params = typename Operands::Params;
+  using InT = typename Operands::InT;
+  using Sum = std::conditional_t<std::is_integral_v<InT>, int32_t, float>;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kSlices = kSlices_;
   static constexpr int kTokens = 8 * kTokenTiles;
-  static constexpr int kTileK = 64;
+  static constexpr int kTileK = 128 / sizeof(InT);
+  static constexpr int kChunkK = 16 / sizeof(InT);
   static constexpr int kSliceThreads = 128;
   static constexpr int kThreads = kSliceThreads * kSlices;
   // Rows of 144 bytes: a B fragment's 8 tokens x 4 words then fall into 32 different banks, and so
   // do 2 tokens x 4 words of 16 bytes.
-  static constexpr int kRowElements = kTileK + 8;
-  static constexpr int kChunks = kTokens * kTileK / 8;  // eight columns each of a slice's x tile
+  static constexpr int kRowElements = (128 + 16) / 2;
+  static constexpr int kChunks = kTokens * 8;  // 16 bytes each of a slice's x tile
   static constexpr int kChunksPerThread = ceil_div(kChunks, kSliceThreads);
 
   struct alignas(16) SharedStorage {
     union {
       uint16_t x[2][kSlices][kTokens][kRowElements];  // two stages: fill one, read the other
-      float sums[kSlices][kTokens][kStripRows + 1];   // after the mainloop
+      Sum sums[kSlices][kTokens][kStripRows + 1];     // after the mainloop
     };
   };
 };
@@ -100,6 +107,33 @@ __device__ __forceinline__ uint4 load_x_chunk(const Params& params, int64_t m, i
   return chunk;
 }
 
+// kBytes of memory of any alignment, from what the first `left` of them hold, zeros after.
+template <int kBytes>
+__device__ __forceinline__ void load_bytes(const void* from, int64_t left,
+                                           uint32_t (&words)[kBytes / 4]) {
+  const auto address = reinterpret_cast<uintptr_t>(from);
+#pragma unroll
+  for (int i = 0; i < kBytes / 4; ++i) words[i] = 0;
+  if (left >= kBytes && address % kBytes == 0) {
+    if constexpr (kBytes == 16) {
+      const uint4 value = __ldcs(static_cast<const uint4*>(from));
+      words[0] = value.x, words[1] = value.y, words[2] = value.z, words[3] = value.w;
+    } else {
+      const uint2 value = *static_cast<const uint2*>(from);
+      words[0] = value.x, words[1] = value.y;
+    }
+  } else if (left >= kBytes && address % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 4; ++i) words[i] = static_cast<const uint32_t*>(from)[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBytes; ++i) {
+      const uint32_t byte = i < left ? static_cast<const uint8_t*>(from)[i] : 0u;
+      words[i / 4] |= byte << (8 * (i % 4));
+    }
+  }
+}
+
 template <class Config>
 struct StripGemmFragments {
   typename Config::Operands::Codes codes;                         // of one 64 x 64 tile
@@ -119,8 +153,8 @@ __device__ __forceinline__ void load_tile(const typename Config::Params& params,
   for (int i = 0; i < Config::kChunksPerThread; ++i) {
     const int chunk = thread + i * Config::kSliceThreads;
     if (chunk < Config::kChunks) {
-      fragments.x[i] =
-          operands.load_x(params, first_token + chunk / 8, tile * Config::kTileK + chunk % 8 * 8);
+      fragments.x[i] = operands.load_x(params, first_token + chunk / 8,
+                                       tile * Config::kTileK + chunk % 8 * Config::kChunkK);
     }
   }
 }
@@ -140,20 +174,30 @@ __device__ __forceinline__ void store_x_tile(
   }
 }
 
-// sums += scale * weights * x over one 64-column tile.
+template <class InT, class Sum>
+__device__ __forceinline__ void mma_step(Sum (&sums)[4], const uint32_t (&a)[4],
+                                         const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<InT, int8_t>) {
+    ptx::mma_m16n8k32(sums, a, b[0], b[1]);
+  } else {
+    ptx::mma_m16n8k16<InT>(sums, a, b[0], b[1]);
+  }
+}
+
+// sums += scale * weights * x over one tile.
 template <class Config>
 __device__ __forceinline__ void mma_tile(
     const typename Config::Params& params, int64_t row, int64_t first_token, int64_t tile,
     const typename Config::Operands::Codes& codes, typename Config::Operands& operands,
     const uint16_t (&x_smem)[Config::kTokens][Config::kRowElements],
-    float (&sums)[Config::kTokenTiles][4]) {
+    typename Config::Sum (&sums)[Config::kTokenTiles][4]) {
   using Operands = typename Config::Operands;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int64_t columns_left = params.k - tile * Config::kTileK;
 #pragma unroll
   for (int first = 0; first < 4; first += Operands::kScaleSteps) {
     operands.load_scales(params, row, tile * Config::kTileK + 16 * first);
-    float partial[Config::kTokenTiles][4] = {};
+    typename Config::Sum partial[Config::kTokenTiles][4] = {};
 #pragma unroll
     for (int step = first; step < first + Operands::kScaleSteps; step += Operands::kXSteps) {
       uint32_t a[Operands::kXSteps][4];
@@ -167,7 +211,7 @@ __device__ __forceinline__ void mma_tile(
         Operands::x_fragments(x_smem[8 * token_tile + g], step, c, b);
 #pragma unroll
         for (int i = 0; i < Operands::kXSteps; ++i) {
-          ptx::mma_m16n8k16<typename Operands::InT>(partial[token_tile], a[i], b[i][0], b[i][1]);
+          mma_step<typename Operands::InT>(partial[token_tile], a[i], b[i]);
         }
       }
     }
@@ -178,10 +222,10 @@ __device__ __forceinline__ void mma_tile(
 // Adds the slices in order, adds the bias, casts and stores; neighbouring threads own neighbouring
 // rows of W, which are neighbours in `out`.
 template <class Config>
-__device__ __forceinline__ void store_output(const typename Config::Params& params,
-                                             int64_t first_row, int64_t first_token,
-                                             const float (&sums)[Config::kTokenTiles][4],
-                                             typename Config::SharedStorage& smem) {
+__device__ __forceinline__ void store_output(
+    const typename Config::Params& params, int64_t first_row, int64_t first_token,
+    const typename Config::Sum (&sums)[Config::kTokenTiles][4],
+    typename Config::SharedStorage& smem) {
   using OutT = device_t<typename Config::Operands::OutT>;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int slice = threadIdx.x / Config::kSliceThreads;
@@ -199,14 +243,14 @@ __device__ __forceinline__ void store_output(const typename Config::Params& para
     const int row = index % kStripRows, token = index / kStripRows;
     const int64_t n = first_row + row, m = first_token + token;
     if (n >= params.n || m >= params.m) continue;
-    float sum = 0.0f;
+    typename Config::Sum sum = 0;
 #pragma unroll
     for (int i = 0; i < Config::kSlices; ++i) sum += smem.sums[i][token][row];
-    sum = Config::Operands::finish(params, m, n, sum);
+    float result = Config::Operands::finish(params, m, n, sum);
     if (params.bias != nullptr) {
-      sum += device_load_float(params.bias, params.bias_dtype, n * params.stride_bias);
+      result += device_load_float(params.bias, params.bias_dtype, n * params.stride_bias);
     }
-    static_cast<OutT*>(params.out)[m * params.n + n] = device_from_float<OutT>(sum);
+    static_cast<OutT*>(params.out)[m * params.n + n] = device_from_float<OutT>(result);
   }
 }
 
@@ -223,7 +267,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const int64_t row = strip * kStripRows + 16 * warp + threadIdx.x % 32 / 4;
 
   const int64_t num_tiles = ceil_div<int64_t>(params.k, Config::kTileK);
-  float sums[Config::kTokenTiles][4] = {};
+  typename Config::Sum sums[Config::kTokenTiles][4] = {};
   typename Config::Operands operands(params, strip, threadIdx.x % Config::kSliceThreads);
   StripGemmFragments<Config> next;
   load_tile<Config>(params, operands, first_token, slice, next);

@@ -8,7 +8,7 @@
 //   m, n, out                      of the output
 //   feature(n), token(m)           what it wants to know of a row of W and of a token, types
 //                                  Feature and Token; any values will do where there is none
-//   apply(sum, feature, token)
+//   apply(sum, feature, token)     sum is a C::Sum
 #pragma once
 
 #include <cuda.h>
@@ -35,7 +35,7 @@ inline constexpr int kMathThreads = 128 * kMathGroups;
 inline constexpr int kMathBarrier = 1;  // named barriers: of all math warps, then of each group
 
 template <class C>
-using Accumulators = float[C::kRowBlocks][C::kCols / 2];
+using Accumulators = typename C::Sum[C::kRowBlocks][C::kCols / 2];
 
 // What a Finish wants to know of a tile, in shared memory when its sums are there. Each warpgroup
 // has its rows and all columns.
@@ -87,7 +87,8 @@ class TileTerms {
   __device__ __forceinline__ Row row(int row) const { return get(rows_, row); }
   __device__ __forceinline__ Col col(int col) const { return get(cols_[threadIdx.x / 128], col); }
 
-  __device__ __forceinline__ float apply(const Finish& finish, float sum, Row row, Col col) const {
+  __device__ __forceinline__ float apply(const Finish& finish, typename C::Sum sum, Row row,
+                                         Col col) const {
     if constexpr (C::kTokenRows) {
       return finish.apply(sum, col, row);
     } else {
@@ -172,7 +173,7 @@ __device__ __forceinline__ void store_tile(const Finish& finish, const TileTerms
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int col = first_col + 16 * i + j / 2 * 8;  // the warp's
-          const float* sum = &sums[block][col / 2 + j % 2 * 2];
+          const auto* sum = &sums[block][col / 2 + j % 2 * 2];
           const auto first = terms.col(col + lane % 4 * 2),
                      second = terms.col(col + lane % 4 * 2 + 1);
           matrices[j] = ptx::pack_pair<OutT>(terms.apply(finish, sum[0], rows[j % 2], first),
@@ -217,8 +218,11 @@ __device__ __forceinline__ void store_tile(const Finish& finish, const TileTerms
 template <class C>
 class SliceSums {
  public:
+  struct alignas(16) Quad {
+    typename C::Sum x, y, z, w;
+  };
   static constexpr int kPieces = C::kRowBlocks * C::kCols / 4;
-  static constexpr int kPieceBytes = kBlockRows * 8 * sizeof(float);
+  static constexpr int kPieceBytes = kBlockRows * 8 * sizeof(typename C::Sum);
   static constexpr int kSmemBytes = (kPieces + kMaxClusterCtas) * kPieceBytes;
 
   // The CTA with slice s has rank `first_rank` + s * C::kNeighbours in the cluster.
@@ -237,16 +241,16 @@ class SliceSums {
       ptx::mbarrier_arrive_expect_bytes(received_, num_pieces() * (slices_ - 1) * kPieceBytes);
     }
     constexpr int kGroupPieces = kPieces / kMathGroups;
-    uint8_t* const own_sums = at(slice_, 0) + threadIdx.x % 128 * sizeof(float4);
+    uint8_t* const own_sums = at(slice_, 0) + threadIdx.x % 128 * sizeof(Quad);
 #pragma unroll
     for (int i = 0; i < kGroupPieces; ++i) {
       const int piece = static_cast<int>(threadIdx.x) / 128 * kGroupPieces + i;
       const int slice = ((piece + 1) * slices_ - 1) / kPieces;
       uint8_t* const to = own_sums + (piece - first_piece(slice)) * kPieceBytes;
-      const float* sum = &sums[i / (C::kCols / 8)][i % (C::kCols / 8) * 4];
-      const float4 values{sum[0], sum[1], sum[2], sum[3]};
+      const auto* sum = &sums[i / (C::kCols / 8)][i % (C::kCols / 8) * 4];
+      const Quad values{sum[0], sum[1], sum[2], sum[3]};
       if (slice == slice_) {
-        *reinterpret_cast<float4*>(to) = values;
+        *reinterpret_cast<Quad*>(to) = values;
       } else {
         ptx::store_async_cluster(to, received_, first_rank_ + slice * C::kNeighbours, values);
       }
@@ -261,13 +265,13 @@ class SliceSums {
     ptx::mbarrier_wait(received_, phase);
 #pragma unroll 1
     for (int own = threadIdx.x / 32; own < num_pieces(); own += kMathThreads / 32) {
-      float4 sums[4] = {};  // of the rows of a warp each
+      Quad sums[4] = {};  // of the rows of a warp each
 #pragma unroll 2
       for (int from = 0; from < slices_; ++from) {
-        const auto* parts = reinterpret_cast<const float4*>(at(from, own)) + threadIdx.x % 32;
+        const auto* parts = reinterpret_cast<const Quad*>(at(from, own)) + threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float4 part = parts[i * 32];
+          const Quad part = parts[i * 32];
           sums[i].x += part.x, sums[i].y += part.y, sums[i].z += part.z, sums[i].w += part.w;
         }
       }
@@ -303,14 +307,15 @@ __device__ __forceinline__ void store_split_tile(const Finish& finish,
   const int lane = threadIdx.x % 32;
   ptx::cluster_sync_relaxed();
   slices.exchange(sums);
-  slices.add(phase, [&](int first_row, int first_col, float4(&sums)[4], uint8_t* smem) {
+  using Quad = typename SliceSums<C>::Quad;
+  slices.add(phase, [&](int first_row, int first_col, Quad(&sums)[4], uint8_t* smem) {
     const int row = first_row + lane / 4, col = first_col + lane % 4 * 2;
     const typename TileTerms<C, Finish>::Col cols[2] = {terms.col(col), terms.col(col + 1)};
     float values[8][2];  // of rows 8 apart
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const auto row_terms = terms.row(row + 8 * i);
-      const float4& sum = sums[i / 2];
+      const Quad& sum = sums[i / 2];
       values[i][0] = terms.apply(finish, i % 2 == 0 ? sum.x : sum.z, row_terms, cols[0]);
       values[i][1] = terms.apply(finish, i % 2 == 0 ? sum.y : sum.w, row_terms, cols[1]);
     }

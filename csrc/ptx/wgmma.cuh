@@ -22,12 +22,18 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps reads and writes of accumulators on their side of a fence or wait. As floats: through
-// integer references ptxas would serialise every wgmma of the kernel.
+// Keeps reads and writes of accumulators on their side of a fence or wait. As what they are: floats
+// through integer references would make ptxas serialise every wgmma of the kernel.
 template <int kCount>
 __device__ __forceinline__ void pin_accumulators(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void pin_accumulators(int32_t (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 // A K-major tile whose rows are 128 bytes, swizzled by 128 bytes as TMA writes them, eight rows to

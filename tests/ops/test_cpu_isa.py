@@ -42,7 +42,8 @@ def run_limited(op: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "op", ["int4_gemm", "lut4_gemm", "fp8_gemm", "fp8_weight_gemm", "paged_attention"]
+    "op",
+    ["int4_gemm", "lut4_gemm", "fp8_gemm", "fp8_weight_gemm", "int8_gemm", "paged_attention"],
 )
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_values_within_the_limit(op: str, isa: str) -> None:
@@ -76,5 +77,5 @@ def run_tests(isa: str, file: str, expression: str) -> None:
 
 
 def test_unknown_limit_is_a_named_error() -> None:
-    message = "EFFLLM_CPU_ISA must be baseline, avx2, avx512 or avx512bf16, got 'sse9'"
+    message = "EFFLLM_CPU_ISA must be baseline, avx2, avx512, avx512vnni or avx512bf16, got 'sse9'"
     assert message in run_limited("int4_gemm", "sse9").stderr

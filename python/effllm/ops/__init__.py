@@ -10,6 +10,7 @@ from .fp8_weight_gemm import fp8_weight_gemm
 from .int4_gemm import int4_gemm
 from .int4_pack import int4_pack
 from .int4_unpack import int4_unpack
+from .int8_gemm import int8_gemm
 from .int8_quantize import int8_quantize
 from .kv_append import kv_append
 from .lut4_gemm import lut4_gemm
@@ -30,6 +31,7 @@ __all__ = [
     "int4_gemm",
     "int4_pack",
     "int4_unpack",
+    "int8_gemm",
     "int8_quantize",
     "kv_append",
     "lut4_gemm",
