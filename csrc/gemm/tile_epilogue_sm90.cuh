@@ -218,9 +218,7 @@ __device__ __forceinline__ void store_tile(const Finish& finish, const TileTerms
 template <class C>
 class SliceSums {
  public:
-  struct alignas(16) Quad {
-    typename C::Sum x, y, z, w;
-  };
+  using Quad = std::conditional_t<std::is_integral_v<typename C::Sum>, int4, float4>;
   static constexpr int kPieces = C::kRowBlocks * C::kCols / 4;
   static constexpr int kPieceBytes = kBlockRows * 8 * sizeof(typename C::Sum);
   static constexpr int kSmemBytes = (kPieces + kMaxClusterCtas) * kPieceBytes;

@@ -1,7 +1,6 @@
 // Thread block clusters (sm_90): barrier, and reads of each other's shared memory.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "ptx/mbarrier.cuh"
@@ -48,21 +47,29 @@ __device__ __forceinline__ float load_cluster_smem(const float* pointer, uint32_
   return value;
 }
 
-// Puts 16 bytes, four words x, y, z, w, where CTA `rank` has what is `smem` in this one, and counts
-// them on the barrier that is `barrier` there.
-template <class Quad>
+// Puts a value where CTA `rank` has what is `smem` in this one, and counts its bytes on the barrier
+// that is `barrier` there.
 __device__ __forceinline__ void store_async_cluster(void* smem, uint64_t* barrier, uint32_t rank,
-                                                    const Quad& value) {
-  static_assert(sizeof(Quad) == 16);
-  const auto x = std::bit_cast<uint32_t>(value.x), y = std::bit_cast<uint32_t>(value.y);
-  const auto z = std::bit_cast<uint32_t>(value.z), w = std::bit_cast<uint32_t>(value.w);
+                                                    const float4& value) {
   asm volatile(
       "{.reg .b32 address, barrier;\n"
       "mapa.shared::cluster.u32 address, %0, %2;\n"
       "mapa.shared::cluster.u32 barrier, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
       "[address], {%3, %4, %5, %6}, [barrier];}" ::"r"(smem_address(smem)),
-      "r"(smem_address(barrier)), "r"(rank), "r"(x), "r"(y), "r"(z), "r"(w)
+      "r"(smem_address(barrier)), "r"(rank), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_async_cluster(void* smem, uint64_t* barrier, uint32_t rank,
+                                                    const int4& value) {
+  asm volatile(
+      "{.reg .b32 address, barrier;\n"
+      "mapa.shared::cluster.u32 address, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 "
+      "[address], {%3, %4, %5, %6}, [barrier];}" ::"r"(smem_address(smem)),
+      "r"(smem_address(barrier)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
       : "memory");
 }
 
