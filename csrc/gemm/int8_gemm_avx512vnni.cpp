@@ -21,7 +21,13 @@ struct Int8VnniDot {
     return reinterpret_cast<Sums>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), weights, x));
   }
   static int32_t total(Sums sums) {
-    return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(sums));
+    __m256i halves[2];
+    __builtin_memcpy(halves, &sums, sizeof(sums));
+    const __m256i eight = _mm256_add_epi32(halves[0], halves[1]);
+    const __m128i four =
+        _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
   }
 };
 
