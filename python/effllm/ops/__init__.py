@@ -19,6 +19,7 @@ from .paged_attention import paged_attention
 from .rms_norm_fp8_quantize import rms_norm_fp8_quantize
 from .rope_kv_append import rope_kv_append
 from .silu_mul_fp8_quantize import silu_mul_fp8_quantize
+from .tree_verify import tree_verify
 
 __all__ = [
     "add_rms_norm_fp8_quantize",
@@ -40,4 +41,5 @@ __all__ = [
     "rms_norm_fp8_quantize",
     "rope_kv_append",
     "silu_mul_fp8_quantize",
+    "tree_verify",
 ]
