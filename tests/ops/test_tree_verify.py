@@ -294,6 +294,13 @@ def test_all_tokens_as_children_always_accept_one(device: str) -> None:
         assert all(len(path) == 2 for path in paths)
 
 
+def test_a_law_that_rounding_leaves_nothing_of_is_taken_whole(device: str) -> None:
+    """Beside 1, 1e-30 is lost: the target less the draft is 0 everywhere."""
+    logits, q = torch.tensor([[5.0, -INF, -INF]] * 2), torch.tensor([[1.0, 1e-30, 0.0]] * 2)
+    tree = TokenTree([0, 1], [-1, 0])
+    assert verify([tree], logits, 1.0, device=device, draft_probs=q) == ([[0]], [0])
+
+
 def test_what_a_request_says_does_not_depend_on_its_batch(device: str) -> None:
     args, kwargs = CASE.make(device)
     first = tree_verify(*args, **kwargs)

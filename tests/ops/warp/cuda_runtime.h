@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -50,8 +51,10 @@ struct Lane {
   unsigned barriers;
 };
 
+using Words = std::array<uint64_t, kLanes>;
+
 inline std::vector<Lane> lanes(kLanes);
-inline std::vector<std::array<std::array<uint32_t, kLanes>, 2>> words(1);  // of each warp
+inline std::vector<std::array<Words, 2>> words(1);  // of each warp
 inline ucontext_t caller;
 inline std::function<void()> work;
 inline Index current, block, dim{kLanes};
@@ -80,13 +83,23 @@ inline void wait(unsigned first, unsigned count, unsigned Lane::* rounds) {
 }
 
 // Shows a word to all lanes of the warp, and returns those of all once they have shown theirs.
-inline const std::array<uint32_t, kLanes>& exchange(uint32_t word) {
+inline const Words& exchange(uint64_t word) {
   Lane& lane = lanes[current.x];
   auto& round = words[current.x / kLanes][lane.exchanges % 2];
   round[current.x % kLanes] = word;
   ++lane.exchanges;
   wait(current.x / kLanes * kLanes, kLanes, &Lane::exchanges);
   return round;
+}
+
+// The value of another lane of the warp.
+template <class T>
+T exchange_with(T value, int lane) {
+  uint64_t word = 0;
+  std::memcpy(&word, &value, sizeof(T));
+  word = exchange(word)[lane % kLanes];
+  std::memcpy(&value, &word, sizeof(T));
+  return value;
 }
 
 inline void run_lane() {
@@ -125,14 +138,13 @@ inline void __syncthreads() {
 
 template <class T>
 T __shfl_sync(unsigned, T value, int lane) {
-  return std::bit_cast<T>(warp::exchange(std::bit_cast<uint32_t>(value))[lane % warp::kLanes]);
+  return warp::exchange_with(value, lane);
 }
 
 template <class T>
 T __shfl_up_sync(unsigned, T value, int lanes) {
   const int lane = static_cast<int>(threadIdx.x % warp::kLanes);
-  return std::bit_cast<T>(
-      warp::exchange(std::bit_cast<uint32_t>(value))[lane < lanes ? lane : lane - lanes]);
+  return warp::exchange_with(value, lane < lanes ? lane : lane - lanes);
 }
 
 template <class T>
@@ -142,29 +154,29 @@ T __ldcg(const T* src) {
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  const int lane = static_cast<int>(threadIdx.x) ^ mask;
-  return std::bit_cast<T>(warp::exchange(std::bit_cast<uint32_t>(value))[lane % warp::kLanes]);
+  return warp::exchange_with(value, static_cast<int>(threadIdx.x) ^ mask);
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
   const auto& votes = warp::exchange(vote);
   unsigned ballot = 0;
-  for (int lane = 0; lane < warp::kLanes; ++lane) ballot |= votes[lane] << lane;
+  for (int lane = 0; lane < warp::kLanes; ++lane) ballot |= unsigned(votes[lane]) << lane;
   return ballot;
 }
 
 inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   unsigned sum = 0;
-  for (const uint32_t word : warp::exchange(value)) sum += word;
+  for (const uint64_t word : warp::exchange(value)) sum += unsigned(word);
   return sum;
 }
 
 inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   const auto& values = warp::exchange(value);
-  return *std::max_element(values.begin(), values.end());
+  return unsigned(*std::max_element(values.begin(), values.end()));
 }
 
 inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __clzll(long long bits) { return std::countl_zero(static_cast<uint64_t>(bits)); }
 inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
 inline int __ffs(int bits) {
   return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;

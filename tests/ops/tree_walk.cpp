@@ -1,0 +1,33 @@
+// tree_verify's kernel on a few warps whose lanes take turns; test_tree_walk.py compiles it, and
+// calls it with tensors.
+#include "spec/tree_walk.cuh"
+
+#include <cstdint>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "tensor_argument.h"
+
+constexpr int kWarps = 3;
+
+// Tensors in the order of the schema.
+extern "C" void tree_verify_walks(const TensorArgument* tensors, int64_t max_nodes,
+                                  int32_t* accept_index, int32_t* num_accepted,
+                                  int64_t* next_token) {
+  const auto view = [&](int idx) { return tensors[idx].view(); };
+  effllm::TreeVerifyParams params =
+      effllm::check_tree_verify(*view(0), *view(1), *view(2), *view(3), *view(4), *view(5),
+                                *view(6), *view(7), *view(8), *view(9), view(10), max_nodes);
+  params.accept_index = accept_index;
+  params.num_accepted = num_accepted;
+  params.next_token = next_token;
+  effllm::dispatch_float(params.dtype, [&](auto element) {
+    using Element = effllm::device_t<decltype(element)>;
+    effllm::WalkScratch<kWarps> scratch;
+    std::vector<effllm::Rejected> rejected(max_nodes);
+    for (int64_t tree = 0; tree < params.num_trees; ++tree) {
+      warp::run([&] { effllm::walk_tree<Element>(params, tree, scratch, rejected.data()); },
+                kWarps * warp::kLanes);
+    }
+  });
+}
