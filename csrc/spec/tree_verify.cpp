@@ -81,12 +81,14 @@ class TreeWalk {
  private:
   // Both steps give the child that is accepted, or -1 with next_token set.
   int32_t step_greedily(int32_t node) {
-    uint64_t likeliest = 0;
+    // In two loops, of which compilers make vector instructions of the long one.
     const T* logits = row(node);
+    uint32_t highest = 0;
     for (int64_t token = 0; token < params_.vocab; ++token) {
-      likeliest = std::max(likeliest, token_order(to_float(logits[token]), token, params_.vocab));
+      highest = std::max(highest, logit_key(to_float(logits[token])));
     }
-    const int64_t wanted = token_of_order(likeliest, params_.vocab);
+    int64_t wanted = 0;
+    while (logit_key(to_float(logits[wanted])) != highest) ++wanted;
     for (int32_t child = first_child(node); child != -1; child = next_sibling(child)) {
       if (params_.tokens[begin_ + child] == wanted) return child;
     }

@@ -130,14 +130,17 @@ inline TreeVerifyParams check_tree_verify(const View& logits, const View& tokens
   return params;
 }
 
-// Tokens of a row in one order without ties, the likeliest highest: its float, as an integer of the
-// same order, above its index counted from the end. NaN is as -inf, and -0 as 0.
+// A float as an integer of the same order. NaN is as -inf, and -0 as 0.
+constexpr uint32_t logit_key(float logit) {
+  // A comparison that NaN fails; adding 0 turns -0 into 0.
+  const uint32_t bits = logit == logit ? std::bit_cast<uint32_t>(logit + 0.f) : 0xff800000u;
+  return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
+}
+
+// Tokens of a row in one order without ties, the likeliest highest: the key of its logit above its
+// index counted from the end.
 constexpr uint64_t token_order(float logit, int64_t token, int64_t vocab) {
-  // A comparison that NaN fails; adding 0 makes -0 one.
-  const uint32_t bits = std::bit_cast<uint32_t>(logit == logit ? logit + 0.f : 0.f);
-  const uint32_t value = logit == logit ? bits : 0xff800000u;
-  const uint32_t key = value >> 31 ? ~value : value | 0x80000000u;
-  return (uint64_t{key} << 32) | static_cast<uint32_t>(vocab - 1 - token);
+  return (uint64_t{logit_key(logit)} << 32) | static_cast<uint32_t>(vocab - 1 - token);
 }
 
 constexpr int64_t token_of_order(uint64_t order, int64_t vocab) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -131,6 +132,17 @@ class TreeVerifyCase(Case):
     def baseline(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return tree_verify_ref(*args, **kwargs, dtype=torch.float32)
 
+    def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
+        """What verification that starts with all rows does before it has verified anything."""
+        logits = args[0]
+        if self.temperature == 0:
+            return {"argmax of all rows": lambda: logits.argmax(-1)}
+        return {
+            "softmax of all rows": lambda: (logits / self.temperature).softmax(
+                -1, dtype=torch.float32
+            )
+        }
+
     def bytes(self) -> int:
         rows = self.num_trees * (1 + (self.accepted or 0))
         return rows * self.vocab * (self.dtype.itemsize + 4 * self.drawn)
@@ -139,12 +151,17 @@ class TreeVerifyCase(Case):
         return 4 * self.num_trees * (1 + (self.accepted or 0)) * self.vocab
 
     def shape(self) -> dict[str, int | str]:
-        return {
+        shape: dict[str, int | str] = {
             "B": self.num_trees,
             "W": self.num_nodes,
             "V": self.vocab,
             "mode": "greedy" if self.temperature == 0 else "sampled",
         }
+        if self.top_k > 0:
+            shape["top_k"] = self.top_k
+        if self.top_p < 1:
+            shape["top_p"] = f"{self.top_p:g}"
+        return shape
 
 
 def _cases() -> list[TreeVerifyCase]:
