@@ -1,4 +1,5 @@
-// Thread block clusters (sm_90): barrier, and reads of each other's shared memory.
+// Thread block clusters (sm_90): barrier, and use of each other's shared memory. Earlier GPUs know
+// none: what says so takes a CTA there for a cluster of its own.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +8,48 @@
 
 namespace effllm::ptx {
 
+// CTAs in the cluster; before sm_90, 1.
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size = 1;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+
+// Of this CTA among them; before sm_90, 0.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank = 0;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
 // All threads of all CTAs of the cluster; writes to shared memory before it are seen after it.
+// Before sm_90, those of the CTA.
 __device__ __forceinline__ void cluster_sync() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// What CTA `rank` has where this one has `own` in shared memory, to read, write or count in; before
+// sm_90, `own`.
+template <class T>
+__device__ __forceinline__ T* cluster_peer(T* own, uint32_t rank) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(own), "r"(rank));
+  return reinterpret_cast<T*>(address);
+#else
+  return own;
+#endif
 }
 
 // The same, but no write before it need be seen after it. Reads are over, as the values are there.

@@ -1,26 +1,59 @@
-// Roofline: bytes, of the rows on the accepted path. This kernel is bound by latency instead: one
-// CTA walks a tree, and passes several times over each row that it comes by, which L2 then holds.
-// Nothing depends on timing: equal inputs give equal tokens.
+// Roofline: bytes, of the rows on the accepted path, which are read one after the other: a row that
+// a tree comes by is spread over a cluster of CTAs, and stays in L2 for what passes follow the
+// first. Nothing depends on timing or the number of CTAs: equal inputs give equal tokens.
+#include <array>
 #include <optional>
 #include <tuple>
 
 #include "common/dispatch.h"
 #include "common/torch.h"
 #include "cuda/launch.h"
+#include "cuda/per_device.h"
 #include "spec/tree_verify.h"
 #include "spec/tree_walk.cuh"
 
 namespace effllm {
 namespace {
 
-constexpr int kWarps = 16, kThreads = kWarps * kWarpSize;
+constexpr int kThreads = 512;
 
 template <class Element>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads)
     tree_verify_kernel(const __grid_constant__ TreeVerifyParams params) {
-  __shared__ WalkScratch<kWarps> scratch;
-  extern __shared__ Rejected rejected[];
-  walk_tree<Element>(params, blockIdx.x, scratch, rejected);
+  using Storage = WalkStorage<kThreads>;
+  extern __shared__ __align__(16) char smem[];
+  auto* storage = reinterpret_cast<Storage*>(smem);
+  auto* rejected = reinterpret_cast<Rejected*>(smem + sizeof(Storage));
+  const int64_t tree = blockIdx.x / ptx::cluster_size();
+  TreeWalk<Element, kThreads>(params, tree, *storage, rejected).run();
+}
+
+constexpr int smem_bytes(int64_t max_nodes) {
+  return static_cast<int>(sizeof(WalkStorage<kThreads>) + max_nodes * sizeof(Rejected));
+}
+
+// CTAs to a tree: as many as find room beside those of all other trees, if each gets tokens enough
+// to be worth meeting the others for.
+template <class Element>
+int cluster_ctas(const TreeVerifyParams& params, int device) {
+  constexpr int64_t kMinTokens = 4096;
+  constexpr const char* kOp = "tree_verify";
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp) < 9) return 1;
+  static PerDevice<std::array<int, 3>> known;  // trees at the same time, by 2, 4 and 8 CTAs each
+  const std::array<int, 3> resident = known.get(device, [] {
+    std::array<int, 3> trees;
+    for (int i = 0; i < 3; ++i) {
+      trees[i] = max_resident_clusters(kOp, tree_verify_kernel<Element>, kThreads,
+                                       smem_bytes(TreeVerifyParams::kMaxNodes), 2 << i);
+    }
+    return trees;
+  });
+  int ctas = 1;
+  for (const int trees : resident) {
+    if (params.num_trees > trees || params.vocab < kMinTokens * 2 * ctas) break;
+    ctas *= 2;
+  }
+  return ctas;
 }
 
 std::tuple<Tensor, Tensor, Tensor> tree_verify_cuda(
@@ -44,11 +77,17 @@ std::tuple<Tensor, Tensor, Tensor> tree_verify_cuda(
   params.next_token = static_cast<int64_t*>(next_token.mutable_data_ptr());
   if (params.num_trees == 0) return {accept_index, num_accepted, next_token};
 
-  const Launch launch{"tree_verify", dim3(static_cast<unsigned>(params.num_trees)), dim3(kThreads),
-                      static_cast<size_t>(max_nodes) * sizeof(Rejected),
-                      current_cuda_stream(logits)};
   dispatch_float(params.dtype, [&](auto element) {
-    launch(tree_verify_kernel<device_t<decltype(element)>>, params);
+    using Element = device_t<decltype(element)>;
+    const int ctas = cluster_ctas<Element>(params, logits.get_device_index());
+    const dim3 grid(static_cast<unsigned>(params.num_trees * ctas));
+    const Launch launch{"tree_verify",
+                        grid,
+                        dim3(kThreads),
+                        static_cast<size_t>(smem_bytes(max_nodes)),
+                        current_cuda_stream(logits),
+                        ctas};
+    launch(tree_verify_kernel<Element>, params);
   });
   return {accept_index, num_accepted, next_token};
 }

@@ -1,301 +1,434 @@
-// How a CTA of kWarps warps walks one tree of tree_verify. For each node on its path it passes over
-// the node's row of logits: once to find the maximum, once per sum of weights, and once per bit of
-// the token at which top_k or top_p cuts.
+// How the CTAs of a cluster walk one tree of tree_verify. Each node on the path costs a pass over
+// its row of logits, which finds the maximum, and where tokens are sampled two or three more, which
+// L2 serves: one that sums weights, or collects the tokens that top_k or top_p may keep. There are
+// few of those, so that the cuts, and all that follows, look at no others. If there are many (of a
+// flat law, say), all of it is done by passes over the row, one for each bit of the cut.
+//
+// Weights and probabilities are summed as integers, fractions of the largest weight: a sum is then
+// the same in any order, for any number of CTAs, and what is taken off one leaves no rounding.
 #pragma once
 
+#include <bit>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/math.h"
-#include "cuda/vec.cuh"
+#include "cuda/row_elements.cuh"
+#include "spec/cluster_words.cuh"
 #include "spec/tree_verify.h"
 
 namespace effllm {
 
-inline constexpr int kWarpSize = 32;
+inline constexpr int kMaxCandidates = 1024;
 
-// A child that was not accepted, and what the laws summed to when it was tried.
+// A child that was not accepted. The factors made probabilities of weights when it was tried.
 struct Rejected {
-  double target_sum;
-  double draft_sum;  // 0: the child was certain to be tried
-  int64_t token;
+  double target_factor;
+  double draft_factor;  // 0: the child was certain to be tried
+  uint32_t token;
 };
 
-// Of the CTA, in shared memory.
-template <int kWarps>
-struct WalkScratch {
-  static constexpr int kThreads = kWarps * kWarpSize;
-
-  double warp_sums[kWarps];
-  uint64_t warp_orders[kWarps];
-  int64_t sampled;
+// Of each CTA, in shared memory. After it as many Rejected as a tree has nodes.
+template <int kThreads>
+struct WalkStorage {
+  typename ClusterWords<kThreads>::Storage words;
+  uint64_t candidates[kMaxCandidates];  // orders
+  uint64_t candidate_weights[kMaxCandidates];
+  unsigned num_candidates[2];  // at even and odd nodes of the path; those of CTA 0 count
 };
 
-// The law of the token after a node, up to a factor, worked out anew wherever it is asked for.
-template <class Element>
-struct NodeLaw {
-  const Element* logits;
-  const float* draft_probs;  // may be null
-  int64_t vocab;
-  float maximum, inverse_temperature;
-  uint64_t cut;  // the order of the last token that is kept
-  const Rejected* rejected;
-  int num_rejected;
+// Every CTA of the cluster comes to the same path and token; CTA 0 writes them.
+template <class Element, int kThreads>
+class TreeWalk {
+  static constexpr int kWarps = kThreads / kWarpSize;
+  static_assert(kWarps >= 2, "what is cut into a part per warp must become smaller");
+  // The high bits of a logit's key that tell logits of this type apart; lower ones say its sign.
+  static constexpr int kKeyBits = sizeof(Element) == 4              ? 32
+                                  : std::is_same_v<Element, __half> ? 19
+                                                                    : 16;
 
-  __device__ uint64_t order(int64_t token) const {
-    return token_order(device_to_float(logits[token]), token, vocab);
-  }
+ public:
+  __device__ TreeWalk(const TreeVerifyParams& params, int64_t tree, WalkStorage<kThreads>& storage,
+                      Rejected* rejected)
+      : params_(params),
+        storage_(storage),
+        words_(storage.words),
+        rejected_(rejected),
+        tree_(tree),
+        vocab_(static_cast<uint32_t>(params.vocab)),
+        one_(uint64_t{1} << (62 - std::bit_width(vocab_))) {}
 
-  // Before any child was rejected.
-  __device__ double weight(uint64_t order) const {
-    if (order < cut) return 0.0;
-    const float logit = logit_of_order(order);
-    // Also right where both are infinite.
-    return logit == maximum ? 1.0 : double{expf((logit - maximum) * inverse_temperature)};
-  }
+  __device__ void run() {
+    if (threadIdx.x < 2) storage_.num_candidates[threadIdx.x] = 0;
+    words_.sync();  // also: all CTAs are there
+    const auto within = [&](int64_t row) { return min(max(row, int64_t{0}), params_.num_nodes); };
+    begin_ = within(params_.cu_nodes[tree_]);
+    num_nodes_ =
+        min(max(within(params_.cu_nodes[tree_ + 1]) - begin_, int64_t{0}), params_.max_nodes);
+    const float temperature = params_.temperature[tree_];
+    const bool greedy = !(temperature > 0.f && temperature <= FLT_MAX);
+    factor_ = 1.44269504f / temperature;
 
-  __device__ double draft(int64_t token) const {
-    if (draft_probs == nullptr) return 0.0;
-    for (int idx = 0; idx < num_rejected; ++idx) {
-      if (rejected[idx].token == token) return 0.0;
+    int32_t* path = params_.accept_index + tree_ * params_.max_nodes;
+    uint32_t next_token = 0;
+    int64_t depth = 0;
+    const bool is_writer = words_.rank == 0 && threadIdx.x == 0;
+    for (int64_t node = num_nodes_ > 0 ? 0 : -1; node != -1; ++depth) {
+      if (is_writer) path[depth] = static_cast<int32_t>(node);
+      logits_ =
+          static_cast<const Element*>(params_.logits) + (begin_ + node) * params_.stride_logits;
+      node = greedy ? step_greedily(node, next_token) : step(node, depth, next_token);
     }
-    const float prob = draft_probs[token];
-    return prob > 0.f ? double{prob} : 0.0;
+    if (words_.rank == 0) {
+      for (int64_t i = depth + threadIdx.x; i < params_.max_nodes; i += kThreads) path[i] = -1;
+    }
+    if (is_writer) {
+      params_.num_accepted[tree_] = static_cast<int32_t>(depth);
+      params_.next_token[tree_] = next_token;
+    }
+    words_.sync();  // nobody leaves whose shared memory is still written to or read
   }
 
-  __device__ double target(int64_t token) const {
-    double left = weight(order(token));
-    const float prob = draft_probs == nullptr ? 0.f : draft_probs[token];
-    const double draft = prob > 0.f ? double{prob} : 0.0;
-    for (int idx = 0; idx < num_rejected && left > 0; ++idx) {
-      const Rejected& child = rejected[idx];
-      if (child.draft_sum > 0) {
-        // 0 for the child itself, whose draft was above its target: it needs no case of its own.
-        left = fmax(left / child.target_sum - draft / child.draft_sum, 0.0);
-      } else if (child.token == token) {
-        left = 0;
+ private:
+  // Of a row, tokens begin .. end - 1.
+  struct Part {
+    uint32_t begin, end;
+  };
+
+  // Both steps give the child that is accepted, or -1 and the next token.
+  __device__ int64_t step_greedily(int64_t node, uint32_t& next_token) {
+    next_token = static_cast<uint32_t>(token_of_order(likeliest(find_maxima(kWarpSize)), vocab_));
+    for (node = first_child(node); node != -1; node = next_sibling(node)) {
+      if (params_.tokens[begin_ + node] == next_token) break;
+    }
+    return node;
+  }
+
+  __device__ int64_t step(int64_t node, int64_t depth, uint32_t& next_token) {
+    set_target(depth);
+    num_rejected_ = 0;
+    draft_probs_ = nullptr;
+    const int64_t seed = params_.seed[tree_], position = params_.position[tree_] + depth;
+    int64_t child = first_child(node);
+    uint64_t draft_sum = 0, target_sum = 0, sum_at_first = 0;
+    if (params_.draft_probs != nullptr && child != -1) draft_sum = set_draft(node);
+
+    bool is_stale = true;  // what target_sum says
+    for (uint32_t draw = 0;; child = next_sibling(child), ++draw) {
+      if (is_stale) {
+        target_sum = total(sum(row(), is_listed(),
+                               [&](uint32_t token, float logit) { return target(token, logit); }));
       }
+      if (draw == 0) sum_at_first = target_sum;
+      is_stale = false;
+      if (child == -1 || target_sum == 0) break;
+      const int64_t token = params_.tokens[begin_ + child];
+      if (token < 0 || token >= vocab_) continue;
+      const auto x = static_cast<uint32_t>(token);
+      const uint64_t left = target(x, device_to_float(logits_[x]));
+      const uint64_t drafted = was_rejected(x) ? 0 : draft(x);
+      const double draft_prob =
+          drafted > 0 ? static_cast<double>(drafted) / static_cast<double>(draft_sum) : 1.0;
+      const double target_prob = static_cast<double>(left) / static_cast<double>(target_sum);
+      // Strictly below: a coin of 0 must not accept what has no probability.
+      if (verify_coin(seed, position, draw) * draft_prob < target_prob) return child;
+
+      if (threadIdx.x == 0) {
+        rejected_[num_rejected_] = {1 / static_cast<double>(target_sum),
+                                    drafted > 0 ? 1 / static_cast<double>(draft_sum) : 0.0, x};
+      }
+      __syncthreads();
+      ++num_rejected_;
+      is_stale = drafted > 0;
+      draft_sum -= drafted;
+      target_sum -= left;
+    }
+
+    if (target_sum == 0) {
+      num_rejected_ = 0;
+      target_sum = sum_at_first;
+    }
+    next_token = sample(verify_draw(seed, position), target_sum);
+    return -1;
+  }
+
+  // Of the row: its maximum, the cut, and the candidates, if they are few.
+  __device__ void set_target(int64_t depth) {
+    const int64_t top_k = params_.top_k[tree_];
+    const float top_p = params_.top_p[tree_];
+    const bool cuts_k = top_k > 0 && top_k < vocab_, cuts_p = top_p > 0.f && top_p < 1.f;
+    cut_ = 0;
+    num_listed_ = -1;
+
+    // Each group of lanes has its maximum. As many tokens as groups have a higher one are above it,
+    // and most often hardly more.
+    const int width = cuts_k || cuts_p ? static_cast<int>(2 * words_.num_ctas) : kWarpSize;
+    const Words maxima = find_maxima(width);
+    maximum_ = logit_of_order(likeliest(maxima));
+    if (!cuts_k && !cuts_p) return;
+
+    const auto weight = [&](uint32_t token, float logit) { return this->weight(token, logit); };
+    // Without top_k, as many as may well hold what top_p asks for.
+    const int64_t count = cuts_k ? top_k : ClusterWords<kThreads>::kMaxGroups / 4 * 3;
+    const bool collects = count <= maxima.count;
+    uint64_t lowest = 0, sum_of_row = 0;
+    if (collects) {
+      lowest = lowest_kept(maxima.of_groups, maxima.count, static_cast<uint64_t>(count),
+                           [](int) { return uint64_t{1}; });
+    }
+    if (!cuts_k) sum_of_row = total(sum(row(), false, weight));
+    if (collects) collect(lowest, depth % 2);
+    if (cuts_k) cut_ = find_cut<false>(static_cast<uint64_t>(top_k));
+    if (!cuts_p) return;
+    const uint64_t kept = total(sum(row(), is_listed(), weight));
+    const auto needed = static_cast<uint64_t>(
+        ceil(double{top_p} * static_cast<double>(cuts_k ? kept : sum_of_row)));
+    if (kept < needed) num_listed_ = -1;
+    cut_ = find_cut<true>(max(needed, uint64_t{1}));
+  }
+
+  // The law of the node's children; returns its sum.
+  __device__ uint64_t set_draft(int64_t node) {
+    draft_probs_ = params_.draft_probs + (begin_ + node) * params_.stride_draft_probs;
+    float largest = 0.f;
+    const Part part = own_part(row(), false);
+    each_element(draft_probs_, part.begin, part.end,
+                 [&](uint32_t, float prob) { largest = fmaxf(largest, prob); });
+    const uint64_t word = warp_fold(__float_as_uint(largest), kWarpSize, Maximum{});
+    const Words maxima = words_.show(word, kWarpSize, false);
+    draft_maximum_ = __uint_as_float(static_cast<uint32_t>(highest(maxima)));
+
+    uint64_t sum = 0;
+    each_element(draft_probs_, part.begin, part.end,
+                 [&](uint32_t, float prob) { sum += draft_of(prob); });
+    return total(words_.show(warp_fold(sum, kWarpSize, Plus{}), kWarpSize, false));
+  }
+
+  // Before any child was rejected: of the likeliest token `one_`.
+  __device__ uint64_t weight(uint32_t token, float logit) const {
+    if (cut_ != 0 && token_order(logit, token, vocab_) < cut_) return 0;
+    // Also right where both are infinite.
+    if (logit == maximum_) return one_;
+    const float exponent = fmaxf((logit - maximum_) * factor_, -INFINITY);  // NaN is as -inf
+    return __float2ull_rn(exp2f(exponent) * static_cast<float>(one_));
+  }
+
+  __device__ uint64_t draft_of(float prob) const {
+    if (!(prob > 0.f)) return 0;
+    // At least 1: it makes a difference whether a child was drawn.
+    return max(__float2ull_rn(prob / draft_maximum_ * static_cast<float>(one_)), 1ull);
+  }
+
+  __device__ uint64_t draft(uint32_t token) const {
+    return draft_probs_ == nullptr ? 0 : draft_of(draft_probs_[token]);
+  }
+
+  __device__ bool was_rejected(uint32_t token) const {
+    for (int idx = 0; idx < num_rejected_; ++idx) {
+      if (rejected_[idx].token == token) return true;
+    }
+    return false;
+  }
+
+  __device__ uint64_t target(uint32_t token, float logit) const {
+    const uint64_t whole = weight(token, logit);
+    if (num_rejected_ == 0 || whole == 0) return whole;
+    return what_is_left(whole, draft(token), token, rejected_, num_rejected_, one_);
+  }
+
+  // Called: in loops over rows it would be most of their code, and is not what they do most.
+  __device__ static __noinline__ uint64_t what_is_left(uint64_t left, uint64_t draft,
+                                                       uint32_t token, const Rejected* rejected,
+                                                       int num_rejected, uint64_t one) {
+    for (int idx = 0; idx < num_rejected && left > 0; ++idx) {
+      const Rejected child = rejected[idx];
+      if (child.token == token) return 0;
+      if (child.draft_factor == 0) continue;
+      const double prob = static_cast<double>(left) * child.target_factor -
+                          static_cast<double>(draft) * child.draft_factor;
+      left = __double2ull_rn(fmax(prob, 0.0) * static_cast<double>(one));
     }
     return left;
   }
-};
 
-// The sum over all tokens of body(token), the same in every thread; in a fixed order.
-template <int kWarps, class Body>
-__device__ double block_sum(int64_t vocab, WalkScratch<kWarps>& scratch, const Body& body) {
-  double sum = 0;
-  for (int64_t token = threadIdx.x; token < vocab; token += scratch.kThreads) sum += body(token);
-#pragma unroll
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  // The token at which the cumulative weight exceeds `share` of `target_sum`, which is above 0.
+  __device__ uint32_t sample(double share, uint64_t target_sum) {
+    auto threshold = static_cast<uint64_t>(share * static_cast<double>(target_sum));
+    threshold = min(threshold, target_sum - 1);
+    Part part = row();
+    // Parts of parts; after the first ones, every CTA for itself.
+    for (bool alone = is_listed(); part.end - part.begin > 1; alone = true) {
+      const Words sums =
+          sum(part, alone, [&](uint32_t token, float logit) { return target(token, logit); });
+      int chosen = 0;
+      while (chosen + 1 < sums.count && sums.of_groups[chosen] <= threshold) {
+        threshold -= sums.of_groups[chosen++];
+      }
+      part = part_of(part, chosen, sums.count);
+    }
+    return part.begin;
   }
-  __syncthreads();  // whoever still reads the last sums
-  if (threadIdx.x % kWarpSize == 0) scratch.warp_sums[threadIdx.x / kWarpSize] = sum;
-  __syncthreads();
-  sum = 0;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) sum += scratch.warp_sums[warp];
-  return sum;
-}
 
-// The highest order of a row.
-template <class Element, int kWarps>
-__device__ uint64_t likeliest(const NodeLaw<Element>& law, WalkScratch<kWarps>& scratch) {
-  uint64_t best = 0;
-  for (int64_t token = threadIdx.x; token < law.vocab; token += scratch.kThreads) {
-    best = max(best, law.order(token));
+  // The lowest order that is kept, if the likeliest tokens are kept until their weights, or if not
+  // kByWeight their number, reach `needed`.
+  template <bool kByWeight>
+  __device__ uint64_t find_cut(uint64_t needed) {
+    if (is_listed()) {
+      return lowest_kept(storage_.candidates, num_listed_, needed,
+                         [&](int i) { return kByWeight ? storage_.candidate_weights[i] : 1; });
+    }
+    // Bit by bit: the greatest number at or above which there is as much.
+    const int token_bits = std::bit_width(vocab_ - 1);
+    uint64_t found = 0;
+    for (int bit = 63; bit >= 0; --bit) {
+      if (bit == 63 - kKeyBits && kKeyBits < 32) {
+        // The bits that logits of this type lack are those of the sign.
+        if (found >> 63 == 0) found |= ((uint64_t{1} << (32 - kKeyBits)) - 1) << 32;
+        bit = 31;
+      }
+      if (bit < 32 && bit >= token_bits) continue;  // nor have indices any of these
+      const uint64_t candidate = found | uint64_t{1} << bit;
+      const Words sums = sum(row(), false, [&](uint32_t token, float logit) -> uint64_t {
+        if (token_order(logit, token, vocab_) < candidate) return 0;
+        return kByWeight ? weight(token, logit) : 1;
+      });
+      if (total(sums) >= needed) found = candidate;
+    }
+    return found;
   }
-#pragma unroll
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-    best = max(best, __shfl_xor_sync(0xffffffffu, best, lanes));
-  }
-  __syncthreads();
-  if (threadIdx.x % kWarpSize == 0) scratch.warp_orders[threadIdx.x / kWarpSize] = best;
-  __syncthreads();
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) best = max(best, scratch.warp_orders[warp]);
-  return best;
-}
 
-// The order of the token at which the sum of `measure` over the likeliest tokens reaches `needed`,
-// which is above 0: bit by bit, the greatest number at or above which there is as much. 0 if all
-// tokens together have less, as rounding may want it.
-template <class Element, int kWarps, class Measure>
-__device__ uint64_t find_cut(const NodeLaw<Element>& law, double needed,
-                             WalkScratch<kWarps>& scratch, const Measure& measure) {
-  uint64_t found = 0;
-  const int token_bits = 64 - __clzll(law.vocab - 1);
-  for (int bit = 63; bit >= 0; --bit) {
-    if (bit < 32 && bit >= token_bits) continue;  // indices have none of these
-    const uint64_t candidate = found | uint64_t{1} << bit;
-    const double reached = block_sum(law.vocab, scratch, [&](int64_t token) {
-      const uint64_t order = law.order(token);
-      return order < candidate ? 0.0 : measure(order);
+  // Of `count` orders the lowest whose higher ones measure less than `needed` together.
+  template <class Measure>
+  __device__ uint64_t lowest_kept(const uint64_t* orders, int count, uint64_t needed,
+                                  const Measure& measure) {
+    uint64_t kept = 0;  // the complement, so that the lowest is the maximum
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const uint64_t own = orders[i];
+      uint64_t above = 0;
+#pragma unroll 4
+      for (int j = 0; j < count; ++j) {
+        if (orders[j] > own) above += measure(j);
+      }
+      if (above < needed) kept = max(kept, ~own);
+    }
+    return ~highest(words_.show(warp_fold(kept, kWarpSize, Maximum{}), kWarpSize, true));
+  }
+
+  // Makes the tokens of order `lowest` and above the candidates, if there is room for them.
+  __device__ void collect(uint64_t lowest, int parity) {
+    const float lowest_logit = logit_of_order(lowest);
+    unsigned* count = words_.peer(&storage_.num_candidates[parity], 0);
+    const Part part = own_part(row(), false);
+    each_element(logits_, part.begin, part.end, [&](uint32_t token, float logit) {
+      if (logit < lowest_logit) return;  // few go on
+      const uint64_t order = token_order(logit, token, vocab_);
+      if (order < lowest) return;
+      const unsigned place = atomicAdd(count, 1u);
+      if (place >= kMaxCandidates) return;
+#pragma unroll 1
+      for (uint32_t cta = 0; cta < words_.num_ctas; ++cta) {
+        *words_.peer(&storage_.candidates[place], cta) = order;
+      }
     });
-    if (reached >= needed) found = candidate;
+    words_.sync();
+    const unsigned num_found = *count;
+    // For the next node: all meet once more before they count again.
+    if (words_.rank == 0 && threadIdx.x == 0) storage_.num_candidates[1 - parity] = 0;
+    if (num_found > kMaxCandidates) return;
+    num_listed_ = static_cast<int>(num_found);
+    for (int i = threadIdx.x; i < num_listed_; i += kThreads) {
+      const uint64_t order = storage_.candidates[i];
+      const auto token = static_cast<uint32_t>(token_of_order(order, vocab_));
+      storage_.candidate_weights[i] = weight(token, logit_of_order(order));
+    }
+    __syncthreads();
   }
-  return found;
-}
 
-// The token at which the cumulative weight exceeds `share` of the whole; -1 if all weights are 0.
-template <class Element, int kWarps>
-__device__ int64_t sample(const NodeLaw<Element>& law, double share, WalkScratch<kWarps>& scratch) {
-  // Warps sum stretches of the row, then the one in whose stretch the threshold lies looks closer.
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t stretch = ceil_div<int64_t>(law.vocab, kWarps);
-  const int64_t begin = warp * stretch, end = min(begin + stretch, law.vocab);
-  double sum = 0;
-  for (int64_t token = begin + lane; token < end; token += kWarpSize) sum += law.target(token);
-#pragma unroll
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  // The order of the likeliest token: if none is above -inf, of the first one.
+  __device__ uint64_t likeliest(const Words& maxima) const {
+    return max(highest(maxima), token_order(-INFINITY, 0, vocab_));
   }
-  __syncthreads();
-  if (lane == 0) scratch.warp_sums[warp] = sum;
-  if (threadIdx.x == 0) scratch.sampled = -1;
-  __syncthreads();
 
-  double total = 0;
-  for (int idx = 0; idx < kWarps; ++idx) total += scratch.warp_sums[idx];
-  const double threshold = share * total;
-  double reached = 0;
-  int chosen = -1;
-  for (int idx = 0; idx < kWarps && chosen < 0; ++idx) {
-    if (reached + scratch.warp_sums[idx] > threshold) {
-      chosen = idx;
+  // The order of the likeliest token of each `width` lanes; 0 where these have none above -inf.
+  __device__ Words find_maxima(int width) {
+    float highest = -INFINITY;
+    uint32_t highest_token = vocab_;
+    const Part part = own_part(row(), false);
+    each_element(logits_, part.begin, part.end, [&](uint32_t token, float logit) {
+      if (logit > highest) highest = logit, highest_token = token;
+    });
+    const uint64_t order = highest_token < vocab_ ? token_order(highest, highest_token, vocab_) : 0;
+    return words_.show(warp_fold(order, width, Maximum{}), width, false);
+  }
+
+  // Sums body(token, logit) over equal parts of `whole`, of the candidates in it if these are
+  // listed. A warp takes a part: of this CTA if `alone`, else of the cluster.
+  template <class Body>
+  __device__ Words sum(Part whole, bool alone, const Body& body) {
+    uint64_t of_lane = 0;
+    const Part part = own_part(whole, alone);
+    if (is_listed()) {
+#pragma unroll 1
+      for (int i = threadIdx.x % kWarpSize; i < num_listed_; i += kWarpSize) {
+        const uint64_t order = storage_.candidates[i];
+        const auto token = static_cast<uint32_t>(token_of_order(order, vocab_));
+        if (token >= part.begin && token < part.end) of_lane += body(token, logit_of_order(order));
+      }
     } else {
-      reached += scratch.warp_sums[idx];
+      each_element(logits_, part.begin, part.end,
+                   [&](uint32_t token, float logit) { of_lane += body(token, logit); });
     }
+    return words_.show(warp_fold(of_lane, kWarpSize, Plus{}), kWarpSize, alone);
   }
-  if (warp == chosen) {
-    int64_t token = -1;  // until it is found, the last one that can be it
-    bool found = false;
-    for (int64_t first = begin; first < end && !found; first += kWarpSize) {
-      const double weight = first + lane < end ? law.target(first + lane) : 0.0;
-      double cumulative = weight;
-#pragma unroll
-      for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
-        const double before = __shfl_up_sync(0xffffffffu, cumulative, lanes);
-        if (lane >= lanes) cumulative += before;
-      }
-      const uint32_t possible = __ballot_sync(0xffffffffu, weight > 0);
-      const uint32_t above =
-          __ballot_sync(0xffffffffu, weight > 0 && reached + cumulative > threshold);
-      found = above != 0;
-      if (found) {
-        token = first + __ffs(above) - 1;
-      } else if (possible != 0) {
-        token = first + kWarpSize - 1 - __clz(possible);
-      }
-      reached += __shfl_sync(0xffffffffu, cumulative, kWarpSize - 1);
-    }
-    if (lane == 0) scratch.sampled = token;
+
+  // Of a warp, of this CTA if `alone`, else of the cluster.
+  __device__ Part own_part(Part whole, bool alone) const {
+    const uint32_t warp = threadIdx.x / kWarpSize;
+    if (alone) return part_of(whole, warp, kWarps);
+    return part_of(whole, words_.rank * kWarps + warp, words_.num_ctas * kWarps);
   }
-  __syncthreads();
-  return scratch.sampled;
-}
 
-// Tree `tree`, by all threads of a CTA; `rejected` has room for as many as a tree has nodes.
-template <class Element, int kWarps>
-__device__ void walk_tree(const TreeVerifyParams& params, int64_t tree,
-                          WalkScratch<kWarps>& scratch, Rejected* rejected) {
-  const auto within = [&](int64_t row) { return min(max(row, int64_t{0}), params.num_nodes); };
-  const int64_t begin = within(params.cu_nodes[tree]);
-  const int64_t num_nodes =
-      min(max(within(params.cu_nodes[tree + 1]) - begin, int64_t{0}), params.max_nodes);
-  int32_t* path = params.accept_index + tree * params.max_nodes;
-  for (int64_t idx = threadIdx.x; idx < params.max_nodes; idx += scratch.kThreads) path[idx] = -1;
-  __syncthreads();  // the path is written below, by one thread
-
-  const float temperature = params.temperature[tree];
-  const bool greedy = !(temperature > 0.f && temperature <= FLT_MAX);
-  const int64_t seed = params.seed[tree];
-  const auto link = [&](int64_t from, int32_t to) {
-    return to > from && to < num_nodes ? int64_t{to} : int64_t{-1};
-  };
-  const auto first_child = [&](int64_t node) {
-    return link(node, params.first_child[begin + node]);
-  };
-  const auto next_sibling = [&](int64_t node) {
-    return link(node, params.next_sibling[begin + node]);
-  };
-
-  int64_t next_token = 0;
-  int32_t depth = 0;
-  for (int64_t node = num_nodes > 0 ? 0 : -1; node != -1; ++depth) {
-    if (threadIdx.x == 0) path[depth] = static_cast<int32_t>(node);
-    const int64_t row = begin + node;
-    NodeLaw<Element> law{};
-    law.logits = static_cast<const Element*>(params.logits) + row * params.stride_logits;
-    law.vocab = params.vocab;
-    law.rejected = rejected;
-    const uint64_t best = likeliest(law, scratch);
-    if (greedy) {
-      next_token = token_of_order(best, params.vocab);
-      node = first_child(node);
-      while (node != -1 && params.tokens[begin + node] != next_token) node = next_sibling(node);
-      continue;
-    }
-
-    if (params.draft_probs != nullptr) {
-      law.draft_probs = params.draft_probs + row * params.stride_draft_probs;
-    }
-    law.maximum = logit_of_order(best);
-    law.inverse_temperature = 1.f / temperature;
-    const auto weight = [&](uint64_t order) { return law.weight(order); };
-    const auto whole = [&](int64_t token) { return law.weight(law.order(token)); };
-    const int64_t top_k = params.top_k[tree];
-    if (top_k > 0 && top_k < params.vocab) {
-      const auto count = [](uint64_t) { return 1.0; };
-      law.cut = find_cut(law, static_cast<double>(top_k), scratch, count);
-    }
-    const float top_p = params.top_p[tree];
-    if (top_p > 0.f && top_p < 1.f) {
-      const double total = block_sum(params.vocab, scratch, whole);
-      law.cut = max(law.cut, find_cut(law, top_p * total, scratch, weight));
-    }
-
-    const int64_t position = params.position[tree] + depth;
-    const auto target = [&](int64_t token) { return law.target(token); };
-    const auto draft = [&](int64_t token) { return law.draft(token); };
-    const bool drawn = law.draft_probs != nullptr;
-    double target_sum = block_sum(params.vocab, scratch, target);
-    double draft_sum = drawn ? block_sum(params.vocab, scratch, draft) : 0.0;
-    int64_t child = first_child(node);
-    for (uint32_t draw = 0; child != -1 && target_sum > 0; child = next_sibling(child), ++draw) {
-      const int64_t token = params.tokens[begin + child];
-      const bool known = token >= 0 && token < params.vocab;
-      const double coin = verify_coin(seed, position, draw);
-      const double draft_prob = known && draft_sum > 0 ? law.draft(token) / draft_sum : 0.0;
-      const double target_prob = known ? law.target(token) / target_sum : 0.0;
-      // Strictly below: a coin of 0 must not accept what has no probability.
-      if (coin * (draft_prob > 0 ? draft_prob : 1.0) < target_prob) break;
-      // block_sum has let every thread read what is written here.
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        rejected[law.num_rejected] = {target_sum, draft_prob > 0 ? draft_sum : 0.0, token};
-      }
-      __syncthreads();
-      ++law.num_rejected;
-      target_sum = block_sum(params.vocab, scratch, target);
-      if (draft_prob > 0) draft_sum = block_sum(params.vocab, scratch, draft);
-    }
-    if (child == -1 || !(target_sum > 0)) {
-      child = -1;
-      const double share = verify_draw(seed, position);
-      next_token = sample(law, share, scratch);
-      if (next_token < 0) {
-        law.num_rejected = 0;
-        next_token = sample(law, share, scratch);
-      }
-    }
-    node = child;
+  __device__ static Part part_of(Part whole, uint32_t index, uint32_t num_parts) {
+    constexpr uint32_t kVector = 16 / sizeof(Element);
+    uint32_t tokens = ceil_div(whole.end - whole.begin, num_parts);
+    // Parts of the row start with a vector if the row does.
+    if (tokens > kVector) tokens = round_up(tokens, kVector);
+    const uint32_t begin = min(whole.begin + index * tokens, whole.end);
+    return {begin, min(begin + tokens, whole.end)};
   }
-  if (threadIdx.x == 0) {
-    params.num_accepted[tree] = depth;
-    params.next_token[tree] = next_token;
+
+  __device__ Part row() const { return {0, vocab_}; }
+
+  __device__ bool is_listed() const { return num_listed_ >= 0; }
+
+  __device__ int64_t first_child(int64_t node) const {
+    return link(node, params_.first_child[begin_ + node]);
   }
-}
+  __device__ int64_t next_sibling(int64_t node) const {
+    return link(node, params_.next_sibling[begin_ + node]);
+  }
+  __device__ int64_t link(int64_t from, int32_t to) const {
+    return to > from && to < num_nodes_ ? int64_t{to} : int64_t{-1};
+  }
+
+  const TreeVerifyParams& params_;
+  WalkStorage<kThreads>& storage_;
+  ClusterWords<kThreads> words_;
+  Rejected* rejected_;
+  const int64_t tree_;
+  const uint32_t vocab_;
+  const uint64_t one_;
+  int64_t begin_, num_nodes_;
+  float factor_;  // from differences of logits to exponents of 2
+
+  // Of the node.
+  const Element* logits_;
+  const float* draft_probs_;  // null if its children were all certain to be tried
+  float maximum_, draft_maximum_;
+  uint64_t cut_;  // the order of the last token that is kept
+  int num_listed_, num_rejected_;
+};
 
 }  // namespace effllm

@@ -301,21 +301,30 @@ def test_a_law_that_rounding_leaves_nothing_of_is_taken_whole(device: str) -> No
     assert verify([tree], logits, 1.0, device=device, draft_probs=q) == ([[0]], [0])
 
 
-def test_what_a_request_says_does_not_depend_on_its_batch(device: str) -> None:
-    args, kwargs = CASE.make(device)
+@pytest.mark.parametrize(
+    "case",
+    # Of the latter a GPU gives many trees a CTA each, and a single one a cluster of them.
+    [CASE, TreeVerifyCase(80, 3, 40_000, 0.9, 30, 0.9), TreeVerifyCase(80, 3, 40_000, drawn=True)],
+    ids=lambda case: case.id,
+)
+def test_what_a_request_says_does_not_depend_on_its_batch(
+    case: TreeVerifyCase, device: str
+) -> None:
+    args, kwargs = case.make(device)
     first = tree_verify(*args, **kwargs)
     for result, again in zip(first, tree_verify(*args, **kwargs), strict=True):
         assert_equal(again, result)
     logits, *nodes, cu_nodes = args[:5]
-    for b in range(CASE.num_trees):
+    draft_probs = kwargs.get("draft_probs")
+    for b in range(case.num_trees):
         rows = slice(int(cu_nodes[b]), int(cu_nodes[b + 1]))
         alone = tree_verify(
             logits[rows],
             *(t[rows] for t in nodes),
             cu_nodes[b : b + 2] - cu_nodes[b],
             *(t[b : b + 1] for t in args[5:]),
-            kwargs["draft_probs"][rows],
-            max_nodes=12,
+            None if draft_probs is None else draft_probs[rows],
+            max_nodes=kwargs["max_nodes"],
         )
         for result, one in zip(first, alone, strict=True):
             assert_equal(one, result[b : b + 1])

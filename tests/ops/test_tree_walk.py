@@ -19,7 +19,7 @@ from effllm.testing.cases.tree_verify import CASES, TreeVerifyCase
 from effllm.testing.compare import assert_equal
 from effllm.testing.run import check_values
 
-MAX_LOGITS = 5000
+MAX_LOGITS = 12_000
 """A lane's turn takes a microsecond."""
 
 INF, NAN = torch.inf, torch.nan
@@ -27,9 +27,13 @@ Walks = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def walks(tmp_path_factory: pytest.TempPathFactory) -> Walks:
-    """tree_verify as the GPU does it, by three warps."""
-    library = compiled("tree_walk.cpp", tmp_path_factory.mktemp("tree_walk"))
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compiled("tree_walk.cpp", tmp_path_factory.mktemp("tree_walk"))
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids="{}cta".format)
+def walks(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Walks:
+    """tree_verify as the GPU does it, by clusters of CTAs of two warps."""
 
     def call(
         *args: Tensor, draft_probs: Tensor | None = None, max_nodes: int
@@ -43,7 +47,7 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> Walks:
         )  # fmt: skip
         tensors = (TensorArgument * 11)(*map(as_argument, [*args, draft_probs]))
         pointers = [ctypes.c_void_p(result.data_ptr()) for result in results]
-        library.tree_verify_walks(tensors, ctypes.c_int64(max_nodes), *pointers)
+        library.tree_verify_walks(tensors, ctypes.c_int64(max_nodes), request.param, *pointers)
         return results  # type: ignore[return-value]
 
     return call
@@ -72,6 +76,58 @@ def test_walks_are_those_of_the_reference(case: TreeVerifyCase, walks: Walks) ->
 )
 def test_any_shape(case: TreeVerifyCase, walks: Walks) -> None:
     check_values(walks, case, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, 20, 1.0),  # of few candidates
+        (1.0, 20, 0.7),
+        (0.2, 0, 0.9),
+        (1.0, 100, 1.0),  # more than groups of lanes have a maximum
+        (1.0, 100, 0.7),
+        (3.0, 0, 0.9),  # a law too flat for a list of candidates
+        (0.5, 2500, 0.95),
+    ],
+)
+def test_cuts_by_candidates_and_by_passes(
+    temperature: float, top_k: int, top_p: float, dtype: torch.dtype, walks: Walks
+) -> None:
+    for drawn in (False, True):
+        case = TreeVerifyCase(2, 6, 3001, temperature, top_k, top_p, drawn, dtype)
+        check_values(walks, case, "cpu")
+
+
+def test_candidates_without_room(walks: Walks) -> None:
+    """Likely tokens that lie in all lanes of a warp but two: the others say little of them."""
+    case = TreeVerifyCase(1, 1, 3000, 1.0, 31, dtype=torch.bfloat16, ragged=False)
+    args, kwargs = case.make("cpu")
+    lane = torch.arange(3000) // 8 % 32
+    args[0].add_((lane < 30) * 20.0)
+    for seed in range(5):
+        args[8].fill_(seed)
+        for result, wanted in zip(
+            walks(*args, **kwargs), tree_verify(*args, **kwargs), strict=True
+        ):
+            assert_equal(result, wanted)
+
+
+@pytest.mark.parametrize("sampling", [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 9, 0.9)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_unaligned_rows(
+    dtype: torch.dtype, sampling: tuple[float, int, float], walks: Walks
+) -> None:
+    args, kwargs = TreeVerifyCase(3, 5, 203, *sampling, drawn=True, dtype=dtype).make("cpu")
+    wanted = tree_verify(*args, **kwargs)
+    draft_probs = kwargs.pop("draft_probs")
+    for name, logits in hostile.odd_strides(args[0]):
+        if logits.stride(-1) != 1 or name == "expanded":
+            continue
+        odd_probs = dict(hostile.odd_strides(draft_probs))[name]
+        results = walks(logits, *args[1:], draft_probs=odd_probs, **kwargs)
+        for result, expected in zip(results, wanted, strict=True):
+            assert_equal(result, expected, name=name)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-3, 1.0])

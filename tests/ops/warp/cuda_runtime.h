@@ -19,6 +19,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __global__
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
@@ -49,6 +50,7 @@ struct Lane {
   bool done;
   unsigned exchanges;  // so far; two rounds of words are never mixed up
   unsigned barriers;
+  unsigned cluster_barriers;
 };
 
 using Words = std::array<uint64_t, kLanes>;
@@ -58,11 +60,12 @@ inline std::vector<std::array<Words, 2>> words(1);  // of each warp
 inline ucontext_t caller;
 inline std::function<void()> work;
 inline Index current, block, dim{kLanes};
+inline size_t smem_bytes;  // from where a CTA of a cluster has something to where the next one has it
 
 inline void next_lane() {
   const unsigned from = current.x;
   do {
-    current.x = (current.x + 1) % dim.x;
+    current.x = (current.x + 1) % lanes.size();
     if (current.x == from && lanes[from].done) swapcontext(&lanes[from].context, &caller);
   } while (lanes[current.x].done);
   if (current.x != from) swapcontext(&lanes[from].context, &lanes[current.x].context);
@@ -108,14 +111,15 @@ inline void run_lane() {
   next_lane();
 }
 
-// Runs `body` once in every lane of a block.
-inline void run(const std::function<void()>& body, unsigned num_lanes = kLanes) {
+// Runs `body` once in every lane of a block, or of each block of a cluster.
+inline void run(const std::function<void()>& body, unsigned num_lanes = kLanes,
+                unsigned num_ctas = 1) {
   work = body;
   dim.x = num_lanes;
-  lanes.resize(num_lanes);
-  words.resize(num_lanes / kLanes);
+  lanes.resize(num_lanes * num_ctas);
+  words.resize(lanes.size() / kLanes);
   for (Lane& lane : lanes) {
-    lane.done = false, lane.exchanges = 0, lane.barriers = 0;
+    lane.done = false, lane.exchanges = 0, lane.barriers = 0, lane.cluster_barriers = 0;
     getcontext(&lane.context);
     lane.context.uc_stack.ss_sp = lane.stack.data();
     lane.context.uc_stack.ss_size = lane.stack.size();
@@ -127,13 +131,15 @@ inline void run(const std::function<void()>& body, unsigned num_lanes = kLanes) 
 
 }  // namespace warp
 
-#define threadIdx (warp::current)
+#define threadIdx (Index{warp::current.x % warp::dim.x})
 #define blockIdx (warp::block)
 #define blockDim (warp::dim)
 
+inline void __syncwarp() {}
+
 inline void __syncthreads() {
   ++warp::lanes[warp::current.x].barriers;
-  warp::wait(0, warp::dim.x, &warp::Lane::barriers);
+  warp::wait(warp::current.x / warp::dim.x * warp::dim.x, warp::dim.x, &warp::Lane::barriers);
 }
 
 template <class T>
@@ -145,6 +151,12 @@ template <class T>
 T __shfl_up_sync(unsigned, T value, int lanes) {
   const int lane = static_cast<int>(threadIdx.x % warp::kLanes);
   return warp::exchange_with(value, lane < lanes ? lane : lane - lanes);
+}
+
+inline unsigned atomicAdd(unsigned* word, unsigned value) {
+  const unsigned before = *word;
+  *word += value;
+  return before;
 }
 
 template <class T>
@@ -176,7 +188,6 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
 }
 
 inline int __popc(unsigned bits) { return std::popcount(bits); }
-inline int __clzll(long long bits) { return std::countl_zero(static_cast<uint64_t>(bits)); }
 inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
 inline int __ffs(int bits) {
   return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1;
@@ -191,6 +202,12 @@ inline int __float2int_rn(float value) {
   if (std::isnan(value)) return 0;
   if (std::fabs(value) >= 0x1p31f) return value > 0 ? INT32_MAX : INT32_MIN;
   return static_cast<int>(std::nearbyint(value));
+}
+inline unsigned long long __float2ull_rn(float value) {
+  return static_cast<unsigned long long>(std::nearbyint(value));
+}
+inline unsigned long long __double2ull_rn(double value) {
+  return static_cast<unsigned long long>(std::nearbyint(value));
 }
 // Functions, so that no product is fused with the sum that takes it.
 inline float __fmul_rn(float a, float b) { return a * b; }

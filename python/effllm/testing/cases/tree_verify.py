@@ -181,6 +181,11 @@ def _cases() -> list[TreeVerifyCase]:
         # More than one element per thread of a block, and sizes that no tile fits.
         *(case(2, 8, 5003, temperature, top_p=0.9, drawn=True) for temperature in (0.0, 1.0)),
         case(2, 4, 152064, 0.6, 40, 0.95, accepted=3),
+        # Rows that a GPU spreads over CTAs: cuts of few tokens and of most, and none.
+        *(case(3, 5, 20_001, temperature, top_k, top_p, drawn=drawn)
+          for temperature, top_k, top_p in (
+              (0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 500, 0.9), (0.1, 0, 0.9), (2.0, 0, 0.9)
+          ) for drawn in (False, True)),
         case(1, 4, 33, ragged=False),
         case(0, 4, 33),
     ]  # fmt: skip
