@@ -27,6 +27,7 @@ inline constexpr int kMaxCandidates = 1024;
 struct Rejected {
   double target_factor;
   double draft_factor;  // 0: the child was certain to be tried
+  uint64_t removed;     // weight that such a child took with it
   uint32_t token;
 };
 
@@ -95,6 +96,8 @@ class TreeWalk {
   // Of a row, tokens begin .. end - 1.
   struct Part {
     uint32_t begin, end;
+
+    __device__ bool contains(uint32_t token) const { return token >= begin && token < end; }
   };
 
   // Both steps give the child that is accepted, or -1 and the next token.
@@ -118,8 +121,7 @@ class TreeWalk {
     bool is_stale = true;  // what target_sum says
     for (uint32_t draw = 0;; child = next_sibling(child), ++draw) {
       if (is_stale) {
-        target_sum = total(sum(row(), is_listed(),
-                               [&](uint32_t token, float logit) { return target(token, logit); }));
+        target_sum = total(sum_target(row(), is_listed()));
       }
       if (draw == 0) sum_at_first = target_sum;
       is_stale = false;
@@ -127,8 +129,9 @@ class TreeWalk {
       const int64_t token = params_.tokens[begin_ + child];
       if (token < 0 || token >= vocab_) continue;
       const auto x = static_cast<uint32_t>(token);
-      const uint64_t left = target(x, device_to_float(logits_[x]));
-      const uint64_t drafted = was_rejected(x) ? 0 : draft(x);
+      const bool is_gone = was_rejected(x);
+      const uint64_t left = is_gone ? 0 : target(x, device_to_float(logits_[x]));
+      const uint64_t drafted = is_gone ? 0 : draft(x);
       const double draft_prob =
           drafted > 0 ? static_cast<double>(drafted) / static_cast<double>(draft_sum) : 1.0;
       const double target_prob = static_cast<double>(left) / static_cast<double>(target_sum);
@@ -137,7 +140,8 @@ class TreeWalk {
 
       if (threadIdx.x == 0) {
         rejected_[num_rejected_] = {1 / static_cast<double>(target_sum),
-                                    drafted > 0 ? 1 / static_cast<double>(draft_sum) : 0.0, x};
+                                    drafted > 0 ? 1 / static_cast<double>(draft_sum) : 0.0, left,
+                                    x};
       }
       __syncthreads();
       ++num_rejected_;
@@ -232,10 +236,26 @@ class TreeWalk {
     return false;
   }
 
+  // What has been left of a token's weight, but for children that were certain to be tried, of
+  // nodes where all were: see sum_target.
   __device__ uint64_t target(uint32_t token, float logit) const {
     const uint64_t whole = weight(token, logit);
-    if (num_rejected_ == 0 || whole == 0) return whole;
+    if (draft_probs_ == nullptr || num_rejected_ == 0 || whole == 0) return whole;
     return what_is_left(whole, draft(token), token, rejected_, num_rejected_, one_);
+  }
+
+  // As sum() does.
+  __device__ Words sum_target(Part whole, bool alone) {
+    const Part part = own_part(whole, alone);
+    uint64_t sum =
+        lane_sum(part, [&](uint32_t token, float logit) { return target(token, logit); });
+    if (draft_probs_ == nullptr) {
+      // Quicker than to look for every token among them.
+      for (int i = threadIdx.x % kWarpSize; i < num_rejected_; i += kWarpSize) {
+        if (part.contains(rejected_[i].token)) sum -= rejected_[i].removed;
+      }
+    }
+    return words_.show(warp_fold(sum, kWarpSize, Plus{}), kWarpSize, alone);
   }
 
   // Called: in loops over rows it would be most of their code, and is not what they do most.
@@ -260,8 +280,7 @@ class TreeWalk {
     Part part = row();
     // Parts of parts; after the first ones, every CTA for itself.
     for (bool alone = is_listed(); part.end - part.begin > 1; alone = true) {
-      const Words sums =
-          sum(part, alone, [&](uint32_t token, float logit) { return target(token, logit); });
+      const Words sums = sum_target(part, alone);
       int chosen = 0;
       while (chosen + 1 < sums.count && sums.of_groups[chosen] <= threshold) {
         threshold -= sums.of_groups[chosen++];
@@ -363,24 +382,30 @@ class TreeWalk {
     return words_.show(warp_fold(order, width, Maximum{}), width, false);
   }
 
-  // Sums body(token, logit) over equal parts of `whole`, of the candidates in it if these are
-  // listed. A warp takes a part: of this CTA if `alone`, else of the cluster.
+  // Sums body(token, logit) over equal parts of `whole`, one of each warp, of this CTA if `alone`,
+  // else of the cluster; shown to as many.
   template <class Body>
   __device__ Words sum(Part whole, bool alone, const Body& body) {
-    uint64_t of_lane = 0;
-    const Part part = own_part(whole, alone);
+    const uint64_t sum = lane_sum(own_part(whole, alone), body);
+    return words_.show(warp_fold(sum, kWarpSize, Plus{}), kWarpSize, alone);
+  }
+
+  // A lane's share of a sum over the tokens of a warp's part: if there are candidates, over them.
+  template <class Body>
+  __device__ uint64_t lane_sum(Part part, const Body& body) const {
+    uint64_t sum = 0;
     if (is_listed()) {
 #pragma unroll 1
       for (int i = threadIdx.x % kWarpSize; i < num_listed_; i += kWarpSize) {
         const uint64_t order = storage_.candidates[i];
         const auto token = static_cast<uint32_t>(token_of_order(order, vocab_));
-        if (token >= part.begin && token < part.end) of_lane += body(token, logit_of_order(order));
+        if (part.contains(token)) sum += body(token, logit_of_order(order));
       }
     } else {
       each_element(logits_, part.begin, part.end,
-                   [&](uint32_t token, float logit) { of_lane += body(token, logit); });
+                   [&](uint32_t token, float logit) { sum += body(token, logit); });
     }
-    return words_.show(warp_fold(of_lane, kWarpSize, Plus{}), kWarpSize, alone);
+    return sum;
   }
 
   // Of a warp, of this CTA if `alone`, else of the cluster.
