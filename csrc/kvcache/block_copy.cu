@@ -79,28 +79,13 @@ void block_copy_cuda(const std::vector<Tensor>& caches, const Tensor& src, const
 
   const torch::stable::accelerator::DeviceGuard guard(src.get_device_index());
   const cudaStream_t stream = current_cuda_stream(src);
-  // One launch for all caches that are laid out and aligned alike.
-  std::vector<BlockCopyCache> left = params.caches;
-  while (!left.empty()) {
-    BlockCopyArgs args{params.src, params.dst, params.num_pages, left[0].layout, {}};
-    const int word_bytes = left[0].word_bytes();
-    int num_caches = 0;
-    std::erase_if(left, [&](const BlockCopyCache& cache) {
-      const bool alike = cache.layout == args.layout && cache.word_bytes() == word_bytes;
-      if (!alike || num_caches == BlockCopyArgs::kMaxCaches) return false;
-      args.caches[num_caches++] = cache.data;
-      return true;
+  for (const auto& group : group_caches(params.caches, BlockCopyArgs::kMaxCaches)) {
+    BlockCopyArgs args{params.src, params.dst, params.num_pages, group.layout, {}};
+    std::ranges::copy(group.data, args.caches);
+    const auto num_caches = static_cast<int64_t>(group.data.size());
+    dispatch_word<uint4>(group.word_bytes, [&](auto word) {
+      launch_block_copy<decltype(word)>(args, params.num_copies, num_caches, stream);
     });
-    switch (word_bytes) {
-      case 16:
-        launch_block_copy<uint4>(args, params.num_copies, num_caches, stream);
-        break;
-      case 4:
-        launch_block_copy<uint32_t>(args, params.num_copies, num_caches, stream);
-        break;
-      default:
-        launch_block_copy<uint8_t>(args, params.num_copies, num_caches, stream);
-    }
   }
 }
 

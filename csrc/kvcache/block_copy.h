@@ -17,6 +17,7 @@
 
 #include "common/check.h"
 #include "common/view.h"
+#include "kvcache/cache_groups.h"
 
 namespace effllm {
 
@@ -47,12 +48,11 @@ struct BlockCopyCache {
   char* data;
   PageLayout layout;
 
-  // The widest access that fits everywhere.
   int word_bytes() const {
     int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data)) |
                   layout.stride_page_bytes | layout.run_bytes;
     for (int dim = 0; dim < layout.num_dims; ++dim) all |= layout.strides_bytes[dim];
-    return all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 1;
+    return widest_word_bytes(all);
   }
 };
 

@@ -13,6 +13,7 @@ from .int4_unpack import int4_unpack
 from .int8_gemm import int8_gemm
 from .int8_quantize import int8_quantize
 from .kv_append import kv_append
+from .kv_compact import kv_compact
 from .lut4_gemm import lut4_gemm
 from .merge_states import merge_states
 from .paged_attention import paged_attention
@@ -35,6 +36,7 @@ __all__ = [
     "int8_gemm",
     "int8_quantize",
     "kv_append",
+    "kv_compact",
     "lut4_gemm",
     "merge_states",
     "paged_attention",
