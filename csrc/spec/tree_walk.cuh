@@ -1,8 +1,8 @@
 // How the CTAs of a cluster walk one tree of tree_verify. Each node on the path costs a pass over
 // its row of logits, which finds the maximum, and where tokens are sampled two or three more, which
 // L2 serves: one that sums weights, or collects the tokens that top_k or top_p may keep. There are
-// few of those, so that the cuts, and all that follows, look at no others. If there are many (of a
-// flat law, say), all of it is done by passes over the row, one for each bit of the cut.
+// few of those, so that the cuts, and all that follows, look at no others. Where there are many, as
+// in a flat law, a cut takes a pass for each of its bits until it lies among few tokens.
 //
 // Weights and probabilities are summed as integers, fractions of the largest weight: a sum is then
 // the same in any order, for any number of CTAs, and what is taken off one leaves no rounding.
@@ -37,7 +37,7 @@ struct WalkStorage {
   typename ClusterWords<kThreads>::Storage words;
   uint64_t candidates[kMaxCandidates];  // orders
   uint64_t candidate_weights[kMaxCandidates];
-  unsigned num_candidates[2];  // at even and odd nodes of the path; those of CTA 0 count
+  unsigned num_candidates[2];  // by turns; those of CTA 0 count
 };
 
 // Every CTA of the cluster comes to the same path and token; CTA 0 writes them.
@@ -45,6 +45,7 @@ template <class Element, int kThreads>
 class TreeWalk {
   static constexpr int kWarps = kThreads / kWarpSize;
   static_assert(kWarps >= 2, "what is cut into a part per warp must become smaller");
+  static constexpr uint64_t kNoOrder = ~uint64_t{0};  // above all
   // The high bits of a logit's key that tell logits of this type apart; lower ones say its sign.
   static constexpr int kKeyBits = sizeof(Element) == 4              ? 32
                                   : std::is_same_v<Element, __half> ? 19
@@ -110,7 +111,7 @@ class TreeWalk {
   }
 
   __device__ int64_t step(int64_t node, int64_t depth, uint32_t& next_token) {
-    set_target(depth);
+    set_target();
     num_rejected_ = 0;
     draft_probs_ = nullptr;
     const int64_t seed = params_.seed[tree_], position = params_.position[tree_] + depth;
@@ -159,7 +160,7 @@ class TreeWalk {
   }
 
   // Of the row: its maximum, the cut, and the candidates, if they are few.
-  __device__ void set_target(int64_t depth) {
+  __device__ void set_target() {
     const int64_t top_k = params_.top_k[tree_];
     const float top_p = params_.top_p[tree_];
     const bool cuts_k = top_k > 0 && top_k < vocab_, cuts_p = top_p > 0.f && top_p < 1.f;
@@ -183,14 +184,14 @@ class TreeWalk {
                            [](int) { return uint64_t{1}; });
     }
     if (!cuts_k) sum_of_row = total(sum(row(), false, weight));
-    if (collects) collect(lowest, depth % 2);
-    if (cuts_k) cut_ = find_cut<false>(static_cast<uint64_t>(top_k));
+    if (collects) collect(lowest, kNoOrder);
+    if (cuts_k) cut_ = find_cut<false>(static_cast<uint64_t>(top_k), vocab_);
     if (!cuts_p) return;
-    const uint64_t kept = total(sum(row(), is_listed(), weight));
-    const auto needed = static_cast<uint64_t>(
-        ceil(double{top_p} * static_cast<double>(cuts_k ? kept : sum_of_row)));
-    if (kept < needed) num_listed_ = -1;
-    cut_ = find_cut<true>(max(needed, uint64_t{1}));
+    const uint64_t listed = total(sum(row(), is_listed(), weight));
+    const uint64_t whole = cuts_k ? listed : sum_of_row;
+    const auto needed = static_cast<uint64_t>(ceil(double{top_p} * static_cast<double>(whole)));
+    if (listed < needed) num_listed_ = -1;
+    cut_ = find_cut<true>(max(needed, uint64_t{1}), whole);
   }
 
   // The law of the node's children; returns its sum.
@@ -213,6 +214,11 @@ class TreeWalk {
   // Before any child was rejected: of the likeliest token `one_`.
   __device__ uint64_t weight(uint32_t token, float logit) const {
     if (cut_ != 0 && token_order(logit, token, vocab_) < cut_) return 0;
+    return weight(logit);
+  }
+
+  // Whether it is kept or not.
+  __device__ uint64_t weight(float logit) const {
     // Also right where both are infinite.
     if (logit == maximum_) return one_;
     const float exponent = fmaxf((logit - maximum_) * factor_, -INFINITY);  // NaN is as -inf
@@ -291,29 +297,45 @@ class TreeWalk {
   }
 
   // The lowest order that is kept, if the likeliest tokens are kept until their weights, or if not
-  // kByWeight their number, reach `needed`.
+  // kByWeight their number, reach `needed`; all have `whole`.
   template <bool kByWeight>
-  __device__ uint64_t find_cut(uint64_t needed) {
-    if (is_listed()) {
-      return lowest_kept(storage_.candidates, num_listed_, needed,
+  __device__ uint64_t find_cut(uint64_t needed, uint64_t whole) {
+    const auto lowest = [&](uint64_t of_these) {
+      return lowest_kept(storage_.candidates, num_listed_, of_these,
                          [&](int i) { return kByWeight ? storage_.candidate_weights[i] : 1; });
-    }
-    // Bit by bit: the greatest number at or above which there is as much.
-    const int token_bits = std::bit_width(vocab_ - 1);
-    uint64_t found = 0;
+    };
+    if (is_listed()) return lowest(needed);
+    // Bit by bit: the greatest number at or above which there is as much. It is `found` or above,
+    // and below `end`; `reached` and `above` is what there is at or above these.
+    uint64_t found = 0, reached = whole, end = kNoOrder, above = 0;
     for (int bit = 63; bit >= 0; --bit) {
       if (bit == 63 - kKeyBits && kKeyBits < 32) {
         // The bits that logits of this type lack are those of the sign.
         if (found >> 63 == 0) found |= ((uint64_t{1} << (32 - kKeyBits)) - 1) << 32;
         bit = 31;
       }
-      if (bit < 32 && bit >= token_bits) continue;  // nor have indices any of these
+      if (bit < 32 && bit >= std::bit_width(vocab_ - 1)) continue;  // nor have indices any of these
       const uint64_t candidate = found | uint64_t{1} << bit;
       const Words sums = sum(row(), false, [&](uint32_t token, float logit) -> uint64_t {
         if (token_order(logit, token, vocab_) < candidate) return 0;
         return kByWeight ? weight(token, logit) : 1;
       });
-      if (total(sums) >= needed) found = candidate;
+      const uint64_t at_candidate = total(sums);
+      if (at_candidate >= needed) {
+        found = candidate, reached = at_candidate;
+      } else {
+        end = candidate, above = at_candidate;
+      }
+      // A token at or above `found` has as much as one at it. If so there are few of them, or of
+      // those below `end`, the rest is up to these.
+      const uint64_t each = kByWeight ? weight(logit_of_order(found)) : 1;
+      if (each == 0 || (reached - above) / each > kMaxCandidates) continue;
+      const bool all = reached / each <= kMaxCandidates;
+      collect(max(found, cut_), all ? kNoOrder : end);
+      if (!is_listed()) continue;
+      found = lowest(all ? needed : needed - above);
+      if (!all) num_listed_ = -1;  // those above are kept as well
+      break;
     }
     return found;
   }
@@ -335,15 +357,16 @@ class TreeWalk {
     return ~highest(words_.show(warp_fold(kept, kWarpSize, Maximum{}), kWarpSize, true));
   }
 
-  // Makes the tokens of order `lowest` and above the candidates, if there is room for them.
-  __device__ void collect(uint64_t lowest, int parity) {
+  // Makes the tokens of orders lowest .. end - 1 the candidates, if there is room for them. All
+  // CTAs must have met since there were others.
+  __device__ void collect(uint64_t lowest, uint64_t end) {
     const float lowest_logit = logit_of_order(lowest);
-    unsigned* count = words_.peer(&storage_.num_candidates[parity], 0);
+    unsigned* count = words_.peer(&storage_.num_candidates[collect_turn_], 0);
     const Part part = own_part(row(), false);
     each_element(logits_, part.begin, part.end, [&](uint32_t token, float logit) {
       if (logit < lowest_logit) return;  // few go on
       const uint64_t order = token_order(logit, token, vocab_);
-      if (order < lowest) return;
+      if (order < lowest || order >= end) return;
       const unsigned place = atomicAdd(count, 1u);
       if (place >= kMaxCandidates) return;
 #pragma unroll 1
@@ -353,8 +376,9 @@ class TreeWalk {
     });
     words_.sync();
     const unsigned num_found = *count;
-    // For the next node: all meet once more before they count again.
-    if (words_.rank == 0 && threadIdx.x == 0) storage_.num_candidates[1 - parity] = 0;
+    // For the next time.
+    collect_turn_ ^= 1;
+    if (words_.rank == 0 && threadIdx.x == 0) storage_.num_candidates[collect_turn_] = 0;
     if (num_found > kMaxCandidates) return;
     num_listed_ = static_cast<int>(num_found);
     for (int i = threadIdx.x; i < num_listed_; i += kThreads) {
@@ -447,6 +471,7 @@ class TreeWalk {
   const uint64_t one_;
   int64_t begin_, num_nodes_;
   float factor_;  // from differences of logits to exponents of 2
+  int collect_turn_ = 0;
 
   // Of the node.
   const Element* logits_;

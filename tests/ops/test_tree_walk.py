@@ -34,7 +34,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture(scope="module", params=[1, 2, 4], ids="{}cta".format)
 def walks(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Walks:
     """tree_verify as the GPU does it, by clusters of CTAs of two warps."""
+    return walks_of(library, request.param)
 
+
+def walks_of(library: ctypes.CDLL, num_ctas: int, turns_of_warp: int = 0) -> Walks:
     def call(
         *args: Tensor, draft_probs: Tensor | None = None, max_nodes: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +50,8 @@ def walks(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Walks:
         )  # fmt: skip
         tensors = (TensorArgument * 11)(*map(as_argument, [*args, draft_probs]))
         pointers = [ctypes.c_void_p(result.data_ptr()) for result in results]
-        library.tree_verify_walks(tensors, ctypes.c_int64(max_nodes), request.param, *pointers)
+        sizes = (ctypes.c_int64(max_nodes), num_ctas, turns_of_warp)
+        library.tree_verify_walks(tensors, *sizes, *pointers)
         return results  # type: ignore[return-value]
 
     return call
@@ -96,6 +100,20 @@ def test_cuts_by_candidates_and_by_passes(
 ) -> None:
     for drawn in (False, True):
         case = TreeVerifyCase(2, 6, 3001, temperature, top_k, top_p, drawn, dtype)
+        check_values(walks, case, "cpu")
+
+
+@pytest.mark.parametrize("num_ctas", [1, 2])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 20, 0.7), (1.0, 100, 1.0), (0.2, 0, 0.9), (3.0, 0, 0.9)],
+)
+def test_no_warp_overtakes_others(
+    temperature: float, top_k: int, top_p: float, num_ctas: int, library: ctypes.CDLL
+) -> None:
+    walks = walks_of(library, num_ctas, turns_of_warp=500)
+    for drawn in (False, True):
+        case = TreeVerifyCase(3, 6, 3001, temperature, top_k, top_p, drawn, ragged=False)
         check_values(walks, case, "cpu")
 
 

@@ -62,11 +62,28 @@ inline std::function<void()> work;
 inline Index current, block, dim{kLanes};
 inline size_t smem_bytes;  // from where a CTA of a cluster has something to where the next one has it
 
+// If not 0: lanes take turns within their warp, and one turn in so many goes to any lane. Warps that
+// run ahead as far as they may find out where a barrier is missing.
+inline unsigned turns_of_warp;
+
+inline unsigned lane_after(unsigned lane) {
+  static uint32_t random = 1;
+  if (turns_of_warp == 0) return (lane + 1) % lanes.size();
+  random = random * 1664525u + 1013904223u;
+  if ((random >> 16) % turns_of_warp == 0 || lanes[lane].done) {
+    return (random >> 8) % lanes.size();
+  }
+  return lane / kLanes * kLanes + (lane + 1) % kLanes;
+}
+
 inline void next_lane() {
   const unsigned from = current.x;
+  const auto is_done = [](const Lane& lane) { return lane.done; };
+  if (lanes[from].done && std::all_of(lanes.begin(), lanes.end(), is_done)) {
+    swapcontext(&lanes[from].context, &caller);
+  }
   do {
-    current.x = (current.x + 1) % lanes.size();
-    if (current.x == from && lanes[from].done) swapcontext(&lanes[from].context, &caller);
+    current.x = lane_after(current.x);
   } while (lanes[current.x].done);
   if (current.x != from) swapcontext(&lanes[from].context, &lanes[current.x].context);
 }
