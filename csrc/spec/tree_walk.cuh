@@ -34,6 +34,7 @@ struct Rejected {
 // Of each CTA, in shared memory. After it as many Rejected as a tree has nodes.
 template <int kThreads>
 struct WalkStorage {
+  RowQueue<kThreads> queue;
   typename ClusterWords<kThreads>::Storage words;
   uint64_t candidates[kMaxCandidates];  // orders
   uint64_t candidate_weights[kMaxCandidates];
@@ -199,14 +200,14 @@ class TreeWalk {
     draft_probs_ = params_.draft_probs + (begin_ + node) * params_.stride_draft_probs;
     float largest = 0.f;
     const Part part = own_part(row(), false);
-    each_element(draft_probs_, part.begin, part.end,
+    each_element(draft_probs_, part.begin, part.end, storage_.queue,
                  [&](uint32_t, float prob) { largest = fmaxf(largest, prob); });
     const uint64_t word = warp_fold(__float_as_uint(largest), kWarpSize, Maximum{});
     const Words maxima = words_.show(word, kWarpSize, false);
     draft_maximum_ = __uint_as_float(static_cast<uint32_t>(highest(maxima)));
 
     uint64_t sum = 0;
-    each_element(draft_probs_, part.begin, part.end,
+    each_element(draft_probs_, part.begin, part.end, storage_.queue,
                  [&](uint32_t, float prob) { sum += draft_of(prob); });
     return total(words_.show(warp_fold(sum, kWarpSize, Plus{}), kWarpSize, false));
   }
@@ -363,7 +364,7 @@ class TreeWalk {
     const float lowest_logit = logit_of_order(lowest);
     unsigned* count = words_.peer(&storage_.num_candidates[collect_turn_], 0);
     const Part part = own_part(row(), false);
-    each_element(logits_, part.begin, part.end, [&](uint32_t token, float logit) {
+    each_element(logits_, part.begin, part.end, storage_.queue, [&](uint32_t token, float logit) {
       if (logit < lowest_logit) return;  // few go on
       const uint64_t order = token_order(logit, token, vocab_);
       if (order < lowest || order >= end) return;
@@ -399,7 +400,7 @@ class TreeWalk {
     float highest = -INFINITY;
     uint32_t highest_token = vocab_;
     const Part part = own_part(row(), false);
-    each_element(logits_, part.begin, part.end, [&](uint32_t token, float logit) {
+    each_element(logits_, part.begin, part.end, storage_.queue, [&](uint32_t token, float logit) {
       if (logit > highest) highest = logit, highest_token = token;
     });
     const uint64_t order = highest_token < vocab_ ? token_order(highest, highest_token, vocab_) : 0;
@@ -426,7 +427,7 @@ class TreeWalk {
         if (part.contains(token)) sum += body(token, logit_of_order(order));
       }
     } else {
-      each_element(logits_, part.begin, part.end,
+      each_element(logits_, part.begin, part.end, storage_.queue,
                    [&](uint32_t token, float logit) { sum += body(token, logit); });
     }
     return sum;
