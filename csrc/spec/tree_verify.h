@@ -35,6 +35,7 @@
 // Coins are Philox numbers with the seed as key and (node's position, draw) as counter: a request
 // draws the same ones in any batch, and no coin serves twice. Only rows on the accepted path are
 // read. NaN among logits counts as -inf; a row of equal logits, even of -inf, is a uniform law.
+// A GPU rounds probabilities to fractions of the largest one, of 2^-45 if V is 128256.
 //
 // Trees and sampling parameters are data: the CPU raises on those out of range; the GPU, which
 // cannot raise, takes a link out of range for none, such a temperature for 0, such a top_k or top_p
