@@ -37,7 +37,7 @@ def walks(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Walks:
     return walks_of(library, request.param)
 
 
-def walks_of(library: ctypes.CDLL, num_ctas: int, turns_of_warp: int = 0) -> Walks:
+def walks_of(library: ctypes.CDLL, num_ctas: int, warp_turns: int = 0) -> Walks:
     def call(
         *args: Tensor, draft_probs: Tensor | None = None, max_nodes: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def walks_of(library: ctypes.CDLL, num_ctas: int, turns_of_warp: int = 0) -> Wal
         )  # fmt: skip
         tensors = (TensorArgument * 11)(*map(as_argument, [*args, draft_probs]))
         pointers = [ctypes.c_void_p(result.data_ptr()) for result in results]
-        sizes = (ctypes.c_int64(max_nodes), num_ctas, turns_of_warp)
+        sizes = (ctypes.c_int64(max_nodes), num_ctas, warp_turns)
         library.tree_verify_walks(tensors, *sizes, *pointers)
         return results  # type: ignore[return-value]
 
@@ -111,7 +111,7 @@ def test_cuts_by_candidates_and_by_passes(
 def test_no_warp_overtakes_others(
     temperature: float, top_k: int, top_p: float, num_ctas: int, library: ctypes.CDLL
 ) -> None:
-    walks = walks_of(library, num_ctas, turns_of_warp=500)
+    walks = walks_of(library, num_ctas, warp_turns=500)
     for drawn in (False, True):
         case = TreeVerifyCase(3, 6, 3001, temperature, top_k, top_p, drawn, ragged=False)
         check_values(walks, case, "cpu")

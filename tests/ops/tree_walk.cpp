@@ -21,9 +21,9 @@ struct Storage {
 
 }  // namespace
 
-// Tensors in the order of the schema. `turns_of_warp`: see warp::turns_of_warp.
+// Tensors in the order of the schema. `warp_turns`: see warp::run.
 extern "C" void tree_verify_walks(const TensorArgument* tensors, int64_t max_nodes, int num_ctas,
-                                  int turns_of_warp, int32_t* accept_index, int32_t* num_accepted,
+                                  int warp_turns, int32_t* accept_index, int32_t* num_accepted,
                                   int64_t* next_token) {
   const auto view = [&](int idx) { return tensors[idx].view(); };
   effllm::TreeVerifyParams params =
@@ -34,7 +34,6 @@ extern "C" void tree_verify_walks(const TensorArgument* tensors, int64_t max_nod
   params.next_token = next_token;
   std::vector<Storage> storage(num_ctas);
   warp::smem_bytes = sizeof(Storage);
-  warp::turns_of_warp = static_cast<unsigned>(turns_of_warp);
   effllm::dispatch_float(params.dtype, [&](auto element) {
     using Element = effllm::device_t<decltype(element)>;
     for (int64_t tree = 0; tree < params.num_trees; ++tree) {
@@ -42,7 +41,7 @@ extern "C" void tree_verify_walks(const TensorArgument* tensors, int64_t max_nod
         Storage& own = storage[effllm::ptx::cluster_rank()];
         effllm::TreeWalk<Element, kThreads>(params, tree, own.walk, own.rejected).run();
       };
-      warp::run(walk, kThreads, static_cast<unsigned>(num_ctas));
+      warp::run(walk, kThreads, static_cast<unsigned>(num_ctas), static_cast<unsigned>(warp_turns));
     }
   });
 }

@@ -62,9 +62,7 @@ inline std::function<void()> work;
 inline Index current, block, dim{kLanes};
 inline size_t smem_bytes;  // from where a CTA of a cluster has something to where the next one has it
 
-// If not 0: lanes take turns within their warp, and one turn in so many goes to any lane. Warps that
-// run ahead as far as they may find out where a barrier is missing.
-inline unsigned turns_of_warp;
+inline unsigned turns_of_warp;  // of the current run
 
 inline unsigned lane_after(unsigned lane) {
   static uint32_t random = 1;
@@ -128,10 +126,13 @@ inline void run_lane() {
   next_lane();
 }
 
-// Runs `body` once in every lane of a block, or of each block of a cluster.
+// Runs `body` once in every lane of a block, or of each block of a cluster. With `warp_turns`, lanes
+// take turns within their warp, and one turn in so many goes to any lane: warps that run ahead as
+// far as they may find out where a barrier is missing.
 inline void run(const std::function<void()>& body, unsigned num_lanes = kLanes,
-                unsigned num_ctas = 1) {
+                unsigned num_ctas = 1, unsigned warp_turns = 0) {
   work = body;
+  turns_of_warp = warp_turns;
   dim.x = num_lanes;
   lanes.resize(num_lanes * num_ctas);
   words.resize(lanes.size() / kLanes);
