@@ -220,10 +220,10 @@ class TreeWalk {
 
   // Whether it is kept or not.
   __device__ uint64_t weight(float logit) const {
+    logit = fmaxf(logit, -INFINITY);  // NaN is as -inf
     // Also right where both are infinite.
     if (logit == maximum_) return one_;
-    const float exponent = fmaxf((logit - maximum_) * factor_, -INFINITY);  // NaN is as -inf
-    return __float2ull_rn(exp2f(exponent) * static_cast<float>(one_));
+    return __float2ull_rn(exp2f((logit - maximum_) * factor_) * static_cast<float>(one_));
   }
 
   __device__ uint64_t draft_of(float prob) const {

@@ -155,6 +155,7 @@ def test_unaligned_rows(
     [
         [0.0] * 8,
         [-INF] * 4,
+        [-INF, NAN, -INF, NAN],
         [1.0, INF, INF, NAN, -INF],
         [NAN, 2.0, -INF, NAN, 2.0],
         [-0.0, 0.0, -1e-30, -1.0],
