@@ -35,10 +35,11 @@ void launch_fp8_gemm_sm90(const Fp8GemmParams& params, bool accurate, int device
     const Fp8GemmResidency resident = known.get(device, residency);
     launch(params, plan_fp8_gemm(params, summation, num_sms, resident), stream);
   };
+  const bool is_short = params.out_dtype == DType::kBFloat16 && params.k <= kFp8BFloat16Columns;
   if (params.grouped()) {
     static PerDevice<Fp8GemmResidency> known;
     run(Fp8Summation::kScaled, known, fp8_gemm_residency_scaled, launch_fp8_gemm_scaled);
-  } else if (accurate || params.m <= 64) {  // few tokens leave the time to be accurate
+  } else if ((accurate && !is_short) || params.m <= 64) {  // few tokens leave the time for that
     static PerDevice<Fp8GemmResidency> known;
     run(Fp8Summation::kPlain, known, fp8_gemm_residency_plain, launch_fp8_gemm_plain);
   } else {

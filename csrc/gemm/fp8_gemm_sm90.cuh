@@ -31,15 +31,14 @@ struct Fp8WgmmaParams : Fp8GemmParams {
   CUtensorMap x_scales_map;  // where sums are scaled group by group
 };
 
-// Sums as they are: of 512 columns where the output is bf16, whose error grows by 7 % at most
-// (bench/fp8_accuracy.py), else of 128.
+// Sums as they are: of kFp8BFloat16Columns where the output is bf16, else of 128.
 template <class C>
 class Fp8Sums {
  public:
   static constexpr int kStageBytes = 0;
 
   __device__ __forceinline__ Fp8Sums(const Fp8WgmmaParams& params, const TileSchedule::Work&)
-      : stages_(params.out_dtype == DType::kBFloat16 ? kBFloat16Stages : 1) {}
+      : stages_(params.out_dtype == DType::kBFloat16 ? kFp8BFloat16Columns / C::kTileK : 1) {}
 
   // Of which the tensor core may add up the products.
   __device__ __forceinline__ int stages() const { return stages_; }
@@ -55,7 +54,6 @@ class Fp8Sums {
   }
 
  private:
-  static constexpr int kBFloat16Stages = 4;
   const int stages_;
 };
 

@@ -140,8 +140,11 @@ template <class C, class Args>
 __device__ __forceinline__ void produce(const Args& args, const SsGemmShared<C>& smem,
                                         const TileSchedule::Work& work, Ring<C::kStages>& ring) {
   // Weights that no other CTA wants leave L2 to those that will come.
-  const bool once = !C::kTokenRows && args.schedule.col_tiles == 1;
-  const uint64_t a_policy = once ? ptx::l2_evict_first() : ptx::l2_evict_normal();
+  const bool once = (C::kTokenRows ? args.schedule.row_tiles : args.schedule.col_tiles) == 1;
+  const uint64_t normal = ptx::l2_evict_normal();
+  const uint64_t of_weights = once ? ptx::l2_evict_first() : normal;
+  const uint64_t a_policy = C::kTokenRows ? normal : of_weights;
+  const uint64_t b_policy = C::kTokenRows ? of_weights : normal;
   const int first_col = work.col_tile * C::kCols + smem.neighbour * C::kLoadCols;
 #pragma unroll 1
   for (int tile = 0; tile < work.num_k_tiles; ++tile, ring.advance()) {
@@ -151,7 +154,7 @@ __device__ __forceinline__ void produce(const Args& args, const SsGemmShared<C>&
     const int k_tile = work.first_k_tile + tile, k = k_tile * C::kTileK;
     ptx::tma_load_2d(smem.a(ring.stage), &args.a_map, full, k, work.row_tile * C::kRows, a_policy);
     if constexpr (C::kNeighbours == 1) {
-      ptx::tma_load_2d(smem.b(ring.stage), &args.b_map, full, k, first_col);
+      ptx::tma_load_2d(smem.b(ring.stage), &args.b_map, full, k, first_col, b_policy);
     } else {
       const int ranks = ((1 << C::kNeighbours) - 1) << smem.first_rank;
       ptx::tma_load_2d_multicast(smem.b(ring.stage) + smem.neighbour * C::kLoadCols * C::kRowBytes,

@@ -13,7 +13,6 @@
 
 #include <cuda.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 

@@ -109,15 +109,23 @@ class Fp8GemmCase(Case):
         return lambda: torch.nn.functional.linear(rows, dense, bias)
 
     def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
-        """torch's matmul of the same codes, which has scales of tensors and of rows; and both with
-        the other way to sum."""
+        """torch's matmul of the same codes; where scales come last, both with the other way to sum."""
         x, x_scales, weight, w_scales, bias = args
-        if not x.is_cuda or self.variant not in ("row", "tensor"):
+        # Scales of groups cuBLAS has for multiples of four tokens alone.
+        if not x.is_cuda or not self.variant or (self.variant == "block" and self.m % 4 != 0):
             return {}
-        columns = w_scales.T.contiguous() if self.variant == "row" else w_scales
+        columns = {"tensor": w_scales, "row": w_scales.T.contiguous(), "block": w_scales.T}
         scaled_mm = partial(
-            torch._scaled_mm, x, weight.T, x_scales, columns, bias, out_dtype=self.out_dtype
+            torch._scaled_mm,
+            x,
+            weight.T,
+            x_scales,
+            columns[self.variant],
+            bias,
+            out_dtype=self.out_dtype,
         )
+        if self.variant == "block":
+            return {"torch._scaled_mm": scaled_mm}
         return {
             "torch._scaled_mm": partial(scaled_mm, use_fast_accum=True),
             "torch._scaled_mm, accurate": scaled_mm,
