@@ -139,12 +139,10 @@ struct SsGemmShared {
 template <class C, class Args>
 __device__ __forceinline__ void produce(const Args& args, const SsGemmShared<C>& smem,
                                         const TileSchedule::Work& work, Ring<C::kStages>& ring) {
-  // Weights that no other CTA wants leave L2 to those that will come.
+  // Weights that no other CTA wants leave L2 to those that will come: 3 to 10 % faster on an H100.
+  // Other loads go without a hint: with "evict normal" on x, few tokens took up to a third longer.
   const bool once = (C::kTokenRows ? args.schedule.row_tiles : args.schedule.col_tiles) == 1;
-  const uint64_t normal = ptx::l2_evict_normal();
-  const uint64_t of_weights = once ? ptx::l2_evict_first() : normal;
-  const uint64_t a_policy = C::kTokenRows ? normal : of_weights;
-  const uint64_t b_policy = C::kTokenRows ? of_weights : normal;
+  const uint64_t evict_first = ptx::l2_evict_first();
   const int first_col = work.col_tile * C::kCols + smem.neighbour * C::kLoadCols;
 #pragma unroll 1
   for (int tile = 0; tile < work.num_k_tiles; ++tile, ring.advance()) {
@@ -152,9 +150,18 @@ __device__ __forceinline__ void produce(const Args& args, const SsGemmShared<C>&
     uint64_t* full = &smem.full[ring.stage];
     ptx::mbarrier_arrive_expect_bytes(full, C::kStageBytes + C::Promotion::kStageBytes);
     const int k_tile = work.first_k_tile + tile, k = k_tile * C::kTileK;
-    ptx::tma_load_2d(smem.a(ring.stage), &args.a_map, full, k, work.row_tile * C::kRows, a_policy);
+    const int row = work.row_tile * C::kRows;
+    if (!C::kTokenRows && once) {
+      ptx::tma_load_2d(smem.a(ring.stage), &args.a_map, full, k, row, evict_first);
+    } else {
+      ptx::tma_load_2d(smem.a(ring.stage), &args.a_map, full, k, row);
+    }
     if constexpr (C::kNeighbours == 1) {
-      ptx::tma_load_2d(smem.b(ring.stage), &args.b_map, full, k, first_col, b_policy);
+      if (C::kTokenRows && once) {
+        ptx::tma_load_2d(smem.b(ring.stage), &args.b_map, full, k, first_col, evict_first);
+      } else {
+        ptx::tma_load_2d(smem.b(ring.stage), &args.b_map, full, k, first_col);
+      }
     } else {
       const int ranks = ((1 << C::kNeighbours) - 1) << smem.first_rank;
       ptx::tma_load_2d_multicast(smem.b(ring.stage) + smem.neighbour * C::kLoadCols * C::kRowBytes,
