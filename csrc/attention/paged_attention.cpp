@@ -243,13 +243,48 @@ struct Call {
       return tile &
              (head ? task.seq.head_keys(params, query) : task.seq.visible_keys(params, query));
     };
+    const bool tree = task.seq.tree_mask != nullptr && tile.end > task.seq.ahead();
     for (int64_t row = 0, next; row < task.num_rows; row = next) {
       const KeyRange visible = visible_keys(row);
+      if (tree) {
+        const int64_t query = (task.first_row + row) / group;
+        next = std::min((query + 1) * group - task.first_row, task.num_rows);
+        update_path(task, query, visible, row, next - row, update_rows, operands);
+        continue;
+      }
       for (next = row + 1; next < task.num_rows && visible_keys(next) == visible; ++next) {
       }
       if (visible.empty()) continue;
       update_rows(operands, row, next - row, static_cast<int>(visible.begin - tile_begin),
                   static_cast<int>(visible.end - tile_begin));
+    }
+  }
+
+  // The rows of one query of a tree meet what it sees of a tile, keys that neighbour together.
+  void update_path(const Task& task, int64_t query, KeyRange keys, int64_t first_row,
+                   int64_t num_rows, decltype(AttentionKernels::update_rows) update_rows,
+                   const AttentionTile& operands) const {
+    const int64_t ahead = task.seq.ahead();
+    const TreePath path = task.seq.path(query);
+    const TreePath visible = path.visible(ahead, params.window, params.sink_tokens);
+    const auto sees = [&](int64_t key) {
+      return key < ahead || visible.has(static_cast<int>(key - ahead));
+    };
+    AlibiRow alibi[kTileRows];
+    AttentionTile of_run = operands;
+    if (operands.alibi != nullptr) of_run.alibi = alibi;
+    for (int64_t begin = keys.begin, end; begin < keys.end; begin = end) {
+      for (end = begin + 1; end < keys.end && sees(end) == sees(begin); ++end) {
+      }
+      if (!sees(begin)) continue;
+      for (int64_t row = first_row; of_run.alibi != nullptr && row < first_row + num_rows; ++row) {
+        // Keys of a run stand as far before their places in the text as its first one does.
+        const int64_t token = begin - ahead;
+        const int64_t shift = token > 0 ? token - path.depth_of(static_cast<int>(token)) : 0;
+        alibi[row] = {operands.alibi[row].slope, operands.alibi[row].position + shift};
+      }
+      update_rows(of_run, first_row, num_rows, static_cast<int>(begin - operands.first_key),
+                  static_cast<int>(end - operands.first_key));
     }
   }
 
@@ -351,15 +386,16 @@ std::tuple<Tensor, Tensor> paged_attention_cpu(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
     const Tensor& seq_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& alibi_slopes, int64_t max_seqlen_q, std::optional<double> scale,
-    bool causal, std::optional<int64_t> window, double softcap, std::optional<int64_t> split_size,
-    int64_t sink_tokens) {
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& tree_mask,
+    int64_t max_seqlen_q, std::optional<double> scale, bool causal, std::optional<int64_t> window,
+    double softcap, std::optional<int64_t> split_size, int64_t sink_tokens) {
   PagedAttentionParams params = check_paged_attention(
       as_view(q, "q"), as_view(k_cache, "k_cache"), as_view(v_cache, "v_cache"),
       as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
       as_view(cu_seqlens_q, "cu_seqlens_q"), as_view(k_scale, "k_scale"),
       as_view(v_scale, "v_scale"), as_view(sinks, "sinks"), as_view(alibi_slopes, "alibi_slopes"),
-      max_seqlen_q, scale, causal, window, softcap, split_size, sink_tokens);
+      as_view(tree_mask, "tree_mask"), max_seqlen_q, scale, causal, window, softcap, split_size,
+      sink_tokens);
   check_values(params);
 
   Tensor out = new_empty(q, {params.num_tokens, params.num_q_heads, params.head_dim}, params.dtype);
@@ -379,10 +415,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NS, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, "
       "Tensor seq_lens, Tensor cu_seqlens_q, Tensor? k_scale=None, Tensor? v_scale=None, "
-      "Tensor? sinks=None, Tensor? alibi_slopes=None, *, SymInt max_seqlen_q, "
-      "float? scale=None, bool causal=True, int? window=None, float softcap=0., "
-      "int? split_size=None, int sink_tokens=0) -> (Tensor, "
-      "Tensor)");
+      "Tensor? sinks=None, Tensor? alibi_slopes=None, Tensor? tree_mask=None, *, "
+      "SymInt max_seqlen_q, float? scale=None, bool causal=True, int? window=None, "
+      "float softcap=0., int? split_size=None, int sink_tokens=0) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NS, CPU, m) {

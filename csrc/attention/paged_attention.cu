@@ -28,16 +28,18 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
     const Tensor& seq_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& k_scale,
     const std::optional<Tensor>& v_scale, const std::optional<Tensor>& sinks,
-    const std::optional<Tensor>& alibi_slopes, int64_t max_seqlen_q, std::optional<double> scale,
-    bool causal, std::optional<int64_t> window, double softcap, std::optional<int64_t> split_size,
-    int64_t sink_tokens) {
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& tree_mask,
+    int64_t max_seqlen_q, std::optional<double> scale, bool causal, std::optional<int64_t> window,
+    double softcap, std::optional<int64_t> split_size, int64_t sink_tokens) {
   const View q_view = as_view(q, "q");
   const View k_view = as_view(k_cache, "k_cache"), v_view = as_view(v_cache, "v_cache");
   PagedAttentionArgs args{check_paged_attention(
       q_view, k_view, v_view, as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
       as_view(cu_seqlens_q, "cu_seqlens_q"), as_view(k_scale, "k_scale"),
       as_view(v_scale, "v_scale"), as_view(sinks, "sinks"), as_view(alibi_slopes, "alibi_slopes"),
-      max_seqlen_q, scale, causal, window, softcap, split_size, sink_tokens)};
+      as_view(tree_mask, "tree_mask"), max_seqlen_q, scale, causal, window, softcap, split_size,
+      sink_tokens)};
+  if (args.tree_mask != nullptr) fail(kOp, "tree_mask must be None on a GPU, got a tensor");
   // A copy of the cache would cost more than the op: its layout is the caller's to mend.
   Match(kOp, k_view).aligned(cache_alignment(k_view), element_bytes(args.kv_dtype));
   Match(kOp, v_view).aligned(cache_alignment(v_view), element_bytes(args.kv_dtype));

@@ -10,6 +10,7 @@
 //   cu_seqlens_q [B + 1] int32     sequence b owns query tokens cu_seqlens_q[b] .. [b + 1], from 0
 //   sinks        [HQ] fp32         optional: a logit per query head that has no key and no value
 //   alibi_slopes [HQ] fp32         optional: what a score loses for each position of distance
+//   tree_mask    [T] int64         optional: of its sequence's query tokens, which each one sees
 //   out          [T, HQ, D]        and lse [T, HQ] fp32, natural logarithm, of the keys alone
 //
 // Query i of the n of a sequence with s keys stands at position s - n + i (bottom-right alignment),
@@ -20,6 +21,11 @@
 // |position - j|. A sink joins what weights are divided by: out * 1 / (1 + exp(sink - lse)). A row
 // that sees no key is 0 with lse -inf; so is a query token of no sequence (cu_seqlens_q[B] < T),
 // and a row whose scores are all -inf. Query head h reads KV head h / (HQ / HKV).
+//
+// With a tree_mask the query tokens of a sequence, at most 64, are the nodes of a tree: beside the
+// s - n keys ahead of them query i sees those of them before it whose bits are set in its word, and
+// itself. This, its path, is what positions count along: query and keys stand where they would if
+// the path were all that follows those s - n keys. It takes the causal order; -1 is that alone.
 //
 // With a split_size, decoding cuts keys at its multiples, in all sequences alike, and merges what
 // the pieces give in their order: the bits of a row depend on its sequence alone, not on the rest
@@ -38,6 +44,7 @@
 #include <optional>
 #include <string>
 
+#include "attention/tree_path.h"
 #include "common/check.h"
 #include "common/view.h"
 #include "quant/kv_layout.h"
@@ -68,6 +75,7 @@ struct PagedAttentionParams {
   const int32_t* cu_seqlens_q;
   const float* sinks;         // [HQ], or null
   const float* alibi_slopes;  // likewise
+  const int64_t* tree_mask;   // [T], or null
 
   float scale, softcap;
   bool causal;
@@ -86,9 +94,9 @@ inline PagedAttentionParams check_paged_attention(
     const View& q, const View& k_cache, const View& v_cache, const View& page_table,
     const View& seq_lens, const View& cu_seqlens_q, const std::optional<View>& k_scale,
     const std::optional<View>& v_scale, const std::optional<View>& sinks,
-    const std::optional<View>& alibi_slopes, int64_t max_seqlen_q, std::optional<double> scale,
-    bool causal, std::optional<int64_t> window, double softcap, std::optional<int64_t> split_size,
-    int64_t sink_tokens) {
+    const std::optional<View>& alibi_slopes, const std::optional<View>& tree_mask,
+    int64_t max_seqlen_q, std::optional<double> scale, bool causal, std::optional<int64_t> window,
+    double softcap, std::optional<int64_t> split_size, int64_t sink_tokens) {
   Check check("paged_attention");
   Sym tokens("T"), q_heads("HQ"), dim("D"), pages("NP"), page_size("P"), kv_heads("HKV");
   Sym seqs("B"), max_pages("MAXP");
@@ -123,6 +131,14 @@ inline PagedAttentionParams check_paged_attention(
   PagedAttentionParams params{};
   params.sinks = of_heads(sinks);
   params.alibi_slopes = of_heads(alibi_slopes);
+  if (tree_mask) {
+    check(*tree_mask).dtype({DType::kInt64}).shape({tokens}).last_stride_one();
+    check.that(causal, "causal must be true with a tree_mask, got false");
+    check.that(max_seqlen_q <= kMaxTreeTokens,
+               "max_seqlen_q must be at most 64, the bits of a word, with a tree_mask, got " +
+                   std::to_string(max_seqlen_q));
+    params.tree_mask = tree_mask->data_as<int64_t>();
+  }
 
   check.that(
       *dim % 8 == 0 && *dim >= 8 && *dim <= kMaxHeadDim,

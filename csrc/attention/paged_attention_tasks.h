@@ -28,17 +28,32 @@ struct KeyRange {
 struct Sequence {
   int64_t first_token, num_queries, num_keys;
   const int32_t* pages;
+  const int64_t* tree_mask;  // the words of its queries, or null
 
-  int64_t position(int64_t query) const { return num_keys - num_queries + query; }
+  // Keys before those of the queries; negative if there are fewer keys than queries.
+  int64_t ahead() const { return num_keys - num_queries; }
 
-  // What query `query` of this sequence sees behind the head. Both ends grow with `query`.
-  KeyRange visible_keys(const PagedAttentionParams& params, int64_t query) const {
-    return {std::max<int64_t>(position(query) - params.window + 1, params.sink_tokens),
-            end(params, query)};
+  TreePath path(int64_t query) const {
+    return TreePath::of(tree_mask[query], static_cast<int>(query));
   }
 
+  int64_t position(int64_t query) const {
+    return ahead() + (tree_mask != nullptr ? path(query).depth() : query);
+  }
+
+  // What query `query` of this sequence sees behind the head. Of a tree, the keys of all queries up
+  // to it: which of these, its path says.
+  KeyRange visible_keys(const PagedAttentionParams& params, int64_t query) const {
+    int64_t begin = position(query) - params.window + 1;
+    if (tree_mask != nullptr) begin = std::min(begin, ahead());
+    return {std::max<int64_t>(begin, params.sink_tokens), end(params, query)};
+  }
+
+  // Both ends grow with the query, but that in a tree the first query alone is sure to stand before
+  // all others.
   KeyRange visible_keys(const PagedAttentionParams& params, int64_t first, int64_t last) const {
-    return {visible_keys(params, first).begin, visible_keys(params, last).end};
+    return {visible_keys(params, tree_mask != nullptr ? 0 : first).begin,
+            visible_keys(params, last).end};
   }
 
   // The first keys, which it sees whatever its window.
@@ -48,7 +63,7 @@ struct Sequence {
 
  private:
   int64_t end(const PagedAttentionParams& params, int64_t query) const {
-    return params.causal ? std::min(position(query) + 1, num_keys) : num_keys;
+    return params.causal ? std::min(ahead() + query + 1, num_keys) : num_keys;
   }
 };
 
@@ -58,7 +73,8 @@ inline Sequence sequence_at(const PagedAttentionParams& params, int64_t index, i
   return {starts[0], starts[1] - starts[0],
           params.seq_lens[index * params.stride_seq_lens_seq + head],
           params.page_table + index * params.stride_page_table_seq +
-              head * params.stride_page_table_head};
+              head * params.stride_page_table_head,
+          params.tree_mask != nullptr ? params.tree_mask + starts[0] : nullptr};
 }
 
 // Checks what the tensors hold, as far as it will be read. Nothing may throw once threads run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,7 +78,8 @@ draw_case = st.builds(
     per_head=st.booleans(),
     split_size=st.sampled_from([None, 64, 128]),
     sink_tokens=st.sampled_from([0, 1, 4, 70]),
-)
+    tree=st.booleans(),
+).map(lambda case: replace(case, causal=case.causal or case.tree))
 
 
 @settings(max_examples=60, deadline=None)

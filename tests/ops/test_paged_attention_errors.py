@@ -131,6 +131,27 @@ ERRORS = [
     ),
     (wrong(alibi_slopes=torch.ones(4).double()), "alibi_slopes must be float32, got another"),
     (wrong(alibi_slopes=torch.ones(1).expand(4)), "alibi_slopes must have stride 1"),
+    (
+        wrong(tree_mask=torch.ones(3, dtype=torch.int64)),
+        r"tree_mask must be \[T\] = \[4\], got \[3\]",
+    ),
+    (
+        wrong(tree_mask=torch.ones(4, 1, dtype=torch.int64)),
+        r"tree_mask must be \[T\] = .*, got \[4, 1\]",
+    ),
+    (wrong(tree_mask=int32(1, 3, 7, 1)), "tree_mask must be int64, got int32"),
+    (
+        wrong(tree_mask=torch.ones(8, dtype=torch.int64)[::2]),
+        "tree_mask must have stride 1 in its last dimension",
+    ),
+    (
+        wrong(tree_mask=torch.ones(4, dtype=torch.int64), causal=False),
+        "causal must be true with a tree_mask, got false",
+    ),
+    (
+        wrong(tree_mask=torch.ones(4, dtype=torch.int64), max_seqlen_q=65),
+        "max_seqlen_q must be at most 64, the bits of a word, with a tree_mask, got 65",
+    ),
     (wrong(max_seqlen_q=-1), "max_seqlen_q must be at least 0, got -1"),
     (wrong(window=0), "window must be at least 1 or None, got 0"),
     (wrong(split_size=0), "split_size must be a positive multiple of 64 or None, got 0"),
@@ -174,6 +195,10 @@ VALUE_ERRORS = [
     ({"seq_lens": int32(-1, 9)}, r"seq_lens\[0\] must be in \[0, MAXP \* P\] = \[0, 28\], got -1"),
     (
         {"max_seqlen_q": 2},
+        "max_seqlen_q must be at least the longest query of cu_seqlens_q, 3, got 2",
+    ),
+    (
+        {"max_seqlen_q": 2, "tree_mask": torch.ones(4, dtype=torch.int64)},
         "max_seqlen_q must be at least the longest query of cu_seqlens_q, 3, got 2",
     ),
     # An entry of the tail becomes one that is read.
@@ -242,11 +267,22 @@ def test_fp32_on_the_gpu_is_a_named_error() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "name",
-    ["q", "k_cache", "v_cache", "page_table", "seq_lens", "cu_seqlens_q", "sinks", "alibi_slopes"],
+    [
+        "q",
+        "k_cache",
+        "v_cache",
+        "page_table",
+        "seq_lens",
+        "cu_seqlens_q",
+        "sinks",
+        "alibi_slopes",
+        "tree_mask",
+    ],
 )
 def test_mixed_devices_are_a_named_error(name: str) -> None:
     heads = {name: torch.ones(4, device="cuda") for name in ("sinks", "alibi_slopes")}
-    args = arguments("cuda") | heads
+    mask = torch.ones(4, dtype=torch.int64, device="cuda")
+    args = arguments("cuda") | heads | {"tree_mask": mask}
     args[name] = args[name].cpu()
     with pytest.raises(RuntimeError, match=r"must be on (cpu|cuda:0) as q is, got (cpu|cuda:0)"):
         paged_attention(**args)

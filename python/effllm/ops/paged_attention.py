@@ -24,6 +24,7 @@ def paged_attention(
     v_scale: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     *,
     max_seqlen_q: int,
     scale: float | None = None,
@@ -68,7 +69,15 @@ def paged_attention(
         alibi_slopes: fp32 [HQ]: query head h takes slope[h] * distance from each score, after
             softcap, where the distance between query and key counts positions. Any finite slope;
             None for no biases.
-        max_seqlen_q: at least the number of query tokens of the longest sequence.
+        tree_mask: int64 [T]: the query tokens of each sequence are the nodes of a tree, as drafts
+            to be verified are (``effllm._host.TokenTree.mask_bits``). Beside the keys ahead of all
+            of them, token i of a sequence sees token j of it if bit j of its word is set and j < i,
+            and itself: its path. Whatever counts positions (window, alibi_slopes, sink_tokens) does
+            so as if the path were all that follows the keys ahead. -1 is causal order: the word of
+            sequences without a tree. At most 64 query tokens per sequence, and no causal=False.
+            None: all are in causal order.
+        max_seqlen_q: at least the number of query tokens of the longest sequence; with a tree_mask
+            at most 64.
         scale: multiplies the scores; None means 1 / sqrt(D).
         causal: whether a query sees no key behind its own position.
         window: how many keys a query sees at most, counted back from its own position, its own
@@ -110,6 +119,7 @@ def paged_attention(
         v_scale,
         sinks,
         alibi_slopes,
+        tree_mask,
         max_seqlen_q=max_seqlen_q,
         scale=scale,
         causal=causal,
@@ -132,6 +142,7 @@ def _fake(
     v_scale: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     *,
     max_seqlen_q: int,
     scale: float | None = None,
@@ -193,6 +204,11 @@ def _fake(
                 f"paged_attention: {name} must be [HQ] = [{q.shape[1]}], got {list(of_heads.shape)}"
             ),
         )
+    of_tokens = q.shape[:1] if tree_mask is None else tree_mask.shape
+    torch._check(
+        of_tokens == q.shape[:1],
+        lambda: f"paged_attention: tree_mask must be [T] = [{q.shape[0]}], got {list(of_tokens)}",
+    )
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -210,6 +226,7 @@ def paged_attention_ref(
     v_scale: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     *,
     max_seqlen_q: int,
     scale: float | None = None,
@@ -242,8 +259,11 @@ def paged_attention_ref(
                     page_table[:, head],
                     seq_lens[:, head],
                     cu_seqlens_q,
-                    *(None if s is None else s[:, :, of_kv] for s in (k_scale, v_scale)),
-                    *(None if b is None else b[of_q] for b in (sinks, alibi_slopes)),
+                    None if k_scale is None else k_scale[:, :, of_kv],
+                    None if v_scale is None else v_scale[:, :, of_kv],
+                    None if sinks is None else sinks[of_q],
+                    None if alibi_slopes is None else alibi_slopes[of_q],
+                    tree_mask,
                     max_seqlen_q=max_seqlen_q,
                     scale=scale,
                     causal=causal,
@@ -268,13 +288,16 @@ def paged_attention_ref(
             position = position - starts[index] + first_position
             key = torch.arange(num_keys, device=q.device)
             visible = key < num_keys if not causal else key <= position
+            if tree_mask is not None:
+                visible, key, position = along_paths(tree_mask[rows], num_keys)
             if window is not None:
-                visible = visible & ((key > position - window) | (key < sink_tokens))
+                in_head = (key < sink_tokens) & (sink_tokens > 0)
+                visible = visible & ((key > position - window) | in_head)
             visible = visible.expand(position.shape[0], num_keys)
             # Table entries without a visible key may be absurd: they are not looked up.
             used = visible.any(0)
-            pages = page_table[index, key[used] // page_size].long()
-            slots = key[used] % page_size
+            slot = used.nonzero()[:, 0]
+            pages, slots = page_table[index, slot // page_size].long(), slot % page_size
             keys, values = (
                 _rows(cache, of_cache, pages, slots, dtype).repeat_interleave(group, dim=1)
                 for cache, of_cache in ((k_cache, k_scale), (v_cache, v_scale))
@@ -283,7 +306,7 @@ def paged_attention_ref(
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)
             if alibi_slopes is not None:
-                distance = (position - key[used]).abs().to(dtype)
+                distance = (position - key[..., used]).abs().to(dtype)
                 scores = scores - alibi_slopes.to(dtype)[:, None, None] * distance
             scores = scores.masked_fill(~visible[:, used], -math.inf)
             row_lse = scores.logsumexp(-1)
@@ -298,6 +321,22 @@ def paged_attention_ref(
                 out[rows] *= torch.sigmoid(base[..., 0].T - sinks.to(dtype))[..., None]
             lse[rows] = row_lse.T
     return out, lse
+
+
+def along_paths(words: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all query tokens of a sequence, by their ``words`` [n] of a tree_mask: which keys they
+    see, bool [n, S]; where keys stand as each of them counts, [n, S]; where it stands itself,
+    [n, 1]."""
+    token = torch.arange(len(words), device=words.device)
+    path = ((words[:, None] >> token) & 1).bool().tril(-1) | (token[:, None] == token)
+    depth = path.cumsum(1) - path.long()
+    # Keys ahead of all of them; fewer than none if there are more queries than keys.
+    ahead = num_keys - len(words)
+    before = torch.arange(max(ahead, 0), device=words.device).expand(len(words), -1)
+    of_keys = slice(max(-ahead, 0), None)
+    visible = torch.cat([torch.ones_like(before).bool(), path], 1)[:, of_keys]
+    key = torch.cat([before, ahead + depth], 1)[:, of_keys]
+    return visible, key, ahead + path.sum(1, keepdim=True) - 1
 
 
 def _weight_factor(

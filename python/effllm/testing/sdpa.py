@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops._kv_codes import as_bits, dequantize_kv
+from ..ops.paged_attention import along_paths
 
 Call = Callable[[], Any]
 
@@ -27,6 +28,7 @@ def prepare_sdpa(
     v_scale: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    tree_mask: Tensor | None = None,
     *,
     causal: bool = True,
     window: int | None = None,
@@ -41,7 +43,8 @@ def prepare_sdpa(
 
     One call where sequences are equally long, else one for each, or for each KV head that has a
     length of its own; keys that no query sees are left out; a float mask for what SDPA does not
-    know: windows over several queries, slopes, and sinks, which become a key without a value.
+    know: trees, windows over several queries, slopes, and sinks, which become a key without a
+    value.
     Arguments are those of ``paged_attention``; ``max_seqlen_q`` and ``split_size`` change no value.
     ``backend``: the only one that may be used, None is torch's choice. Raises ValueError for a
     softcap, which SDPA has not.
@@ -63,27 +66,32 @@ def prepare_sdpa(
     def prepare(seqs: slice, rows: Tensor, h: slice, queries: int, keys: int) -> Call:
         """Of sequences of one shape; ``rows``: their page tables, ``h``: KV heads."""
         position = torch.arange(keys - queries, keys, device=device)[:, None]
-        idx = torch.arange(keys, device=device)
-        visible = (idx <= position) if causal else torch.ones_like(idx <= position)
+        key = torch.arange(keys, device=device)
+        visible = (key <= position) if causal else torch.ones_like(key <= position)
+        if tree_mask is not None:  # of each sequence: [B, queries, keys] instead of [queries, keys]
+            words = tree_mask[starts[seqs.start] : starts[seqs.stop]].view(-1, queries)
+            paths = zip(*(along_paths(of_seq, keys) for of_seq in words), strict=True)
+            visible, key, position = (torch.stack(of_seqs)[:, None] for of_seqs in paths)
         if window is not None:
-            visible &= (idx > position - window) | (idx < sink_tokens)
-        idx = idx[visible.any(0)]
-        visible = visible[:, idx]
+            visible = visible & ((key > position - window) | (key < sink_tokens))
+        idx = visible.flatten(0, -2).any(0).nonzero()[:, 0]
+        visible, key = visible[..., idx], key[..., idx]
         of_q = slice((h.start or 0) * group, None if h.stop is None else h.stop * group)
         x = q[starts[seqs.start] : starts[seqs.stop], of_q]
         x = x.view(-1, queries, *x.shape[1:]).transpose(1, 2)
         k = gather(k_cache, k_scale, rows, idx, h)
         v = gather(v_cache, v_scale, rows, idx, h)
         is_causal = causal and queries == keys > 1 and window is None
-        is_causal = is_causal and alibi_slopes is None and sinks is None
+        is_causal = is_causal and alibi_slopes is None and sinks is None and tree_mask is None
         mask = None
         if not is_causal and not (bool(visible.all()) and alibi_slopes is None and sinks is None):
-            mask = torch.zeros(1, x.shape[1], queries, len(idx), device=device)
+            masks = 1 if tree_mask is None else len(x)
+            mask = torch.zeros(masks, x.shape[1], queries, len(idx), device=device)
             mask.masked_fill_(~visible, -torch.inf)
             if alibi_slopes is not None:
-                mask -= alibi_slopes[of_q][:, None, None] * (position - idx).abs()
+                mask -= alibi_slopes[of_q][:, None, None] * (position - key).abs()
             if sinks is not None:
-                column = sinks[of_q][:, None, None].expand(1, x.shape[1], queries, 1)
+                column = sinks[of_q][:, None, None].expand(masks, x.shape[1], queries, 1)
                 mask = torch.cat([mask, column], -1)
                 k, v = (torch.nn.functional.pad(side, (0, 0, 0, 1)) for side in (k, v))
             mask = mask.to(q.dtype)

@@ -42,6 +42,17 @@ def paged_cache(
     return [as_bits(t)[order].view(t.dtype).transpose(1, 2) for t in tensors]
 
 
+def tree_words(num_nodes: int, generator: torch.Generator) -> Tensor:
+    """The words of a random tree, int64 [num_nodes], with bits of no meaning behind each node's."""
+    words, stray = [1] * num_nodes, torch.randint(2, (max(num_nodes, 1), 64), generator=generator)
+    for node in range(1, num_nodes):
+        parent = int(torch.randint(max(node - 4, 0), node, (1,), generator=generator))
+        words[node] = words[parent] | 1 << node
+    for node, bits in enumerate(stray[:num_nodes].tolist()):
+        words[node] |= sum(bit << i for i, bit in enumerate(bits) if i > node)
+    return torch.tensor([word - (word >> 63 << 64) for word in words], dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class PagedAttentionCase(Case):
     """Sequences given as pairs (query tokens, keys), over a cache whose unused slots hold NaN and
@@ -68,6 +79,8 @@ class PagedAttentionCase(Case):
     sink_tokens: int = 0
     kv_dtype: str | None = None
     """Of a quantised cache: a key of QUANTIZED_KV; None: the cache is in ``dtype``."""
+    tree: bool = False
+    """Whether the query tokens of every sequence are a tree, of every third a chain."""
     op: ClassVar[str] = "paged_attention"
     baseline_name: ClassVar[str] = "torch.sdpa"
 
@@ -89,6 +102,7 @@ class PagedAttentionCase(Case):
             f"split{self.split_size}": self.split_size is not None,
             f"first{self.sink_tokens}": self.sink_tokens > 0,
             f"{self.kv_dtype}": self.kv_dtype is not None,
+            "tree": self.tree,
         }
         names = [name for name, used in options.items() if used]
         heads = f"h{self.num_q_heads}.{self.num_kv_heads}-d{self.head_dim}-p{self.page_size}"
@@ -141,6 +155,13 @@ class PagedAttentionCase(Case):
         if self.alibi:  # the slopes of the paper: a geometric sequence down to 2^-8
             heads = torch.arange(1, self.num_q_heads + 1, device=device)
             kwargs["alibi_slopes"] = torch.exp2(-8 * heads / self.num_q_heads)
+        if self.tree:
+            words = [
+                tree_words(queries, generator) if index % 3 < 2 else torch.full((queries,), -1)
+                for index, (queries, _) in enumerate(self.sequences)
+            ]
+            padding = torch.zeros(self.padding, dtype=torch.int64)
+            kwargs["tree_mask"] = torch.cat([*words, padding]).to(device)
         page_table = absurd_tails(page_table, seq_lens, self.page_size).to(device)
         cu_seqlens_q = torch.tensor(starts, dtype=torch.int32, device=device)
         tables = (page_table, seq_lens.to(device), cu_seqlens_q)
@@ -164,7 +185,7 @@ class PagedAttentionCase(Case):
 
     def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
         """The backends of SDPA, on a GPU and where it needs no mask."""
-        variants = (self.softcap, self.padding, self.sinks, self.alibi, self.per_head)
+        variants = (self.softcap, self.padding, self.sinks, self.alibi, self.per_head, self.tree)
         equal = len({*self.sequences}) == 1 and self.sequences[0][0] in (1, self.sequences[0][1])
         if any(variants) or self.window is not None or not equal or not args[0].is_cuda:
             return {}
@@ -175,7 +196,7 @@ class PagedAttentionCase(Case):
         }
 
     def visible(self, queries: int, keys: int) -> list[tuple[int, int]]:
-        """The range of keys that each query of a sequence sees."""
+        """The range of keys that each query of a sequence sees, in a tree if it were a chain."""
         positions = range(keys - queries, keys)
         window = math.inf if self.window is None else self.window
         return [
@@ -219,7 +240,7 @@ class PagedAttentionCase(Case):
 
     def shape(self) -> dict[str, int | str]:
         queries, keys = max(self.sequences, key=lambda sequence: sequence[1])
-        names = ("window", "sink_tokens", "split_size", "sinks", "alibi", "per_head")
+        names = ("window", "sink_tokens", "split_size", "sinks", "alibi", "per_head", "tree")
         options: dict[str, int | str] = {
             name: int(value) for name in names if (value := getattr(self, name))
         }
@@ -295,6 +316,7 @@ def _cases() -> list[PagedAttentionCase]:
         case(((3, 900), (50, 300)), 4, 2, 64, window=90, sink_tokens=5, split_size=64, sinks=True),
         case(((150, 150), (70, 300)), 4, 1, 64, 16, window=20, sink_tokens=70, alibi=True),
         case(((1, 900), (1, 20)), 6, 3, 64, window=65, sink_tokens=65, per_head=True),
+        *_tree_cases(),
         # Many keys: decoding splits them. Many queries: several tiles of both.
         case(((1, 1500), (1, 3), (1, 700)), 8, 2, 128, 16),
         case(((4, 1100), (2, 900)), 8, 2, 64, 64, half, window=600),
@@ -308,6 +330,40 @@ def _cases() -> list[PagedAttentionCase]:
         case(((1, 20), (0, 0)), padding=5, page_size=1),
         *_quantized_cases(),
     ]
+
+
+def _tree_cases() -> list[PagedAttentionCase]:
+    half = torch.float16
+    # Of 1 to 64 nodes and none, without keys ahead, of fewer keys than nodes, on page borders.
+    trees = ((8, 40), (1, 1), (64, 200), (5, 5), (0, 9), (6, 2), (17, 17), (3, 48), (63, 70))
+    few = ((2, 900), (1, 3), (4, 700), (3, 3), (0, 0))
+    case = PagedAttentionCase
+    cases = [
+        case(trees),
+        case(trees, 6, 2, 128, 16, half, padding=3),
+        case(((64, 1500), (30, 64), (64, 64)), 8, 2, 128, 64),
+        *(case(trees, 4, 4, dim, 3) for dim in (40, 256)),
+        case(few, 8, 2, 128, 16),
+        case(few, 4, 2, 64, 1, half, softcap=5.0, sinks=True),
+        case(((16, 900), (7, 130), (8, 8)), 8, 2, 128, 16, alibi=True, sinks=True),
+        case(few, 6, 2, 64, 16, half, alibi=True, softcap=5.0),
+        # Windows that end within the trees and ahead of them; first tokens in both.
+        *(case(trees, window=window) for window in (1, 2, 5, 33, 150)),
+        case(few, 8, 2, 128, 16, window=3),
+        case(trees, 6, 2, 64, 16, window=4, sink_tokens=7, alibi=True),
+        case(((4, 900), (3, 4), (2, 90)), 8, 2, 128, 16, half, window=70, sink_tokens=5),
+        case(((4, 900), (8, 9), (2, 2)), 4, 2, 64, 1, window=2, sink_tokens=4),
+        case(trees, 6, 3, 64, 16, per_head=True),
+        case(few, 6, 3, 64, 1, half, per_head=True, window=20, alibi=True),
+        case(trees, 8, 2, 64, 16, split_size=64),
+        case(few, 8, 2, 128, 16, split_size=128, window=300),
+        case(((64, 64),), 1, 1, 64, 16),
+        case(((1, 20), (0, 0)), padding=5, page_size=1),
+    ]
+    quantized = [case(trees, 8, 2, 128, 16, kv_dtype=kv_dtype) for kv_dtype in QUANTIZED_KV] + [
+        case(few, 4, 2, 80, 1, half, alibi=True, kv_dtype=kv_dtype) for kv_dtype in QUANTIZED_KV
+    ]
+    return [replace(each, tree=True) for each in (*cases, *quantized)]
 
 
 def _quantized_cases() -> list[PagedAttentionCase]:
@@ -354,6 +410,8 @@ CPU_CASES = [
         (6, 64, 16, {"sinks": True, "alibi": True}),
         (6, 64, 16, {"per_head": True, "window": 7}),
         (4, 64, 16, {"window": 7, "sink_tokens": 10}),
+        (6, 64, 16, {"tree": True}),
+        (6, 40, 3, {"tree": True, "window": 4, "sink_tokens": 9, "alibi": True}),
     )
 ]
 
