@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from filled_cache import HKV, LAYERS, D, contents, feed, make_cache, state, write
 
 from effllm import ops
+from effllm._host import TokenTree
 from effllm.cache import OutOfPages, paged
 
 # ---- the step ------------------------------------------------------------------------------------
@@ -42,6 +44,42 @@ def test_table_and_lengths_stay_at_one_address() -> None:
         assert (batch.page_table.data_ptr(), batch.seq_lens.data_ptr()) == (table, lens)
     # The row of b, now shown by a alone, holds nothing of b.
     assert batch.page_table.tolist() == [[*cache.pages(a), 0, 0]]
+
+
+FORK, ROOT = TokenTree([5, 6, 7, 8], [-1, 0, 0, 1]), TokenTree([9], [-1])
+
+
+def test_a_step_of_trees(device: str) -> None:
+    """Nodes have slots in their order, and positions by their depth."""
+    cache = make_cache(device)
+    a, b = cache.add(), cache.add()
+    cache.step([(a, 6), (b, 2)])
+    plain = cache.step([(a, 4), (b, 1)])
+    batch = plain.with_trees([FORK, ROOT])
+    assert batch.tree_mask is not None
+    assert batch.tree_mask.tolist() == [1, 3, 5, 11, 1]
+    assert batch.positions.tolist() == [6, 7, 7, 8, 2]
+    assert {t.dtype for t in (batch.tree_mask, batch.positions)} == {torch.int64}
+    assert batch.tree_mask.device == batch.positions.device == plain.positions.device
+    assert replace(batch, tree_mask=None, positions=plain.positions) == plain
+
+
+def test_padding_rows_have_no_tree() -> None:
+    cache = make_cache()
+    plain = cache.step([(cache.add(), 4)], num_rows=2)
+    batch = plain.with_trees([FORK])
+    assert batch.tree_mask is not None
+    assert batch.tree_mask.tolist() == [1, 3, 5, 11, -1, -1, -1, -1]
+    assert batch.positions.tolist() == [0, 1, 1, 2, 0, 0, 0, 0]
+    assert cache.step([], num_rows=1).with_trees([]).tree_mask.tolist() == [-1]
+
+
+@pytest.mark.parametrize("trees", [[], [ROOT, ROOT], [FORK], [FORK, FORK], [FORK, ROOT, ROOT]])
+def test_trees_of_another_step_are_named(trees: list[TokenTree]) -> None:
+    cache = make_cache()
+    batch = cache.step([(cache.add(), 4), (cache.add(), 1)])
+    with pytest.raises(ValueError, match=r"with_trees: trees must have -?\d+ nodes, .* got \d+"):
+        batch.with_trees(trees)
 
 
 def test_padding_rows_are_empty_and_write_nothing() -> None:

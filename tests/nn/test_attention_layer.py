@@ -11,6 +11,7 @@ import torch
 from tiny_models import TINY
 from torch import Tensor, nn
 
+from effllm._host import TokenTree
 from effllm.cache import PagedContext, PagedKVCache
 from effllm.nn import PagedAttention
 from effllm.ops._kv_codes import as_bits
@@ -124,6 +125,66 @@ def test_in_the_place_of_transformers_attention(name: str, rotates: bool) -> Non
             ).logits[0]
         wanted = torch.cat([expected[r][p] for r, p in zip(chosen, parts, strict=True)])
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rotates", [False, True], ids=["rotated", "rotates"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["attn_implementation", "replaced"])
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2-window"])
+def test_a_step_of_trees_gives_each_branch_its_own_text(
+    name: str, replaced: bool, rotates: bool
+) -> None:
+    """Logits of every node, against one eager pass over prompt and branch."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
+    if rotates and not replaced:
+        pytest.skip("transformers rotates itself")
+    config_name, options = MODELS[name]
+    config = getattr(transformers, config_name)(**(TINY | options))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("eager")
+    prompts = [torch.randint(1, 97, (n,)).tolist() for n in (7, 3)]
+    trees = [
+        TokenTree([11, 12, 13, 14, 15, 16], [-1, 0, 0, 1, 2, 4]),
+        TokenTree([21, 22, 23], [-1, 0, 0]),
+    ]
+    expected = []
+    for prompt, tree in zip(prompts, trees, strict=True):
+        for word in tree.mask_bits:
+            branch = [token for node, token in enumerate(tree.tokens) if word >> node & 1]
+            with torch.no_grad():
+                expected.append(model(input_ids=torch.tensor([prompt + branch])).logits[0, -1])
+
+    if replaced:
+        rotary = None
+        if rotates:
+            cos, sin = model.model.rotary_emb(torch.empty(0), torch.arange(16)[None])
+            rotary = (cos[0].chunk(2, -1)[0], sin[0].chunk(2, -1)[0])
+        for layer in model.model.layers:
+            layer.self_attn = Replacement(layer.self_attn, config, rotary)
+    else:
+        model.set_attn_implementation("effllm")
+    dim = config.hidden_size // config.num_attention_heads
+    heads = config.num_key_value_heads
+    cache = PagedKVCache(
+        2, heads, dim, max_batch=2, max_seq_len=16, page_size=4, dtype=torch.float32
+    )
+    seqs = [cache.add(), cache.add()]
+
+    def run(items: list[tuple[int, int]], tokens: list[int], *drafts: TokenTree) -> Tensor:
+        batch = cache.step(items)
+        if drafts:
+            batch = batch.with_trees(drafts)
+        with torch.no_grad():
+            return model(
+                input_ids=torch.tensor([tokens]),
+                position_ids=batch.positions[None],
+                effllm=PagedContext(cache, batch),
+                use_cache=False,
+            ).logits[0]
+
+    run([(seqs[0], 7), (seqs[1], 3)], prompts[0] + prompts[1])
+    logits = run([(seqs[0], 6), (seqs[1], 3)], trees[0].tokens + trees[1].tokens, *trees)
+    torch.testing.assert_close(logits, torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
 def stepped(

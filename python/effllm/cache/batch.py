@@ -5,12 +5,15 @@ Dimensions: B rows of the step, T new tokens, P page size, MAXP pages per sequen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from .._host import TokenTree
 
 # Index arithmetic on the host is numpy's: torch would start its thread pool for a few integers.
 IntArray = npt.NDArray[np.int32]
@@ -29,6 +32,28 @@ class PagedBatch:
     max_seqlen_q: int  # most new tokens of any row
     slot_mapping: Tensor  # int64 [T]; page * P + offset of each new token, -1 for padding
     positions: Tensor  # int64 [T]; position of each new token in its sequence, 0 for padding
+    tree_mask: Tensor | None = None  # int64 [T]; which new tokens each one sees, None: all before
+
+    def with_trees(self, trees: Sequence[TokenTree]) -> PagedBatch:
+        """The same step with the new tokens of row b being the nodes of `trees[b]`, in their order.
+
+        Nodes stand at the position of their depth, in slots of their own; which of them stay is
+        decided afterwards (`ops.tree_verify`, `ops.kv_compact`, `PagedKVCache.crop`). A row without
+        drafts is a tree of one node. ValueError for trees that have not as many nodes as there are
+        tokens; padding rows need none.
+        """
+        words = [word for tree in trees for word in tree.mask_bits]
+        moves = [depth - node for tree in trees for node, depth in enumerate(tree.depths)]
+        count = len(self.positions)
+        padding = (len(self.seq_lens) - len(trees)) * (len(trees[0]) if trees else 1)
+        if len(words) + padding != count:
+            raise ValueError(
+                f"PagedBatch.with_trees: trees must have {count - padding} nodes, as many as the "
+                f"step has tokens, got {len(words)}"
+            )
+        of_tokens = torch.tensor([words + [-1] * padding, moves + [0] * padding])
+        tree_mask, moved = of_tokens.to(self.positions.device, non_blocking=True)
+        return replace(self, tree_mask=tree_mask, positions=self.positions + moved)
 
 
 def index_tensors(

@@ -40,13 +40,13 @@ class PagedContext:
     ) -> Tensor:
         """Appends k, v ``[T, HKV, D]`` to the layer's pages and attends q ``[T, HQ, D]`` to them.
 
-        Causal. ``scale`` defaults to D ** -0.5, ``window`` counts the keys seen including the
-        token's own, behind the first ``sink_tokens``, which stay visible; ``softcap`` 0 is off;
-        ``sinks`` ``[HQ]`` are logits that take part in the softmax without a value,
-        ``alibi_slopes`` ``[HQ]`` times the distance is taken from scores, both in any float dtype;
-        a ``split_size`` makes bits independent of the batch. With ``rotary``, (cos, sin) as
-        ``ops.rope_kv_append`` takes them, q and k are first rotated by their positions, in the
-        launch that appends. Returns ``[T, HQ, D]``.
+        Causal, along the branches of a batch with trees. ``scale`` defaults to D ** -0.5,
+        ``window`` counts the keys seen including the token's own, behind the first ``sink_tokens``,
+        which stay visible; ``softcap`` 0 is off; ``sinks`` ``[HQ]`` are logits that take part in
+        the softmax without a value, ``alibi_slopes`` ``[HQ]`` times the distance is taken from
+        scores, both in any float dtype; a ``split_size`` makes bits independent of the batch. With
+        ``rotary``, (cos, sin) as ``ops.rope_kv_append`` takes them, q and k are first rotated by
+        their positions, in the launch that appends. Returns ``[T, HQ, D]``.
         """
         batch = self.batch
         k_cache, v_cache, k_scale, v_scale = self.cache.layer(layer)
@@ -82,6 +82,7 @@ class PagedContext:
             v_scale,
             None if sinks is None else sinks.float(),
             None if alibi_slopes is None else alibi_slopes.float(),
+            batch.tree_mask,
             max_seqlen_q=batch.max_seqlen_q,
             scale=scale,
             window=window,
