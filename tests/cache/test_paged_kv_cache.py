@@ -196,6 +196,47 @@ def test_crop_takes_steps_back_and_frees_pages() -> None:
         cache.crop(seq, 1)
 
 
+def test_crop_keeps_the_pages_that_nobody_else_sees() -> None:
+    cache = make_cache()
+    seq = cache.add()
+    feed(cache, seq, [float(i) for i in range(10)])
+    cache.reserve(seq, 6)
+    pages, free = cache.pages(seq), cache.pool.num_free
+    assert len(pages) == 4
+    cache.crop(seq, 5, keep_pages=True)
+    assert (cache.length(seq), cache.pages(seq), cache.pool.num_free) == (5, pages, free)
+    feed(cache, seq, [50.0, 60.0, 70.0, 80.0])
+    assert contents(cache, seq) == [0, 1, 2, 3, 4, 50, 60, 70, 80]
+    # A committed page would be found with what is written next: it goes, and those behind it.
+    cache.commit(seq, [0, 1, 2, 3, 4, 50, 60, 70, 80])
+    cache.crop(seq, 3, keep_pages=True)
+    assert cache.pages(seq) == pages[:1]
+    feed(cache, seq, [33.0, 44.0])
+    assert contents(cache, seq) == [0, 1, 2, 33, 44]
+    other = cache.add([0, 1, 2, 3, 4, 50, 60, 70, 80])
+    assert contents(cache, other) == [0, 1, 2, 3, 4, 50, 60, 70]
+    # So does one that a fork holds.
+    feed(cache, seq, [55.0, 66.0, 77.0, 88.0])
+    cache.fork(seq)
+    cache.crop(seq, 4, keep_pages=True)
+    assert len(cache.pages(seq)) == 1
+
+
+def test_accepted_nodes_move_to_the_front_of_their_step() -> None:
+    cache = make_cache()
+    a, b = cache.add(), cache.add()
+    feed(cache, a, [1.0, 2.0, 3.0])
+    batch = cache.step([(a, 6), (b, 3)])
+    values = torch.tensor([10.0, 11.0, 12.0, 13.0, 14.0, 15.0, 20.0, 21.0, 22.0])
+    write(cache, batch, values)
+    paths = torch.tensor([[0, 2, 5, -1, -1, -1], [0, -1, -1, -1, -1, -1]], dtype=torch.int32)
+    cache.move_path(batch, paths, torch.tensor([3, 1], dtype=torch.int32))
+    cache.crop(a, 6)
+    cache.crop(b, 1)
+    assert contents(cache, a) == [1, 2, 3, 10, 12, 15]
+    assert contents(cache, b) == [20]
+
+
 def test_writing_after_a_crop_into_a_committed_page_leaves_the_prefix_intact() -> None:
     cache = make_cache()
     prompt = [1, 2, 3, 4, 5]

@@ -185,10 +185,11 @@ class PagedKVCache:
         for seq in old:
             self.pool.release(seq.pages)
 
-    def crop(self, seq_id: int, length: int) -> None:
+    def crop(self, seq_id: int, length: int, *, keep_pages: bool = False) -> None:
         """Keeps the first `length` tokens; undoes steps, for example rejected draft tokens.
 
-        Pages past the new length go back to the pool, reserved ones included.
+        Pages past the new length go back to the pool, reserved ones included; with `keep_pages`
+        those stay reserved that nobody else can see.
         """
         seq = self._on_device(seq_id)
         if not 0 <= length <= seq.length:
@@ -196,6 +197,8 @@ class PagedKVCache:
                 f"PagedKVCache.crop: length must be in [0, {seq.length}], got {length}"
             )
         keep = self._pages_for(length)
+        while keep_pages and keep < len(seq.pages) and not self._is_visible(seq.pages[keep]):
+            keep += 1
         self.pool.release(seq.pages[keep:])
         self._seqs[seq_id] = seq._replace(
             pages=seq.pages[:keep],
@@ -318,6 +321,15 @@ class PagedKVCache:
             positions=positions,
         )
 
+    def move_path(self, batch: PagedBatch, accept_index: Tensor, num_accepted: Tensor) -> None:
+        """Moves the tokens that `ops.tree_verify` accepted to the front of those of a step.
+
+        `batch`: of the last step, whose tokens were one tree of each sequence; `accept_index` int32
+        [B, W] and `num_accepted` int32 [B] as verified. Lengths stay until `crop` is called.
+        """
+        first = batch.seq_lens - batch.cu_seqlens_q.diff()
+        ops.kv_compact(self._caches, batch.page_table, first, accept_index, num_accepted)
+
     # ---- internals -------------------------------------------------------------------------------
 
     def _get(self, seq_id: int) -> _Sequence:
@@ -330,6 +342,10 @@ class PagedKVCache:
         if seq.host:
             raise ValueError(f"PagedKVCache: sequence {seq_id} is swapped out: swap_in comes first")
         return seq
+
+    def _is_visible(self, page: int) -> bool:
+        """Whether others than one holder can see the page."""
+        return self.pool.ref_count(page) > 1 or self.pool.is_committed(page)
 
     @property
     def _caches(self) -> list[Tensor]:

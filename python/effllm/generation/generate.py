@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from effllm.cache import PagedBatch, PagedContext, PagedKVCache
+from effllm.cache import OutOfPages, PagedKVCache
+from effllm.generation.paged_model import (
+    PagedModel,
+    context_of,
+    effllm_attention,
+    fitting_cache,
+)
 from effllm.generation.request import Prompts, Request, make_requests
 from effllm.generation.sampling import Sampling
+from effllm.generation.speculate import Speculation
 
-_PAGE_SIZE = 16
+if TYPE_CHECKING:
+    from effllm.speculative import Draft
+
+_MAX_NODES = 64  # of a tree, as many as a mask word has bits
 
 
 @dataclass(frozen=True)
@@ -25,11 +35,14 @@ class Generation:
         tokens: the new tokens; a stop token, if one ended it, is the last.
         text: the tokens decoded without special tokens, None without a tokenizer.
         finish_reason: "stop" after a stop token, "length" after max_new_tokens.
+        steps: calls of the model that it took, the prompt's included; with a draft fewer than
+            tokens.
     """
 
     tokens: list[int]
     text: str | None
     finish_reason: Literal["stop", "length"]
+    steps: int
 
 
 @torch.inference_mode()
@@ -48,11 +61,14 @@ def generate(
     stream: Callable[[int, int, str], None] | None = None,
     cache: PagedKVCache | None = None,
     kv_dtype: str | None = None,
+    draft: Draft | None = None,
+    tree: int = 8,
 ) -> list[Generation]:
     """Continues every prompt with a transformers causal language model, over the paged cache.
 
     The first step feeds all prompts at once, packed without padding; each later step feeds one
-    token per unfinished prompt. Attention is switched to "effllm" for the call.
+    token per unfinished prompt or, with a ``draft``, a tree of tokens that may come next, of which
+    the model keeps what it would have said. Attention is switched to "effllm" for the call.
 
     Args:
         model: on any device, in fp16 or bf16 (fp32 too on the CPU), quantised or not.
@@ -71,6 +87,13 @@ def generate(
             default one is made that fits. Reset it when the weights change.
         kv_dtype: "e4m3", "int8" or "int4" to keep keys and values in 8 or 4 bits; a given cache
             has its own.
+        draft: of ``effllm.speculative``: ``NGramDraft``, ``ModelDraft``, ``MedusaDraft``. Greedy
+            text is what it is without: the model computes the same, although sums over a tree may
+            be added in another order than for one token, which can tip two tokens that are equally
+            likely to within rounding. Sampled text has the same law, but draws other numbers than
+            without a draft; they do not depend on the batch either.
+        tree: nodes of a tree, 2 to 64, the last certain token included. A given cache lends them
+            the pages that the prompts leave over: trees get smaller where it has none.
 
     Raises:
         ValueError: bad options, an empty prompt, or one that exceeds the model's context.
@@ -78,61 +101,80 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"effllm.generate: max_new_tokens must be >= 1, got {max_new_tokens}")
+    if not 2 <= tree <= _MAX_NODES:
+        raise ValueError(f"effllm.generate: tree must be in [2, {_MAX_NODES}], got {tree}")
     sampling = Sampling(temperature, top_k, top_p)
-    config = model.config.get_text_config(decoder=True)
     requests = make_requests(
         prompts,
         tokenizer,
         attention_mask,
         seed=seed,
         max_new_tokens=max_new_tokens,
-        context=getattr(config, "max_position_embeddings", None),
+        context=context_of(model),
     )
     stops = _stop_tokens(model) if stop_tokens is None else frozenset(stop_tokens)
+    spare = 0 if draft is None else tree - 1  # nodes beyond the text, while they are verified
     if cache is None:
-        cache = _fitting_cache(model, config, requests, max_new_tokens, kv_dtype)
+        lengths = [len(request.prompt) + max_new_tokens + spare for request in requests]
+        cache = fitting_cache(model, lengths, kv_dtype)
     elif kv_dtype is not None:
         raise ValueError(
             "effllm.generate: kv_dtype must be None with a cache, which has its own, got "
             f"{kv_dtype!r}"
         )
 
+    def accept(request: Request, token: int) -> None:
+        request.accept(token, stops, max_new_tokens)
+        if stream is not None:
+            stream(request.index, token, request.new_text(tokenizer))
+
+    paged = PagedModel(model, cache)
     try:
         for request in requests:
             request.seq = cache.add(request.prompt)
             request.pending = request.prompt[cache.length(request.seq) :]
             # The last new token is never fed.
             cache.reserve(request.seq, len(request.pending) + max_new_tokens - 1)
-        active = requests
-        with _effllm_attention(model):
-            while active:
-                batch = cache.step([(r.seq, len(r.pending)) for r in active])
-                logits = _forward(model, cache, batch, [t for r in active for t in r.pending])
-                tokens = sampling.choose(logits, [r.rng.random() for r in active]).tolist()
-                for request, token in zip(active, tokens, strict=True):
-                    request.accept(token, stops, max_new_tokens)
-                    if stream is not None:
-                        stream(request.index, token, request.new_text(tokenizer))
-                active = [r for r in active if r.finish_reason is None]
+        for request in requests:
+            most = cache.max_seq_len - cache.length(request.seq)
+            with suppress(OutOfPages):
+                cache.reserve(
+                    request.seq, min(len(request.pending) + max_new_tokens - 1 + spare, most)
+                )
+        with effllm_attention(model):
+            if draft is None:
+                _decode(paged, sampling, requests, accept)
+            else:
+                Speculation(paged, draft, sampling, tree, max_new_tokens).run(requests, accept)
         for request in requests:
             cache.commit(request.seq, request.prompt + request.tokens)
     finally:
         for request in requests:
             if request.seq >= 0:
                 cache.free(request.seq)
-    return [Generation(r.tokens, r.text(tokenizer), r.finish_reason or "length") for r in requests]
+    return [
+        Generation(r.tokens, r.text(tokenizer), r.finish_reason or "length", r.steps)
+        for r in requests
+    ]
 
 
-def _forward(model: Any, cache: PagedKVCache, batch: PagedBatch, tokens: list[int]) -> Tensor:
-    """Logits [B, V] after the last token of every row of the step."""
-    logits: Tensor = model(
-        input_ids=torch.tensor([tokens], device=batch.positions.device),
-        position_ids=batch.positions[None],
-        effllm=PagedContext(cache, batch),
-        use_cache=False,
-        logits_to_keep=batch.cu_seqlens_q[1:].long() - 1,
-    ).logits
-    return logits[0]
+def _decode(
+    paged: PagedModel,
+    sampling: Sampling,
+    requests: list[Request],
+    accept: Callable[[Request, int], None],
+) -> None:
+    """Without a draft: one token per step and unfinished request."""
+    active = requests
+    while active:
+        batch = paged.cache.step([(r.seq, len(r.pending)) for r in active])
+        tokens = [token for r in active for token in r.pending]
+        logits = paged.logits(batch, tokens, batch.cu_seqlens_q[1:].long() - 1)
+        chosen = sampling.choose(logits, [r.rng.random() for r in active]).tolist()
+        for request, token in zip(active, chosen, strict=True):
+            request.steps += 1
+            accept(request, token)
+        active = [r for r in active if r.finish_reason is None]
 
 
 def _stop_tokens(model: Any) -> frozenset[int]:
@@ -140,41 +182,3 @@ def _stop_tokens(model: Any) -> frozenset[int]:
     if eos is None:
         return frozenset()
     return frozenset([eos] if isinstance(eos, int) else eos)
-
-
-def _fitting_cache(
-    model: Any, config: Any, requests: list[Request], max_new_tokens: int, kv_dtype: str | None
-) -> PagedKVCache:
-    """Room for exactly these requests, in the model's dtype and on its device."""
-    heads = config.num_attention_heads
-    lengths = [len(request.prompt) + max_new_tokens for request in requests]
-    return PagedKVCache(
-        config.num_hidden_layers,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-        max_batch=max(1, len(requests)),
-        max_seq_len=max(lengths, default=1),
-        page_size=_PAGE_SIZE,
-        # One more for the pool's own page 0, one so that an empty batch has a pool at all.
-        num_pages=2 + sum(-(-length // _PAGE_SIZE) for length in lengths),
-        dtype=model.dtype,
-        kv_dtype=kv_dtype,
-        device=model.device,
-    )
-
-
-@contextmanager
-def _effllm_attention(model: Any) -> Iterator[None]:
-    """Runs the model with our attention, then with its own again."""
-    previous = model.config._attn_implementation
-    model.set_attn_implementation("effllm")
-    # transformers only warns when a model computes its attention by itself.
-    if model.config._attn_implementation != "effllm":
-        raise ValueError(
-            f"effllm.generate: {type(model).__name__} does not take its attention from "
-            "transformers' AttentionInterface"
-        )
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(previous)

@@ -19,11 +19,13 @@ class Request:
 
     index: int
     prompt: list[int]
+    seed: int
     rng: random.Random
     seq: int = -1
     pending: list[int] = field(default_factory=list)  # tokens that the next step feeds
     tokens: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    steps: int = 0  # that it took part in
     num_chars: int = 0  # of the text already streamed
 
     def accept(self, token: int, stops: frozenset[int], max_new_tokens: int) -> None:
@@ -77,7 +79,7 @@ def make_requests(
                 f"effllm.generate: prompt {index} has {len(tokens)} tokens; with max_new_tokens="
                 f"{max_new_tokens} it exceeds the model's context of {context}"
             )
-        requests.append(Request(index, tokens, random.Random(seed + index)))
+        requests.append(Request(index, tokens, seed + index, random.Random(seed + index)))
     return requests
 
 

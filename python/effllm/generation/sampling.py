@@ -39,6 +39,27 @@ class Sampling:
         """
         if not self.temperature:
             return logits.argmax(-1)
+        probs, tokens = self._sorted_law(logits)
+        cumulative = probs.cumsum(-1)
+        draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
+        # Strictly above the threshold, so that a token of probability 0 is never chosen; the bound
+        # matters when draw * total rounds up to the total.
+        index = (cumulative <= draw * cumulative[:, -1:]).sum(-1, keepdim=True)
+        last = (probs > 0).sum(-1, keepdim=True) - 1
+        return tokens.gather(-1, index.minimum(last)).squeeze(-1)
+
+    def law(self, logits: Tensor) -> Tensor:
+        """What ``choose`` draws from, up to a factor: fp32 [B, V], from logits [B, V].
+
+        Not for greedy sampling, which draws nothing.
+        """
+        probs, tokens = self._sorted_law(logits)
+        law = torch.zeros_like(logits, dtype=torch.float32)
+        return law.scatter_(-1, tokens[:, : probs.shape[1]], probs.float())
+
+    def _sorted_law(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and their tokens, the likeliest first; fewer weights than tokens after top_k."""
+        assert self.temperature
         # fp64, so that the sums over a large vocabulary are exact enough to compare with a draw.
         scores, tokens = (logits.double() / self.temperature).sort(
             dim=-1, descending=True, stable=True
@@ -47,10 +68,4 @@ class Sampling:
         if self.top_p is not None:
             before = probs.cumsum(-1) - probs
             probs = probs.masked_fill(before >= self.top_p, 0.0)
-        cumulative = probs.cumsum(-1)
-        draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
-        # Strictly above the threshold, so that a token of probability 0 is never chosen; the bound
-        # matters when draw * total rounds up to the total.
-        index = (cumulative <= draw * cumulative[:, -1:]).sum(-1, keepdim=True)
-        last = (probs > 0).sum(-1, keepdim=True) - 1
-        return tokens.gather(-1, index.minimum(last)).squeeze(-1)
+        return probs, tokens

@@ -2,6 +2,17 @@
 
 from effllm._host import TokenTree
 
+from .draft import Draft, DraftRequest, Drafts, MedusaDraft, NGramDraft
 from .medusa import MedusaHeads
+from .model_draft import ModelDraft
 
-__all__ = ["MedusaHeads", "TokenTree"]
+__all__ = [
+    "Draft",
+    "DraftRequest",
+    "Drafts",
+    "MedusaDraft",
+    "MedusaHeads",
+    "ModelDraft",
+    "NGramDraft",
+    "TokenTree",
+]

@@ -125,17 +125,36 @@ class MedusaHeads(nn.ModuleList):
                 "MedusaHeads.draft: hidden must be [B, hidden_size] and roots B tokens, got "
                 f"{list(hidden.shape)} and {len(roots)}"
             )
-        if not 1 <= candidates <= self.vocab_size:
+        drafted = self.candidates(hidden, lm_head, candidates)
+        return [
+            TokenTree.best_first(root, tokens, probs, max_nodes)
+            for root, tokens, probs in zip(roots, *drafted, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def candidates(
+        self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor] | None, count: int
+    ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
+        """The ``count`` likeliest tokens of each head and their probabilities, the likeliest first.
+
+        Args:
+            hidden: ``[B, hidden_size]``.
+            lm_head: as in ``forward``.
+
+        Returns:
+            Lists ``[B][num_heads][count]``, as ``TokenTree.best_first`` takes them for a sequence.
+
+        Raises:
+            ValueError: a count out of range, or no ``lm_head`` for tied heads.
+        """
+        if not 1 <= count <= self.vocab_size:
             raise ValueError(
                 "MedusaHeads.draft: candidates must be in [1, vocab_size] = "
-                f"[1, {self.vocab_size}], got {candidates}"
+                f"[1, {self.vocab_size}], got {count}"
             )
-        best = self(hidden, lm_head).float().softmax(-1).topk(candidates)
-        probs, tokens = (x.transpose(0, 1).tolist() for x in best)
-        return [
-            TokenTree.best_first(*drafted, max_nodes)
-            for drafted in zip(roots, tokens, probs, strict=True)
-        ]
+        best = self(hidden, lm_head).float().softmax(-1).topk(count)
+        tokens, probs = best.indices.transpose(0, 1), best.values.transpose(0, 1)
+        return tokens.tolist(), probs.tolist()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``medusa_lm_head.safetensors``."""
