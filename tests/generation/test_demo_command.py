@@ -62,7 +62,10 @@ def test_two_rows_and_a_machine_readable_end(
         result["int4"]["perplexity"] / result["bf16"]["perplexity"], abs=1e-4
     )
     assert result["int4"]["perplexity"] != result["bf16"]["perplexity"]
-    assert all(result[row]["tokens_per_s"] > 0 for row in ("bf16", "int4"))
+    for row in ("bf16", "int4"):
+        assert result[row]["tokens_per_s"] > 0
+        assert result[row]["drafted_tokens_per_s"] > 0
+        assert 1 <= result[row]["tokens_per_step"] <= 5
     assert "def f" + result["int4"]["sample"] in out
 
 
