@@ -30,6 +30,13 @@ struct Int4GemmParams : PackedGemmParams {
   int64_t stride_zeros_n, stride_zeros_g;
 };
 
+inline void set_zeros(Int4GemmParams& params, const std::optional<View>& zeros) {
+  if (!zeros) return;
+  params.zeros = zeros->data_as<uint8_t>();
+  params.stride_zeros_n = zeros->stride(0);
+  params.stride_zeros_g = zeros->stride(1);
+}
+
 // Everything but `out`; x must be contiguous.
 inline Int4GemmParams check_int4_gemm(const View& x, const View& qweight, const View& scales,
                                       const std::optional<View>& zeros,
@@ -47,11 +54,7 @@ inline Int4GemmParams check_int4_gemm(const View& x, const View& qweight, const 
 
   Int4GemmParams params{};
   set_packed_params(params, x, qweight, scales, bias, *n, group_size);
-  if (zeros) {
-    params.zeros = zeros->data_as<uint8_t>();
-    params.stride_zeros_n = zeros->stride(0);
-    params.stride_zeros_g = zeros->stride(1);
-  }
+  set_zeros(params, zeros);
   if (perm) params.perm = perm->data_as<int32_t>();
   return params;
 }

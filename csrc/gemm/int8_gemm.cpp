@@ -4,24 +4,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/cpu_isa.h"
 #include "common/dispatch.h"
 #include "common/math.h"
 #include "common/torch.h"
-#include "gemm/int8_gemm_block.h"
+#include "gemm/int8_gemm_cpu.h"
 
 namespace effllm {
 namespace {
-
-Int8BlockKernel select_int8_block_kernel() {
-  constexpr Int8BlockKernel kBaseline = multiply_int8_block<Int8PlainDot>;
-  if constexpr (kHasX86Isas) {
-    const CpuIsa isa = cpu_isa();
-    if (isa >= CpuIsa::kAvx512Vnni) return int8_block_avx512vnni;
-    if (isa >= CpuIsa::kAvx2) return int8_block_avx2;
-  }
-  return kBaseline;
-}
 
 // Tokens on cache lines, zeros after their K, and their sums.
 struct Int8Tokens {
@@ -48,10 +37,6 @@ struct Int8Tokens {
   std::vector<int32_t> sums;
 };
 
-float load_scale(const Int8RowValues& scales, int64_t row) {
-  return load_float(scales.data, scales.dtype, row * scales.stride);
-}
-
 // What int8_gemm.h makes of an exact sum.
 class Int8Finish {
  public:
@@ -66,7 +51,7 @@ class Int8Finish {
           static_cast<const int32_t*>(params_.w_sums.data)[n * params_.w_sums.stride]);
       sum = static_cast<int32_t>(static_cast<uint32_t>(sum) - zero * w_sum);
     }
-    const float scale = load_scale(params_.w_scales, n) * load_scale(params_.x_scales, m);
+    const float scale = load_int8_scale(params_.w_scales, n) * load_int8_scale(params_.x_scales, m);
     const float bias = params_.bias == nullptr
                            ? 0.0f
                            : load_float(params_.bias, params_.bias_dtype, n * params_.stride_bias);

@@ -75,6 +75,12 @@ inline Int8RowValues check_int8_w_scales(Check& check, const View& scales, int64
   return {scales.data, scales.dtype, scales.stride(0)};
 }
 
+inline void check_int8_out_dtype(Check& check, DType out_dtype) {
+  check.that(
+      out_dtype == DType::kFloat16 || out_dtype == DType::kBFloat16 || out_dtype == DType::kFloat32,
+      std::string("out_dtype must be float16, bfloat16 or float32, got ") + dtype_name(out_dtype));
+}
+
 // Values of the rows of x: as they are, and with their leading dimensions in one.
 struct Int8XValues {
   View values, rows;
@@ -112,9 +118,7 @@ inline Int8GemmParams check_int8_gemm(const View& x, const Int8XValues& x_scales
   check.that(*k <= max_k, "K must be at most " + std::to_string(max_k) +
                               (x_zeros ? " with x_zeros" : "") +
                               ", so that no sum overflows int32, got " + std::to_string(*k));
-  check.that(
-      out_dtype == DType::kFloat16 || out_dtype == DType::kBFloat16 || out_dtype == DType::kFloat32,
-      std::string("out_dtype must be float16, bfloat16 or float32, got ") + dtype_name(out_dtype));
+  check_int8_out_dtype(check, out_dtype);
   params.m = 1;
   for (int dim = 0; dim + 1 < x.rank; ++dim) params.m *= x.size(dim);
   params.n = *n;

@@ -40,6 +40,13 @@ struct PackedGemmParams {
 inline constexpr std::initializer_list<DType> kFloatDTypes = {DType::kFloat16, DType::kBFloat16,
                                                               DType::kFloat32};
 
+inline void check_group_size(Check& check, int64_t group_size, int64_t k) {
+  check.that(group_size == 32 || group_size == 64 || group_size == 128 ||
+                 (group_size == k && group_size > 0),
+             "group_size must be 32, 64, 128 or K = " + std::to_string(k) + ", got " +
+                 std::to_string(group_size));
+}
+
 // x and the group size, which the shapes of everything else follow from. Binds K.
 inline void check_packed_x(Check& check, const View& x, Sym& k, int64_t group_size) {
   check(x).last_dim(k);
@@ -48,10 +55,7 @@ inline void check_packed_x(Check& check, const View& x, Sym& k, int64_t group_si
   } else {
     check(x).dtype({DType::kFloat16, DType::kBFloat16});
   }
-  check.that(group_size == 32 || group_size == 64 || group_size == 128 ||
-                 (group_size == *k && group_size > 0),
-             "group_size must be 32, 64, 128 or K = " + std::to_string(*k) + ", got " +
-                 std::to_string(group_size));
+  check_group_size(check, group_size, *k);
 }
 
 inline void check_packed_qweight(Check& check, const View& qweight, int64_t n, int64_t k) {

@@ -43,7 +43,15 @@ def run_limited(op: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "op",
-    ["int4_gemm", "lut4_gemm", "fp8_gemm", "fp8_weight_gemm", "int8_gemm", "paged_attention"],
+    [
+        "int4_gemm",
+        "lut4_gemm",
+        "fp8_gemm",
+        "fp8_weight_gemm",
+        "int8_gemm",
+        "w4a8_gemm",
+        "paged_attention",
+    ],
 )
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_values_within_the_limit(op: str, isa: str) -> None:

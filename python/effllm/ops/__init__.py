@@ -21,6 +21,7 @@ from .rms_norm_fp8_quantize import rms_norm_fp8_quantize
 from .rope_kv_append import rope_kv_append
 from .silu_mul_fp8_quantize import silu_mul_fp8_quantize
 from .tree_verify import tree_verify
+from .w4a8_gemm import w4a8_gemm
 
 __all__ = [
     "add_rms_norm_fp8_quantize",
@@ -44,4 +45,5 @@ __all__ = [
     "rope_kv_append",
     "silu_mul_fp8_quantize",
     "tree_verify",
+    "w4a8_gemm",
 ]

@@ -1,0 +1,117 @@
+// What w4a8_gemm does on the CPU around the loop over int8 of int8_gemm_block.h: 16 rows of codes
+// become int8 in memory that stays in L2, and are then multiplied group by group.
+//
+// Sixteen consecutive words of a tile hold two rows, n in the low and n + 8 in the high half of
+// each byte. So 64 bytes become a line of either row by a mask, without a shuffle, in the order of
+// those words, into which x is brought instead:
+//
+//   one or more tiles per group   a line is a tile of 64 columns
+//   two groups per tile (g = 32)  a line is a tile, too, with the zero points of one of the groups;
+//                                 x is 0 in the columns of the other
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "common/math.h"
+#include "gemm/int8_gemm_block.h"
+#include "gemm/packed_gemm_cpu.h"
+#include "gemm/w4a8_gemm.h"
+
+namespace effllm {
+
+inline constexpr int kW4A8Line = kPackedCpuTileK;  // bytes
+static_assert(kW4A8Line == kInt8CpuTileK);
+
+// How K and its groups are lines.
+struct W4A8Lines {
+  int columns;  // of K, per line
+  int64_t count, per_group;
+
+  explicit W4A8Lines(const W4A8GemmParams& params)
+      : columns(params.num_groups > 1 && params.group_size < kW4A8Line ? kW4A8Line / 2 : kW4A8Line),
+        count(ceil_div<int64_t>(params.k, columns)),
+        per_group(ceil_div<int64_t>(params.group_size, columns)) {}
+
+  int64_t tile(int64_t line) const { return line * columns / kW4A8Line; }
+  int64_t first_of(int64_t group) const { return group * per_group; }
+  int64_t count_of(int64_t group) const { return std::min(per_group, count - first_of(group)); }
+};
+
+// x in lines, and the sums of each token's groups [groups, M].
+struct W4A8Tokens {
+  struct alignas(kW4A8Line) Line {
+    int8_t bytes[kW4A8Line];
+  };
+
+  template <class Threads>
+  W4A8Tokens(const W4A8GemmParams& params, const W4A8Lines& cut, const Threads& threads)
+      : lines(cut.count * params.m), sums(params.num_groups * params.m) {
+    constexpr int64_t kGrain = 8;  // for fewer, threads cost more than they save
+    threads.for_each(params.m, kGrain, [&](int64_t m) {
+      const auto* row = static_cast<const int8_t*>(params.x) + m * params.k;
+      for (int64_t line = 0; line < cut.count; ++line) {
+        const int64_t first = line * cut.columns;
+        int8_t columns[kW4A8Line] = {};
+        std::memcpy(columns + first % kW4A8Line, row + first,
+                    std::min<int64_t>(params.k - first, cut.columns));
+        int8_t* to = lines[m * cut.count + line].bytes;
+        int32_t sum = 0;
+        for (int idx = 0; idx < kW4A8Line; ++idx) {
+          to[idx] = columns[column_of_byte(idx / 4, idx % 4)];
+          sum += to[idx];
+        }
+        sums[line / cut.per_group * params.m + m] += sum;
+      }
+    });
+  }
+
+  std::vector<Line> lines;  // [M, lines]
+  std::vector<int32_t> sums;
+};
+
+// A line of rows n and n + 8: codes less zero points, which are int8.
+inline void unpack_w4a8_line(const int32_t* words, uint8_t low_zero, uint8_t high_zero, int8_t* low,
+                             int8_t* high) {
+  uint8_t bytes[kW4A8Line];
+  std::memcpy(bytes, words, kW4A8Line);
+  for (int idx = 0; idx < kW4A8Line; ++idx) {
+    low[idx] = static_cast<int8_t>((bytes[idx] & 15) - low_zero);
+  }
+  for (int idx = 0; idx < kW4A8Line; ++idx) {
+    high[idx] = static_cast<int8_t>((bytes[idx] >> 4) - high_zero);
+  }
+}
+
+// The 16 rows of a block, [16, lines] of bytes.
+inline void unpack_w4a8_block(const W4A8GemmParams& params, const W4A8Lines& cut, int64_t block,
+                              int8_t* weight) {
+  constexpr int64_t kBlocks = kInt4StripRows / kInt8CpuRows;
+  constexpr int kPairs = kInt8CpuRows / 2;
+  const int32_t* words = params.qweight + block / kBlocks * params.stride_qweight_strip +
+                         block % kBlocks * kPairs * kPackedCpuStep;
+  for (int pair = 0; pair < kPairs; ++pair) {
+    const uint8_t* zeros[2] = {};
+    if (params.zeros != nullptr) {
+      for (int half = 0; half < 2; ++half) {
+        // Rows past N are computed and never stored: any zero point will do.
+        const int64_t n = std::min(block * kInt8CpuRows + pair + 8 * half, params.n - 1);
+        zeros[half] = params.zeros + n * params.stride_zeros_n;
+      }
+    }
+    int8_t* const low = weight + pair * cut.count * kW4A8Line;
+    int8_t* const high = low + kPairs * cut.count * kW4A8Line;
+    for (int64_t line = 0; line < cut.count; ++line) {
+      const auto zero = [&](int half) -> uint8_t {
+        if (params.zeros == nullptr) return kInt4PaddingCode;
+        return zeros[half][line / cut.per_group * params.stride_zeros_g];
+      };
+      unpack_w4a8_line(words + cut.tile(line) * kInt4TileWords + pair * kPackedCpuStep, zero(0),
+                       zero(1), low + line * kW4A8Line, high + line * kW4A8Line);
+    }
+  }
+}
+
+}  // namespace effllm
