@@ -27,6 +27,7 @@ template <class X, class Out>
 struct Fp8Operands {
   static constexpr bool kQuantizedX = std::is_same_v<X, float8_e4m3>;
   using InT = std::conditional_t<kQuantizedX, float16, X>;
+  using Sum = float;
   using OutT = Out;
   using Params = Fp8GemmParams;
   using Dequant = E4M3Dequant<InT>;

@@ -20,9 +20,22 @@
 
 namespace effllm {
 
+// Columns k .. k + 15 of token m of an int8 x, zero outside of it.
+template <class Params>
+__device__ __forceinline__ uint4 load_int8_x_chunk(const Params& params, int64_t m, int64_t k) {
+  uint32_t low[2] = {}, high[2] = {};
+  const auto* x = static_cast<const int8_t*>(params.x) + m * params.k + k;
+  if (m < params.m) {
+    load_bytes<8>(x, params.k - k, low);
+    load_bytes<8>(x + 8, params.k - k - 8, high);
+  }
+  return {low[0], low[1], high[0], high[1]};
+}
+
 template <class Out>
 struct Int8Operands {
   using InT = int8_t;
+  using Sum = int32_t;
   using OutT = Out;
   using Params = Int8GemmParams;
   struct Codes {
@@ -60,13 +73,7 @@ struct Int8Operands {
   }
 
   static __device__ __forceinline__ XChunk load_x(const Params& params, int64_t m, int64_t k) {
-    uint32_t low[2] = {}, high[2] = {};
-    const auto* x = static_cast<const int8_t*>(params.x) + m * params.k + k;
-    if (m < params.m) {
-      load_bytes<8>(x, params.k - k, low);
-      load_bytes<8>(x + 8, params.k - k - 8, high);
-    }
-    return {low[0], low[1], high[0], high[1]};
+    return load_int8_x_chunk(params, m, k);
   }
 
   static __device__ __forceinline__ uint4 x_values(const XChunk& chunk) { return chunk; }

@@ -24,6 +24,7 @@ static_assert(kStripRows == kInt4StripRows);
 template <class Weights>
 struct PackedOperands {
   using InT = typename Weights::InT;
+  using Sum = float;
   using OutT = InT;
   using Params = typename Weights::Params;
   using Codes = uint4;  // one word per k-step

@@ -1,6 +1,6 @@
 // The matmul kernel on mma.sync (sm_80 and later) for weights that become 16-bit floats in
-// registers, or are int8: right for every shape. packed_gemm_sm80.cuh, fp8_gemm_sm80.cuh and
-// int8_gemm_sm80.cuh have the weights.
+// registers, or int8: right for every shape. packed_gemm_sm80.cuh, fp8_gemm_sm80.cuh,
+// int8_gemm_sm80.cuh and w4a8_gemm_sm80.cuh have the weights.
 //
 // Roofline: for few tokens the bytes of weights are all that counts and each is read once, as the A
 // fragment it becomes part of; for many tokens the tensor cores' 2 M N K operations count.
@@ -18,14 +18,15 @@
 //
 // An op brings its `Operands`: how x and weights become fragments, and what a lane knows of its two
 // rows. A tile is four k-steps; which columns a step takes is theirs to say.
-//   InT, OutT, Params              type of mma's operands, 16 bits or int8_t, whose sums are int32;
-//                                  type of out; the op's arguments
+//   InT, Sum, OutT, Params         type of mma's operands, 16 bits or int8_t, whose products are
+//                                  added up in int32 ("partial"); of what they are added to; of
+//                                  out, void: params.out_dtype; the op's arguments
 //   Codes                          what a lane holds of a tile's weights
 //   Operands(params, strip, thread), load_codes(params, tile)     thread is one of 128
 //   XChunk, load_x(params, m, k)   from column k on of a token, 16 bytes of InT, as they lie in
 //                                  memory, else zeros
 //   x_values(chunk)                the same as InT
-//   kScaleSteps                    k-steps that are scaled together: 2 or 4
+//   kScaleSteps                    k-steps that are scaled together: 1, 2 or 4
 //   load_scales(params, row, k)    those of column k and on; whole warps call it together
 //   weight_fragment(codes, step, c, columns_left, a)   columns_left: of the tile, before K
 //   kXSteps, x_fragments(x_smem, step, c, b)           of a token, for that many k-steps at once
@@ -39,6 +40,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/dispatch.h"
 #include "common/math.h"
 #include "cuda/launch.h"
 #include "cuda/vec.cuh"
@@ -67,7 +69,8 @@ struct StripGemmSm80 {
   using Operands = Operands_;
   using Params = typename Operands::Params;
   using InT = typename Operands::InT;
-  using Sum = std::conditional_t<std::is_integral_v<InT>, int32_t, float>;
+  using Partial = std::conditional_t<std::is_integral_v<InT>, int32_t, float>;
+  using Sum = typename Operands::Sum;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kSlices = kSlices_;
   static constexpr int kTokens = 8 * kTokenTiles;
@@ -196,8 +199,8 @@ __device__ __forceinline__ void mma_tile(
   const int64_t columns_left = params.k - tile * Config::kTileK;
 #pragma unroll
   for (int first = 0; first < 4; first += Operands::kScaleSteps) {
-    operands.load_scales(params, row, tile * Config::kTileK + 16 * first);
-    typename Config::Sum partial[Config::kTokenTiles][4] = {};
+    operands.load_scales(params, row, tile * Config::kTileK + Config::kTileK / 4 * first);
+    typename Config::Partial partial[Config::kTokenTiles][4] = {};
 #pragma unroll
     for (int step = first; step < first + Operands::kScaleSteps; step += Operands::kXSteps) {
       uint32_t a[Operands::kXSteps][4];
@@ -226,7 +229,7 @@ __device__ __forceinline__ void store_output(
     const typename Config::Params& params, int64_t first_row, int64_t first_token,
     const typename Config::Sum (&sums)[Config::kTokenTiles][4],
     typename Config::SharedStorage& smem) {
-  using OutT = device_t<typename Config::Operands::OutT>;
+  using OutT = typename Config::Operands::OutT;
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int slice = threadIdx.x / Config::kSliceThreads;
   const int warp_row = threadIdx.x % Config::kSliceThreads / 32 * 16;
@@ -250,7 +253,15 @@ __device__ __forceinline__ void store_output(
     if (params.bias != nullptr) {
       result += device_load_float(params.bias, params.bias_dtype, n * params.stride_bias);
     }
-    static_cast<OutT*>(params.out)[m * params.n + n] = device_from_float<OutT>(result);
+    const auto store = [&](auto out) {
+      using T = device_t<decltype(out)>;
+      static_cast<T*>(params.out)[m * params.n + n] = device_from_float<T>(result);
+    };
+    if constexpr (std::is_void_v<OutT>) {
+      dispatch_float(params.out_dtype, store);
+    } else {
+      store(OutT{});
+    }
   }
 }
 
