@@ -19,6 +19,7 @@ class TimeModel {
   TimeModel(const SsGemmProblem& problem, const SsGemmCandidate& candidate, int num_sms)
       : tile_(candidate.tile),
         stage_time_(candidate.stage_time),
+        weight_bits_(problem.weight_bits),
         num_sms_(num_sms),
         k_tiles_(ceil_div<int64_t>(problem.k, 128)),
         row_tiles_(ceil_div<int64_t>(tile_.token_rows ? problem.m : problem.n, tile_.rows())),
@@ -63,12 +64,12 @@ class TimeModel {
     const bool crowded = cluster >= 4 && busy * 11 > int64_t{num_sms_} * 8;
     const auto per_sm =
         static_cast<double>(std::max<int64_t>(ceil_div<int64_t>(busy, num_sms_), crowded ? 2 : 1));
-    const double bytes = (tile_.cols + tile_.rows()) * 128;
+    const double bytes = (tile_.tokens() + tile_.features() * weight_bits_ / 8) * 128;
     return per_sm * std::max<double>(stage_time_, bytes / kStageBytesPerNanosecond);
   }
 
   const SsGemmShape tile_;
-  const int stage_time_, num_sms_;
+  const int stage_time_, weight_bits_, num_sms_;
   const int64_t k_tiles_, row_tiles_, col_tiles_;
 };
 

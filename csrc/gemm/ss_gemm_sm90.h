@@ -47,6 +47,7 @@ struct SsGemmCandidate {
 struct SsGemmProblem {
   int64_t m, n, k;
   DType out_dtype;
+  int weight_bits = 8;
 };
 
 struct SsGemmChoice {

@@ -40,6 +40,21 @@ struct W4A8Codes {
   }
 };
 
+// Words in the order of x: of 16 columns lane 4 g + c gets 4 c .. 4 c + 3, in the halves of bytes
+// as above. They lie with lanes 4 g + 2 c % 4 and the one after it, in the bytes of columns below 8
+// for the lower two of the four, above for the others.
+struct W4A8Exchange {
+  int first_lane;
+  uint32_t selector;
+
+  __device__ __forceinline__ explicit W4A8Exchange(int lane)
+      : first_lane(lane / 4 * 4 + 2 * lane % 4), selector(lane % 4 < 2 ? 0x6420u : 0x7531u) {}
+
+  __device__ __forceinline__ uint32_t operator()(uint32_t first, uint32_t second) const {
+    return ptx::Permute()(first, second, selector);
+  }
+};
+
 // 16 columns of x in the order of words: word c has columns 2 c, 2 c + 8, 2 c + 1, 2 c + 9.
 __device__ __forceinline__ uint4 w4a8_x_order(const uint4& x) {
   const ptx::Permute permute;

@@ -2,6 +2,7 @@
 #include "cuda/launch.h"
 #include "gemm/w4a8_gemm.h"
 #include "gemm/w4a8_gemm_sm80.cuh"
+#include "gemm/w4a8_gemm_sm90.h"
 
 namespace effllm {
 namespace {
@@ -23,7 +24,14 @@ Tensor w4a8_gemm_cuda(const Tensor& x, const Tensor& x_scales, const Tensor& qwe
   if (out.numel() == 0) return out;
   params.out = out.mutable_data_ptr();
 
-  launch_w4a8_gemm_sm80(kOp, params, current_cuda_stream(x));
+  const cudaStream_t stream = current_cuda_stream(x);
+  const int device = x.get_device_index();
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp) == 9 &&
+      takes_w4a8_gemm_sm90(params)) {
+    launch_w4a8_gemm_sm90(params, device, stream);
+  } else {
+    launch_w4a8_gemm_sm80(kOp, params, stream);
+  }
   return out;
 }
 
