@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W4A8Linear
 from effllm.nn.packed_linear import PackedLinear
 from effllm.nn.quantized_linear import QuantizedLinear
 
@@ -73,8 +73,15 @@ INT4 = Kind(
     {"group_size": GROUP_SIZE, "symmetric": False},
     lambda linear: Int4Linear.from_linear(linear, GROUP_SIZE, symmetric=False),
 )
+W4A8 = Kind(
+    "w4a8",
+    W4A8Linear,
+    INT4.options,
+    lambda linear: W4A8Linear.from_linear(linear, GROUP_SIZE, symmetric=False),
+)
 KINDS = [
     INT4,
+    W4A8,
     Kind("int4-permuted", Int4Linear, INT4.options | {"permuted": True}, permuted),
     *(lut4(per, scaled) for per in ("tensor", "row", "group") for scaled in (True, False)),
     fp8("tensor", "tensor", static=True),

@@ -4,5 +4,6 @@ from effllm.nn.fp8_linear import Fp8Linear
 from effllm.nn.linear import Int4Linear
 from effllm.nn.lut4_linear import Lut4Linear
 from effllm.nn.paged_attention import PagedAttention
+from effllm.nn.w4a8_linear import W4A8Linear
 
-__all__ = ["Fp8Linear", "Int4Linear", "Lut4Linear", "PagedAttention"]
+__all__ = ["Fp8Linear", "Int4Linear", "Lut4Linear", "PagedAttention", "W4A8Linear"]

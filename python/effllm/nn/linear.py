@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ class Int4Linear(PackedLinear):
     """
 
     quantised = ("qweight", "scales", "zeros", "perm")
+    _name: ClassVar[str] = "an Int4Linear"
 
     def __init__(
         self,
@@ -59,9 +62,7 @@ class Int4Linear(PackedLinear):
         self.register_parameter("perm", None if perm is None else frozen(perm))
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, group_size: int = 64, symmetric: bool = True
-    ) -> Int4Linear:
+    def from_linear(cls, linear: nn.Linear, group_size: int = 64, symmetric: bool = True) -> Self:
         """Quantises ``linear`` by rounding to nearest, on the device of its weight.
 
         The scales take the weight's dtype; the bias keeps its own tensor.
@@ -85,7 +86,7 @@ class Int4Linear(PackedLinear):
         perm: Tensor | None = None,
         *,
         group_size: int,
-    ) -> Int4Linear:
+    ) -> Self:
         """Takes the place of ``linear``, with codes that a method has found for its weight.
 
         Args:
@@ -140,4 +141,4 @@ class Int4Linear(PackedLinear):
 
     def _kind(self) -> str:
         permuted = "" if self.perm is None else " and permuted inputs"
-        return f"an Int4Linear with {'no ' if self.zeros is None else ''}zero points{permuted}"
+        return f"{self._name} with {'no ' if self.zeros is None else ''}zero points{permuted}"

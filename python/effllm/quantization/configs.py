@@ -29,6 +29,8 @@ class LinearConfig(UniformMethod):
         symmetric: zero point 8 everywhere; otherwise zero points as fine as the scales.
         clip: choose each range so that the squared error of its weights is smallest (to about 1 %
             of the range); otherwise a range holds all of its weights.
+        inputs: token(): layers round their inputs to int8 at each call, with a scale per token
+            (``W4A8Linear``); None leaves inputs as they are.
     """
 
     name: ClassVar[str] = "linear"
@@ -84,7 +86,7 @@ class GptqConfig(UniformMethod):
     """GPTQ (arXiv:2210.17323): rounding errors are made up for by the columns that follow.
 
     Attributes:
-        bits, granularity, symmetric: as in ``LinearConfig``.
+        bits, granularity, symmetric, inputs: as in ``LinearConfig``.
         clip: choose each range so that the squared error, weighted by the mean square of the
             inputs, is smallest.
         act_order: begin with the channels of the largest inputs, whose errors matter most.
@@ -133,7 +135,7 @@ class AwqConfig(UniformMethod):
     these share the scales. Elsewhere layers are quantised without.
 
     Attributes:
-        bits, granularity: as in ``LinearConfig``.
+        bits, granularity, inputs: as in ``LinearConfig``.
         symmetric: False by default, as is usual for the method.
         clip: cut each range where the error of its part of the output is smallest.
         steps: exponents that are tried between 0 and 1.
@@ -207,10 +209,13 @@ class GgufConfig(Method):
 class Int4Config(LinearConfig):
     """The everyday config: ``LinearConfig`` with 4 bits, without clipping."""
 
-    def __init__(self, group_size: int = 64, symmetric: bool = True) -> None:
+    def __init__(
+        self, group_size: int = 64, symmetric: bool = True, *, inputs: Granularity | None = None
+    ) -> None:
         """Args:
             group_size: input channels per scale: 32, 64, 128, or -1 for one per output channel.
             symmetric: zero point 8 everywhere; otherwise one uint8 zero point per group.
+            inputs: as in ``LinearConfig``.
 
         Raises ValueError for another group size.
         """
@@ -221,5 +226,8 @@ class Int4Config(LinearConfig):
             )
         channel = Granularity.channel()
         super().__init__(
-            4, channel if group_size == -1 else Granularity.group(group_size), symmetric
+            4,
+            channel if group_size == -1 else Granularity.group(group_size),
+            symmetric,
+            inputs=inputs,
         )

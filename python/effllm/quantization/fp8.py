@@ -11,7 +11,7 @@ from torch import Tensor
 from effllm import ops
 from effllm.nn.fp8_linear import BLOCK, InputsPer, ScalesPer
 from effllm.quantization.granularity import Granularity
-from effllm.quantization.method import CHANNEL, Fp8Codes, Method
+from effllm.quantization.method import CHANNEL, TOKEN, Fp8Codes, Method
 from effllm.quantization.round_to_nearest import check_weight
 from effllm.quantization.statistics import InputStatistics
 from effllm.quantization.uniform import from_tiles, to_tiles
@@ -23,10 +23,9 @@ _WEIGHTS: dict[Granularity, ScalesPer] = {
 }
 _INPUTS: dict[Granularity, InputsPer] = {
     Granularity.tensor(): "tensor",
-    Granularity.token(): "token",
+    TOKEN: "token",
     Granularity.group(BLOCK): "group",
 }
-TOKEN = Granularity.token()
 
 
 def quantise_weight(weight: Tensor, scales_per: ScalesPer) -> tuple[Tensor, Tensor]:

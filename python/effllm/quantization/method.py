@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W4A8Linear
 from effllm.nn.fp8_linear import InputsPer
 from effllm.nn.packed_linear import GROUP_SIZES
 from effllm.nn.quantized_linear import QuantizedLinear
@@ -21,7 +21,7 @@ from effllm.quantization.granularity import Granularity
 from effllm.quantization.statistics import InputStatistics
 from effllm.quantization.uniform import Grid
 
-CHANNEL, GROUP_64 = Granularity.channel(), Granularity.group(64)
+CHANNEL, GROUP_64, TOKEN = Granularity.channel(), Granularity.group(64), Granularity.token()
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class UniformCodes:
             return weight
         return torch.empty_like(weight).index_copy_(1, self.perm.long(), weight)
 
-    def layer(self, linear: nn.Linear) -> QuantizedLinear:
+    def layer(self, linear: nn.Linear, kind: type[Int4Linear] = Int4Linear) -> QuantizedLinear:
         """The layer that takes the place of ``linear``."""
-        return Int4Linear.from_codes(
+        return kind.from_codes(
             linear, self.codes, self.scales, self.zeros, self.perm, group_size=self.group_size
         )
 
@@ -135,6 +135,10 @@ class Method(ABC):
         quantised; 1 unless the method does better. Arguments as in ``awq.search_scales``."""
         return torch.ones(fold.gather(inputs.magnitude).shape, device=inputs.magnitude.device)
 
+    def layer(self, codes: Codes, linear: nn.Linear) -> QuantizedLinear:
+        """The layer over ``codes``, of ``quantise``, that takes the place of ``linear``."""
+        return codes.layer(linear)
+
     @abstractmethod
     def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> Codes:
         """Codes of a float weight ``[N, K]``, with scales or codebooks in its dtype.
@@ -153,12 +157,29 @@ class UniformMethod(Method):
         symmetric: zero point 8 everywhere; otherwise zero points as fine as the scales.
         clip: choose each range so that the squared error is smallest; otherwise it holds all
             values.
+        inputs: token(): layers round their inputs to int8 at each call, with a scale per token
+            (``W4A8Linear``); None leaves inputs as they are (``Int4Linear``).
     """
 
     symmetric: bool = True
     clip: bool = False
+    inputs: Granularity | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no kernel holds."""
+        super().__post_init__()
+        if self.inputs not in (None, TOKEN):
+            raise ValueError(
+                f"{type(self).__name__}: inputs must be token() or None, got {self.inputs}"
+            )
 
     @property
     def grid(self) -> Grid:
         """The levels."""
         return Grid(self.bits, self.symmetric)
+
+    def layer(self, codes: Codes, linear: nn.Linear) -> QuantizedLinear:
+        """See ``Method.layer``."""
+        if self.inputs is None or not isinstance(codes, UniformCodes):
+            return super().layer(codes, linear)
+        return codes.layer(linear, W4A8Linear)

@@ -23,7 +23,7 @@ def quantise_layer(
     weight = linear.weight.detach()
     try:
         codes = method.quantise(weight, inputs)
-        layer = codes.layer(linear)
+        layer = method.layer(codes, linear)
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"effllm.quantize_: layer '{name}': {error}") from error
     difference = codes.dense() - weight.float()
