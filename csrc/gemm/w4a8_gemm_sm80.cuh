@@ -62,23 +62,24 @@ struct W4A8Operands {
   }
 
   __device__ __forceinline__ void load_scales(const Params& params, int64_t row, int64_t k) {
-    if (kGrouped) load_group(params, row, min(k / (32 * kScaleSteps), params.num_groups - 1));
+    if (kGrouped) load_group(params, row, k / (32 * kScaleSteps));
   }
 
   __device__ __forceinline__ void load_group(const Params& params, int64_t row, int64_t group) {
+    // Of columns past K, whose x is zero, any number will do; the last scale may be none.
+    const bool exists = group < params.num_groups;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Rows past N are computed on padding and never stored: any scale in bounds will do.
       const int64_t n = min(row + 8 * half, params.n - 1);
       if (kGrouped) {
-        scale[half] =
-            device_load_float(params.scales, params.scales_dtype,
-                              n * params.stride_scales_n + group * params.stride_scales_g);
+        const int64_t idx = n * params.stride_scales_n + group * params.stride_scales_g;
+        scale[half] = exists ? device_load_float(params.scales, params.scales_dtype, idx) : 0.f;
       }
+      const bool has_zero = exists && params.zeros != nullptr;
       zero[half] = Decode::zero_bytes(
-          params.zeros == nullptr
-              ? kInt4PaddingCode
-              : params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g]);
+          has_zero ? params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g]
+                   : kInt4PaddingCode);
     }
   }
 

@@ -20,7 +20,7 @@ from effllm.formats import Checkpoint, inspect
 from effllm.formats.loading import load
 from effllm.formats.saving import SaveFormat, save
 from effllm.formats.shards import ShardWriter
-from effllm.nn import Int4Linear, Lut4Linear
+from effllm.nn import Int4Linear, Lut4Linear, W4A8Linear
 
 FORMATS: list[SaveFormat] = ["compressed-tensors", "gptq_v2", "awq"]
 
@@ -77,6 +77,22 @@ def test_round_trip(
             assert torch.equal(module.qweight, other.qweight), name
             assert (module.zeros is None) == (other.zeros is None), name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_files_say_nothing_of_rounded_inputs(
+    format: SaveFormat, llama: Any, tmp_path: Path
+) -> None:
+    """A ``W4A8Linear`` is written as what it is over, and comes back as an ``Int4Linear``."""
+    model = llama.to(torch.bfloat16)
+    config = effllm.Int4Config(32, symmetric=False, inputs=effllm.Granularity.token())
+    effllm.quantize_(model, config, lambda module, name: name != "lm_head")
+    save(model, tmp_path / "c", format, progress=False)
+    again = load(tmp_path / "c", progress=False)
+    assert_same_model(model, again)
+    name = "model.layers.0.mlp.up_proj"
+    assert type(model.get_submodule(name)) is W4A8Linear
+    assert type(again.get_submodule(name)) is Int4Linear
 
 
 @pytest.mark.parametrize(
