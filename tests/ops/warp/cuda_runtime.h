@@ -28,6 +28,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+
 struct alignas(8) float2 {
   float x, y;
 };
@@ -39,6 +43,14 @@ struct alignas(16) float4 {
 struct Index {
   unsigned x;
 };
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+using cudaStream_t = void*;
+
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace warp {
 
@@ -183,6 +195,11 @@ T __ldcg(const T* src) {
 }
 
 template <class T>
+T __ldcs(const T* src) {
+  return *src;
+}
+
+template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return warp::exchange_with(value, static_cast<int>(threadIdx.x) ^ mask);
 }
@@ -215,6 +232,7 @@ inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline float __int2float_rn(int value) { return static_cast<float>(value); }
 // Saturates; NaN is 0.
 inline int __float2int_rn(float value) {
   if (std::isnan(value)) return 0;

@@ -1,0 +1,53 @@
+"""w4a8_gemm's GPU kernels, proved without a GPU: their own headers, on lanes that take turns,
+against the op on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from kernel_on_cpu import TensorArgument, as_argument, compiled
+
+from effllm.ops import w4a8_gemm
+from effllm.testing import hostile
+from effllm.testing.cases.w4a8_gemm import W4A8GemmCase
+from effllm.testing.compare import assert_close_to_reference, assert_equal
+
+BF16, HALF, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compiled("w4a8_gemm.cpp", tmp_path_factory.mktemp("w4a8_gemm"))
+
+
+CASES = [
+    W4A8GemmCase(m, n, k, group_size, dtype, zeros, not zeros, scales_dtype, x_per)
+    for m, n, k, group_size, zeros in (
+        # Each configuration of tokens and slices of K; tails of N and K; short groups and steps.
+        (1, 64, 128, -1, False),
+        (7, 72, 333, 32, True),
+        (8, 40, 200, 64, True),
+        (9, 130, 272, 128, False),
+        (32, 65, 1040, 64, False),
+        (33, 17, 77, -1, True),
+        (70, 136, 200, 32, False),
+    )
+    for dtype, scales_dtype, x_per in ((BF16, HALF, "row"), (FP32, FP32, "tensor"))
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_mma_sync(case: W4A8GemmCase, library: ctypes.CDLL) -> None:
+    args, kwargs = case.make("cpu")
+    expected = w4a8_gemm(*args, **kwargs)
+    out, check = hostile.guarded(torch.full_like(expected, torch.nan))
+    tensors = (TensorArgument * 7)(*(as_argument(arg) for arg in (*args, out)))
+    assert library.w4a8_gemm_sm80(tensors, ctypes.c_int64(kwargs["group_size"])) == 0
+    check()
+    if args[3].shape[1] == 1:
+        assert_equal(out, expected)
+    else:
+        reference = case.reference(*args, **kwargs)
+        assert_close_to_reference(out, reference, case.baseline(*args, **kwargs), cosine=True)
