@@ -58,13 +58,15 @@ template <bool kGrouped, int kShift>
 struct W4A8Finish;
 
 struct W4A8FinishBase {
-  using Token = float;  // its scale
+  struct Token {
+    float scale;
+  };
 
   __device__ __forceinline__ explicit W4A8FinishBase(const W4A8GemmParams& params)
       : params(params), m(params.m), n(params.n), out(params.out) {}
 
-  __device__ __forceinline__ float token(int64_t token) const {
-    return load_int8_scale(params.x_scales, min(token, m - 1));
+  __device__ __forceinline__ Token token(int64_t token) const {
+    return {load_int8_scale(params.x_scales, min(token, m - 1))};
   }
   __device__ __forceinline__ float bias(int64_t feature) const {
     if (params.bias == nullptr) return 0.0f;
@@ -88,9 +90,9 @@ struct W4A8Finish<false, kShift> : W4A8FinishBase {
     return {device_load_float(params.scales, params.scales_dtype, row * params.stride_scales_n),
             bias(row)};
   }
-  __device__ __forceinline__ float apply(int32_t sum, Feature feature, float x_scale) const {
+  __device__ __forceinline__ float apply(int32_t sum, Feature feature, Token token) const {
     const float exact = __int2float_rn(sum >> kShift);
-    return __fadd_rn(__fmul_rn(exact, __fmul_rn(feature.scale, x_scale)), feature.bias);
+    return __fadd_rn(__fmul_rn(exact, __fmul_rn(feature.scale, token.scale)), feature.bias);
   }
 };
 
@@ -102,8 +104,8 @@ struct W4A8Finish<true, kShift> : W4A8FinishBase {
   __device__ __forceinline__ float feature(int64_t feature) const {
     return bias(min(feature, n - 1));
   }
-  __device__ __forceinline__ float apply(float sum, float bias, float x_scale) const {
-    return __fadd_rn(__fmul_rn(sum, x_scale), bias);
+  __device__ __forceinline__ float apply(float sum, float bias, Token token) const {
+    return __fadd_rn(__fmul_rn(sum, token.scale), bias);
   }
 };
 

@@ -38,16 +38,48 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_mma_sync(case: W4A8GemmCase, library: ctypes.CDLL) -> None:
+def check(case: W4A8GemmCase, library: ctypes.CDLL, cols: int = 0, ctas: int = 1) -> None:
+    """A kernel of a tile of so many tokens, or the one of mma.sync, against the op."""
     args, kwargs = case.make("cpu")
     expected = w4a8_gemm(*args, **kwargs)
-    out, check = hostile.guarded(torch.full_like(expected, torch.nan))
+    out, check_guards = hostile.guarded(torch.full_like(expected, torch.nan))
     tensors = (TensorArgument * 7)(*(as_argument(arg) for arg in (*args, out)))
-    assert library.w4a8_gemm_sm80(tensors, ctypes.c_int64(kwargs["group_size"])) == 0
-    check()
+    group_size = ctypes.c_int64(kwargs["group_size"])
+    assert library.w4a8_gemm(tensors, group_size, ctypes.c_int(cols), ctypes.c_int(ctas)) == 0
+    check_guards()
     if args[3].shape[1] == 1:
         assert_equal(out, expected)
     else:
         reference = case.reference(*args, **kwargs)
         assert_close_to_reference(out, reference, case.baseline(*args, **kwargs), cosine=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_mma_sync(case: W4A8GemmCase, library: ctypes.CDLL) -> None:
+    check(case, library)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("out_dtype", [BF16, HALF, FP32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("group_size", [64, 128, -1])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "cols"),
+    [(5, 200, 1104, 16), (40, 264, 272, 32), (70, 72, 1040, 64), (130, 136, 144, 128)],
+)
+def test_wgmma(
+    m: int,
+    n: int,
+    k: int,
+    cols: int,
+    group_size: int,
+    out_dtype: torch.dtype,
+    zeros: bool,
+    library: ctypes.CDLL,
+) -> None:
+    """Several tiles for a CTA, more stages than its ring has, tails of M, N and K."""
+    check(W4A8GemmCase(m, n, k, group_size, out_dtype, zeros, True), library, cols)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_wgmma_of_256_tokens(zeros: bool, library: ctypes.CDLL) -> None:
+    check(W4A8GemmCase(270, 192, 208, -1, BF16, zeros, True), library, 256, 2)

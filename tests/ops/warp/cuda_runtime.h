@@ -36,6 +36,10 @@ struct alignas(8) float2 {
   float x, y;
 };
 
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -71,7 +75,7 @@ inline std::vector<Lane> lanes(kLanes);
 inline std::vector<std::array<Words, 2>> words(1);  // of each warp
 inline ucontext_t caller;
 inline std::function<void()> work;
-inline Index current, block, dim{kLanes};
+inline Index current, block, dim{kLanes}, grid{1};
 inline size_t smem_bytes;  // from where a CTA of a cluster has something to where the next one has it
 
 inline unsigned turns_of_warp;  // of the current run
@@ -164,6 +168,7 @@ inline void run(const std::function<void()>& body, unsigned num_lanes = kLanes,
 #define threadIdx (Index{warp::current.x % warp::dim.x})
 #define blockIdx (warp::block)
 #define blockDim (warp::dim)
+#define gridDim (warp::grid)
 
 inline void __syncwarp() {}
 

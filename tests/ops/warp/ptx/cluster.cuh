@@ -13,11 +13,20 @@ inline void cluster_sync() {
   warp::wait(0, static_cast<unsigned>(warp::lanes.size()), &warp::Lane::cluster_barriers);
 }
 
+inline void cluster_sync_relaxed() { cluster_sync(); }
+
 template <class T>
 T* cluster_peer(T* own, uint32_t rank) {
   const auto ctas = static_cast<int64_t>(rank) - cluster_rank();
   return reinterpret_cast<T*>(reinterpret_cast<char*>(own) +
                               ctas * static_cast<int64_t>(warp::smem_bytes));
+}
+
+// A CTA alone has nobody to send to.
+template <class T>
+void store_async_cluster(void*, uint64_t*, uint32_t, const T&) {
+  std::printf("a CTA alone sends to another\n");
+  std::exit(1);
 }
 
 }  // namespace effllm::ptx
