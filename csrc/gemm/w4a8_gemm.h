@@ -22,8 +22,8 @@
 //   out = (sum_g float(sum_k x (q - z)) * s[g]) * x_scale + bias
 //
 // each operation rounded to fp32, the result once more. The CPU adds groups from the first to the
-// last. The GPU adds them in an order that depends on M, and may not round the products: so at most
-// ceil(K/g) roundings are between a sum and the exact one.
+// last; the GPU in an order that depends on M, and may not round the products. Either way a sum is
+// at most 2 ceil(K/g) roundings from the exact one.
 #pragma once
 
 #include <cstdint>
