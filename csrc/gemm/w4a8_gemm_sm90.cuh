@@ -240,65 +240,88 @@ class W4A8Groups {
  public:
   __device__ __forceinline__ W4A8Groups(const W4A8GemmParams& params,
                                         const TileSchedule::Work& work)
-      : params_(params), group_(0) {
-    if constexpr (C::kGrouped) group_ = work.first_k_tile * C::kUnits / C::kGroupUnits;
+      : params_(params) {
+    int group = 0;
+    if constexpr (C::kGrouped) group = work.first_k_tile * C::kUnits / C::kGroupUnits;
+    groups_left_ = static_cast<int>(params.num_groups) - group;
     const int first_row = work.row_tile * C::kRows + static_cast<int>(threadIdx.x) / 32 * 16;
+    const int last_row = static_cast<int>(params.n) - 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Rows past N are computed on what is there and never stored: any scale in bounds will do.
-      const int64_t row = first_row + threadIdx.x % 32 / 4 + 8 * half;
-      rows_[half] = min(row, params.n - 1);
+      const int row = min(first_row + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half, last_row);
+      scales_[half] = position(row, group, params.stride_scales_n, params.stride_scales_g);
+      zeros_[half] = position(row, group, params.stride_zeros_n, params.stride_zeros_g);
     }
-    load();
+    load_zeros();
+    load_scales();
     if constexpr (!C::kGrouped) enter();
   }
 
+  // Before the codes of the next group are converted.
   __device__ __forceinline__ void enter() {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // A sum of 16-fold codes, exactly: the scale may be a sixteenth of itself.
-      constexpr float kFactor = 1.f / (1 << C::Decode::kShift);
-      if constexpr (C::kGrouped) {
-        scale[half] = device_bits_to_float(next_scale_[half], params_.scales_dtype) * kFactor;
-      }
-      zero[half] = C::Decode::zero_bytes(next_zero_[half]);
-    }
-    if constexpr (C::kGrouped) {
-      ++group_;
-      load();
-    }
+    for (int half = 0; half < 2; ++half) zero[half] = C::Decode::zero_bytes(zero_codes_[half]);
+    load_zeros();
+  }
+
+  // When the sum of the group before has been scaled, and the next one's products are on their way.
+  __device__ __forceinline__ void leave() {
+    // A sum of 16-fold codes, exactly: the scale may be a sixteenth of itself.
+    constexpr float kFactor = 1.f / (1 << C::Decode::kShift);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) scale[half] = bits_to_float(scale_bits_[half]) * kFactor;
+    load_scales();
   }
 
   float scale[2] = {};  // nothing has been added up before the first group
   uint32_t zero[2];
 
  private:
-  __device__ __forceinline__ void load() {
+  // In elements; takes_w4a8_gemm_sm90 knows that 32 bits are enough.
+  static __device__ __forceinline__ uint32_t position(int row, int group, int64_t stride_n,
+                                                      int64_t stride_g) {
+    return static_cast<uint32_t>(row) * static_cast<uint32_t>(stride_n) +
+           static_cast<uint32_t>(group) * static_cast<uint32_t>(stride_g);
+  }
+
+  // device_bits_to_float without branches.
+  __device__ __forceinline__ float bits_to_float(uint32_t bits) const {
+    const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
+    const int shift = params_.scales_dtype == DType::kBFloat16 ? 16 : 0;
+    return params_.scales_dtype == DType::kFloat16 ? half : __uint_as_float(bits << shift);
+  }
+
+  // Of the next group, if there is one: a stage may have columns past K, where x is zero.
+  __device__ __forceinline__ void load_zeros() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // A stage may have columns past K, and groups that are not there: x is zero.
-      next_scale_[half] = 0;
-      next_zero_[half] = kInt4PaddingCode;
-      if (C::kGrouped && group_ >= params_.num_groups) continue;
-      if constexpr (C::kGrouped) {
-        const int64_t idx =
-            rows_[half] * params_.stride_scales_n + group_ * params_.stride_scales_g;
-        const int bytes = params_.scales_dtype == DType::kFloat32 ? 4 : 2;
-        next_scale_[half] = device_load_bits(
-            static_cast<const uint8_t*>(params_.scales) + idx * bytes, params_.scales_dtype);
-      }
-      if (C::Decode::kShift == 0) {
-        next_zero_[half] =
-            params_.zeros[rows_[half] * params_.stride_zeros_n + group_ * params_.stride_zeros_g];
-      }
+      zero_codes_[half] = kInt4PaddingCode;
+      if (C::Decode::kShift > 0 || groups_left_ <= 0) continue;
+      zero_codes_[half] = params_.zeros[zeros_[half]];
+      zeros_[half] += static_cast<uint32_t>(params_.stride_zeros_g);
+    }
+  }
+
+  // Likewise, and counts it.
+  __device__ __forceinline__ void load_scales() {
+    const bool exists = --groups_left_ >= 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scale_bits_[half] = 0;
+      if (!C::kGrouped || !exists) continue;
+      scale_bits_[half] = params_.scales_dtype == DType::kFloat32
+                              ? static_cast<const uint32_t*>(params_.scales)[scales_[half]]
+                              : static_cast<const uint16_t*>(params_.scales)[scales_[half]];
+      scales_[half] += static_cast<uint32_t>(params_.stride_scales_g);
     }
   }
 
   const W4A8GemmParams& params_;
-  int64_t rows_[2];
-  int group_;
-  uint32_t next_scale_[2];
-  int next_zero_[2];
+  uint32_t scales_[2], zeros_[2];
+  int groups_left_;
+  uint32_t scale_bits_[2];  // nothing waits for a load before it is used
+  int zero_codes_[2];
 };
 
 // sums = W x^T of this warpgroup's strip.
@@ -339,16 +362,15 @@ __device__ __forceinline__ void mainloop(const W4A8GemmArgs& args, const W4A8Sha
       const uint32_t words[4] = {exchange(first.x, second.x), exchange(first.y, second.y),
                                  exchange(first.z, second.z), exchange(first.w, second.w)};
       const bool starts_group = C::kGrouped && unit % max(C::kGroupUnits, 1) == 0;
-      if (starts_group) {
-        add_group();  // the group before; zeros at first
-        groups.enter();
-      }
+      if (starts_group) groups.enter();
 #pragma unroll
       for (int step = 0; step < C::kUnitSteps; ++step) {
         uint32_t (&regs)[4] = a[unit][step];
         C::Decode::decode(words[2 * step], groups.zero, regs[0], regs[1]);
         C::Decode::decode(words[2 * step + 1], groups.zero, regs[2], regs[3]);
+        ptx::pin_operand(regs);
       }
+      if (starts_group) add_group();  // the one before; zeros at first
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < C::kUnitSteps; ++step) {
@@ -357,6 +379,7 @@ __device__ __forceinline__ void mainloop(const W4A8GemmArgs& args, const W4A8Sha
             !starts_group || step > 0);
       }
       ptx::wgmma_commit();
+      if (starts_group) groups.leave();
       ptx::wgmma_wait<1>();  // the unit before is done: its registers and its x are free
       if (unit == 0) {
         __syncwarp();

@@ -4,20 +4,29 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <limits>
+
 #include "gemm/w4a8_gemm.h"
 
 namespace effllm {
 
-// Whether TMA can read the rows of x and write those of out, and groups are whole units of 64
-// columns.
+// Whether TMA can read the rows of x and write those of out, groups are whole units of 64 columns,
+// and scales and zero points lie at 32-bit positions.
 inline bool takes_w4a8_gemm_sm90(const W4A8GemmParams& params) {
   constexpr int64_t kAlignment = 16;  // bytes
   const auto is_aligned = [](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
   };
+  const auto is_near = [&](int64_t stride_n, int64_t stride_g) {
+    return (params.n - 1) * stride_n + (params.num_groups - 1) * stride_g <=
+           std::numeric_limits<uint32_t>::max();
+  };
   return params.k > 0 && params.k % kAlignment == 0 && is_aligned(params.x) &&
          params.n * element_bytes(params.out_dtype) % kAlignment == 0 && is_aligned(params.out) &&
-         (params.num_groups == 1 || params.group_size >= 64);
+         (params.num_groups == 1 || params.group_size >= 64) &&
+         is_near(params.stride_scales_n, params.stride_scales_g) &&
+         is_near(params.stride_zeros_n, params.stride_zeros_g);
 }
 
 // Of arguments that it takes, with one group, with groups of 64 and of 128.

@@ -36,6 +36,13 @@ __device__ __forceinline__ void pin_accumulators(int32_t (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
+// Keeps what is written to registers of A before the waits and fences that follow: else it may end
+// up behind the fence, and ptxas adds one.
+__device__ __forceinline__ void pin_operand(uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[i])::"memory");
+}
+
 // A K-major tile whose rows are 128 bytes, swizzled by 128 bytes as TMA writes them, eight rows to
 // 1024 bytes; it starts at a multiple of 1024. Along K advance by 32 bytes per wgmma.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem_address) {

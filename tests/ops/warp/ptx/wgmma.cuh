@@ -12,6 +12,7 @@ template <int kPending>
 void wgmma_wait() {}
 template <class T, int kCount>
 void pin_accumulators(T (&)[kCount]) {}
+inline void pin_operand(uint32_t (&)[4]) {}
 
 inline uint64_t wgmma_descriptor(uint32_t smem_address) {
   if (smem_address % 1024 != 0) {
