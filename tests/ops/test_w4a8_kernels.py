@@ -4,6 +4,7 @@ against the op on the CPU."""
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 
 import pytest
 import torch
@@ -83,3 +84,27 @@ def test_wgmma(
 @pytest.mark.parametrize("zeros", [False, True])
 def test_wgmma_of_256_tokens(zeros: bool, library: ctypes.CDLL) -> None:
     check(W4A8GemmCase(270, 192, 208, -1, BF16, zeros, True), library, 256, 2)
+
+
+@pytest.mark.parametrize("group_size", [64, 128, -1])
+@pytest.mark.parametrize("bounds", [(0, 2, 9), (0, 5, 6, 7, 9)])
+def test_slices_of_k_add_up(bounds: tuple[int, ...], group_size: int, library: ctypes.CDLL) -> None:
+    """What CTAs of a cluster add up of a tile, in all."""
+    case = W4A8GemmCase(11, 200, 1104, group_size, FP32, zeros=True, x_per="tensor")
+    (x, x_scales, *weights), kwargs = case.make("cpu")
+    x_scales.fill_(1)
+    scales = weights[1] if group_size != -1 else torch.ones_like(weights[1])
+    weights[1] = scales
+    expected = w4a8_gemm(x, x_scales, *weights, **kwargs)
+    for row_tile in range(2):
+        total = torch.zeros(16, 128)
+        for first, end in pairwise(bounds):
+            sums = torch.full((16, 128), torch.nan)
+            tensors = (TensorArgument * 7)(*(as_argument(t) for t in (x, x_scales, *weights, sums)))
+            numbers = (ctypes.c_int(n) for n in (row_tile, first, end - first))
+            library.w4a8_slice(tensors, ctypes.c_int64(kwargs["group_size"]), *numbers)
+            total += sums
+        rows = min(128, 200 - 128 * row_tile)
+        wanted = expected[:, 128 * row_tile : 128 * row_tile + rows]
+        torch.testing.assert_close(total[:11, :rows], wanted, rtol=1e-5, atol=1e-3)
+        assert total[11:, :rows].eq(0).all()

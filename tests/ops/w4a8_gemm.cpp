@@ -62,17 +62,61 @@ void launch(const W4A8GemmParams& params, int cols, int ctas) {
   }
 }
 
+// A slice of the K of a tile: what one CTA of a cluster adds up.
+struct SliceArgs {
+  W4A8GemmArgs gemm;
+  TileSchedule::Work work;
+  float* sums;  // [tokens, rows] of the tile
+};
+
+template <class C>
+void slice_kernel(const SliceArgs args) {
+  __shared__ uint64_t full[C::kStages], empty[C::kStages];
+  const W4A8Shared<C> smem{dynamic_smem, full, empty, nullptr};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      ptx::mbarrier_init(&full[stage], 1);
+      ptx::mbarrier_init(&empty[stage], kMathThreads / 32);
+    }
+  }
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x % 32;
+  Ring<C::kStages> ring;
+  if (warp >= kMathThreads / 32) {
+    if (warp == kMathThreads / 32 && lane == 0) produce<C>(args.gemm, smem, args.work, ring);
+    return;
+  }
+  Accumulators<C> sums = {};
+  mainloop<C>(args.gemm, smem, args.work, ring, sums);
+  for (int i = 0; i < C::kCols / 2; ++i) {
+    const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    args.sums[token * C::kRows + row] = static_cast<float>(sums[0][i]);
+  }
+}
+
+template <int kGroupUnits, const auto& kShapes>
+void run_slice(const W4A8GemmParams& params, const TileSchedule::Work& work, float* sums) {
+  using C = W4A8Gemm<kGroupUnits, true, kShapes[0].tile>;
+  SliceArgs args{{params, {}, {}, {}, 0}, work, sums};
+  args.gemm.x_map =
+      make_tensor_map(params.x, params.dtype, params.m, params.k, params.k, C::kCols, "w4a8_gemm");
+  warp::run([&] { slice_kernel<C>(args); }, C::kThreads);
+}
+
+W4A8GemmParams params_of(const TensorArgument* tensors, int64_t group_size, DType out_dtype) {
+  const auto view = [&](int idx) { return tensors[idx].view(); };
+  return check_w4a8_gemm(*view(0), {*view(1), *view(1)}, *view(2), *view(3), view(4), view(5),
+                         group_size, out_dtype);
+}
+
 }  // namespace
 }  // namespace effllm
 
 // The tensors in the order of the schema, and out.
 extern "C" int w4a8_gemm(const TensorArgument* tensors, int64_t group_size, int cols, int ctas) {
-  const auto view = [&](int idx) { return tensors[idx].view(); };
-  const effllm::View out = *view(6);
+  const effllm::View out = *tensors[6].view();
   try {
-    effllm::W4A8GemmParams params =
-        effllm::check_w4a8_gemm(*view(0), {*view(1), *view(1)}, *view(2), *view(3), view(4),
-                                view(5), group_size, out.dtype);
+    effllm::W4A8GemmParams params = effllm::params_of(tensors, group_size, out.dtype);
     params.out = out.data;
     effllm::launch(params, cols, ctas);
   } catch (const std::exception& error) {
@@ -80,4 +124,21 @@ extern "C" int w4a8_gemm(const TensorArgument* tensors, int64_t group_size, int 
     return 1;
   }
   return 0;
+}
+
+// The tensors in the order of the schema, with zero points, and the sums of a tile of 16 tokens by
+// 128 rows, over some of its stages of 128 columns.
+extern "C" void w4a8_slice(const TensorArgument* tensors, int64_t group_size, int row_tile,
+                           int first_k_tile, int num_k_tiles) {
+  const effllm::W4A8GemmParams params =
+      effllm::params_of(tensors, group_size, effllm::DType::kFloat32);
+  const effllm::TileSchedule::Work work{row_tile, 0, first_k_tile, num_k_tiles, true};
+  auto* sums = static_cast<float*>(tensors[6].data);
+  if (params.num_groups == 1) {
+    effllm::run_slice<0, effllm::kW4A8ChannelShapes>(params, work, sums);
+  } else if (group_size == 64) {
+    effllm::run_slice<1, effllm::kW4A8GroupShapes>(params, work, sums);
+  } else {
+    effllm::run_slice<2, effllm::kW4A8GroupShapes>(params, work, sums);
+  }
 }
