@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/check.h"
@@ -156,6 +157,19 @@ inline Tensor as_scales_of_rows(Tensor scales, const Tensor& x) {
 // Uninitialised ones.
 inline Tensor new_scales_of_rows(const Tensor& x, int64_t groups, int64_t stride) {
   return as_scales_of_rows(new_empty(x, {groups, stride}, DType::kFloat32), x);
+}
+
+// Codes of `dtype` and scales for the rows of x, uninitialised; `rows` (quant/code_rows.h) learns
+// where they are.
+template <class Rows>
+std::tuple<Tensor, Tensor> new_codes_of_rows(const Tensor& x, DType dtype, Rows& rows) {
+  Tensor codes = new_empty_as(x, dtype);
+  Tensor scales = rows.given_scale != nullptr
+                      ? new_empty(x, {1}, DType::kFloat32)
+                      : new_scales_of_rows(x, rows.num_groups, rows.stride_scales_group);
+  rows.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  rows.scales = static_cast<float*>(scales.mutable_data_ptr());
+  return {codes, scales};
 }
 
 // The views of a list argument, named "outs[0]", "outs[1]", ...

@@ -14,10 +14,7 @@ std::tuple<Tensor, Tensor> fp8_quantize_cpu(const Tensor& x, std::optional<int64
   const Tensor x_rows = as_rows(x);
   params.x = strided_rows(as_view(x_rows, "x"));
   CodeRows& rows = params.rows;
-  Tensor codes = new_empty_as(x, DType::kFloat8E4M3);
-  Tensor scales = new_scales_of_rows(x, rows.num_groups, rows.stride_scales_group);
-  rows.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  rows.scales = static_cast<float*>(scales.mutable_data_ptr());
+  auto results = new_codes_of_rows(x, DType::kFloat8E4M3, rows);
 
   const int64_t grain = ceil_div(kElementsPerThread, rows.group_size + 1);
   dispatch_float(rows.dtype, [&](auto element) {
@@ -27,7 +24,7 @@ std::tuple<Tensor, Tensor> fp8_quantize_cpu(const Tensor& x, std::optional<int64
       quantize_group<E4M3Codes>(rows, row, index % rows.num_groups, first + row * params.x.stride);
     });
   });
-  return {codes, scales};
+  return results;
 }
 
 }  // namespace

@@ -17,13 +17,9 @@ std::tuple<Tensor, Tensor> fp8_quantize_cuda(const Tensor& x, std::optional<int6
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor x_rows = as_rows(x);
   params.x = strided_rows(as_view(x_rows, "x"));
-  CodeRows& rows = params.rows;
-  Tensor codes = new_empty_as(x, DType::kFloat8E4M3);
-  Tensor scales = new_scales_of_rows(x, rows.num_groups, rows.stride_scales_group);
-  rows.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  rows.scales = static_cast<float*>(scales.mutable_data_ptr());
+  auto results = new_codes_of_rows(x, DType::kFloat8E4M3, params.rows);
   launch_quantize_rows<E4m3Scale>(kOp, params, current_cuda_stream(x));
-  return {codes, scales};
+  return results;
 }
 
 }  // namespace

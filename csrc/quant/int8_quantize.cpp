@@ -15,11 +15,7 @@ std::tuple<Tensor, Tensor> int8_quantize_cpu(const Tensor& x, const std::optiona
   const Tensor x_rows = as_rows(x);
   params.x = strided_rows(as_view(x_rows, "x"));
   CodeRows& rows = params.rows;
-  Tensor codes = new_empty_as(x, DType::kInt8);
-  Tensor scales = scale ? new_empty(x, {1}, DType::kFloat32)
-                        : new_scales_of_rows(x, 1, rows.stride_scales_group);
-  rows.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  rows.scales = static_cast<float*>(scales.mutable_data_ptr());
+  auto results = new_codes_of_rows(x, DType::kInt8, rows);
   if (scale) *rows.scales = load_float(rows.given_scale, rows.given_scale_dtype, 0);
 
   dispatch_float(rows.dtype, [&](auto element) {
@@ -34,7 +30,7 @@ std::tuple<Tensor, Tensor> int8_quantize_cpu(const Tensor& x, const std::optiona
       }
     });
   });
-  return {codes, scales};
+  return results;
 }
 
 }  // namespace

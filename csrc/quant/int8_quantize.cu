@@ -15,14 +15,9 @@ std::tuple<Tensor, Tensor> int8_quantize_cuda(const Tensor& x, const std::option
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor x_rows = as_rows(x);
   params.x = strided_rows(as_view(x_rows, "x"));
-  CodeRows& rows = params.rows;
-  Tensor codes = new_empty_as(x, DType::kInt8);
-  Tensor scales = scale ? new_empty(x, {1}, DType::kFloat32)
-                        : new_scales_of_rows(x, 1, rows.stride_scales_group);
-  rows.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  rows.scales = static_cast<float*>(scales.mutable_data_ptr());
+  auto results = new_codes_of_rows(x, DType::kInt8, params.rows);
   launch_quantize_rows<Int8Scale>("int8_quantize", params, current_cuda_stream(x));
-  return {codes, scales};
+  return results;
 }
 
 }  // namespace

@@ -1,10 +1,9 @@
-// rms_norm_fp8_quantize: schema and CPU implementation.
-#include "quant/rms_norm_fp8_quantize.h"
-
+// rms_norm_fp8_quantize: schema and CPU implementation; rms_norm_rows.h is its contract.
 #include <tuple>
 
-#include "common/dispatch.h"
 #include "common/torch.h"
+#include "quant/fp8_layout.h"
+#include "quant/rms_norm_rows.h"
 
 namespace effllm {
 namespace {
@@ -12,23 +11,14 @@ namespace {
 std::tuple<Tensor, Tensor> rms_norm_fp8_quantize_cpu(const Tensor& x, const Tensor& weight,
                                                      const std::optional<Tensor>& scale, double eps,
                                                      std::optional<int64_t> group_size) {
-  RmsNormParams params = check_rms_norm_fp8_quantize("rms_norm_fp8_quantize", as_view(x, "x"),
-                                                     std::nullopt, as_view(weight, "weight"),
-                                                     as_view(scale, "scale"), eps, group_size);
+  RmsNormParams params =
+      check_rms_norm_rows("rms_norm_fp8_quantize", as_view(x, "x"), std::nullopt,
+                          as_view(weight, "weight"), as_view(scale, "scale"), eps, group_size);
   const Tensor x_rows = as_rows(x);
   params.x = strided_rows(as_view(x_rows, "x"));
-  CodeRows& rows = params.rows;
-  Tensor codes = new_empty_as(x, DType::kFloat8E4M3);
-  Tensor scales = scale ? new_empty(x, {1}, DType::kFloat32)
-                        : new_scales_of_rows(x, rows.num_groups, rows.stride_scales_group);
-  rows.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  rows.scales = static_cast<float*>(scales.mutable_data_ptr());
-  dispatch_float(rows.dtype, [&](auto element) {
-    using T = decltype(element);
-    quantize_made_rows<E4M3Codes, T>(rows, TorchThreads(),
-                                     [&](int64_t row, T* y) { rms_norm_row(params, row, y); });
-  });
-  return {codes, scales};
+  auto results = new_codes_of_rows(x, DType::kFloat8E4M3, params.rows);
+  quantize_rms_norm_rows<E4M3Codes>(params, TorchThreads());
+  return results;
 }
 
 }  // namespace

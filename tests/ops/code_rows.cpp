@@ -11,8 +11,8 @@
 #include "quant/int8_encode.cuh"
 #include "quant/int8_quantize.h"
 #include "quant/quantize_rows.cuh"
-#include "quant/rms_norm_fp8_quantize.cuh"
-#include "quant/silu_mul_fp8_quantize.cuh"
+#include "quant/rms_norm_rows.cuh"
+#include "quant/silu_mul_rows.cuh"
 #include "tensor_argument.h"
 
 namespace {
@@ -42,11 +42,44 @@ int dispatch(const CodeRows& rows, const RowsLaunch& grid, const Run& run) {
   return grid.slots;
 }
 
-template <bool kAdd>
-int run_rms_norm(const effllm::RmsNormParams& params, const RowsLaunch& grid) {
+template <class Scale, bool kAdd>
+int run_rms_norm(const effllm::RmsNormParams& params) {
+  const RowsLaunch grid = effllm::rms_norm_rows_launch(params);
   return dispatch(params.rows, grid, [&](auto element, auto slots) {
-    run_blocks(grid, effllm::rms_norm_fp8_quantize_kernel<decltype(element), slots(), kAdd>,
-               params);
+    run_blocks(grid, effllm::rms_norm_rows_kernel<Scale, decltype(element), slots(), kAdd>, params);
+  });
+}
+
+template <class Scale>
+int run_rms_norm(const TensorArgument* tensors, double eps, int64_t group_size, void* codes,
+                 void* scales, void* residual_out) {
+  const View x = *tensors[0].view(), weight = *tensors[2].view();
+  const std::optional<View> residual = tensors[1].view();
+  effllm::RmsNormParams params = effllm::check_rms_norm_rows(
+      "rms_norm", x, residual, weight, tensors[3].view(), eps, optional(group_size));
+  CodeRows& rows = params.rows;
+  params.x = effllm::strided_rows(x);
+  if (residual) params.residual = effllm::strided_rows(*residual);
+  params.residual_out = residual_out;
+  rows.codes = static_cast<uint8_t*>(codes);
+  rows.scales = static_cast<float*>(scales);
+  return residual ? run_rms_norm<Scale, true>(params) : run_rms_norm<Scale, false>(params);
+}
+
+template <class Scale>
+int run_silu_mul(const TensorArgument* tensors, int64_t group_size, void* codes, void* scales) {
+  const View gate = *tensors[0].view(), up = *tensors[1].view();
+  effllm::SiluMulParams params = effllm::check_silu_mul_rows(
+      "silu_mul", gate, up, tensors[2].view(), optional(group_size));
+  CodeRows& rows = params.rows;
+  params.gate = effllm::strided_rows(gate);
+  params.up = effllm::strided_rows(up);
+  rows.codes = static_cast<uint8_t*>(codes);
+  rows.scales = static_cast<float*>(scales);
+  const RowsLaunch grid = effllm::silu_mul_rows_launch(params);
+  return dispatch(rows, grid, [&](auto element, auto slots) {
+    run_blocks(grid, effllm::silu_mul_rows_kernel<Scale, decltype(element), slots()>,
+               effllm::SiluMulKernelParams{params, grid.pieces});
   });
 }
 
@@ -100,35 +133,22 @@ extern "C" int int8_quantize_rows(const TensorArgument* tensors, void* codes, vo
   return run_quantize<effllm::Int8Scale>(params, x, codes, scales);
 }
 
-extern "C" int silu_mul_rows(const TensorArgument* tensors, int64_t group_size, void* codes,
-                             void* scales) {
-  const View gate = *tensors[0].view(), up = *tensors[1].view();
-  effllm::SiluMulParams params =
-      effllm::check_silu_mul_fp8_quantize(gate, up, tensors[2].view(), optional(group_size));
-  CodeRows& rows = params.rows;
-  params.gate = effllm::strided_rows(gate);
-  params.up = effllm::strided_rows(up);
-  rows.codes = static_cast<uint8_t*>(codes);
-  rows.scales = static_cast<float*>(scales);
-  const RowsLaunch grid = effllm::silu_mul_launch(params);
-  return dispatch(rows, grid, [&](auto element, auto slots) {
-    run_blocks(grid, effllm::silu_mul_fp8_quantize_kernel<decltype(element), slots()>,
-               effllm::SiluMulKernelParams{params, grid.pieces});
-  });
+extern "C" int silu_mul_fp8_rows(const TensorArgument* tensors, int64_t group_size, void* codes,
+                                 void* scales) {
+  return run_silu_mul<effllm::E4m3Scale>(tensors, group_size, codes, scales);
 }
 
-extern "C" int rms_norm_rows(const TensorArgument* tensors, double eps, int64_t group_size,
-                             void* codes, void* scales, void* residual_out) {
-  const View x = *tensors[0].view(), weight = *tensors[2].view();
-  const std::optional<View> residual = tensors[1].view();
-  effllm::RmsNormParams params = effllm::check_rms_norm_fp8_quantize(
-      "rms_norm_fp8_quantize", x, residual, weight, tensors[3].view(), eps, optional(group_size));
-  CodeRows& rows = params.rows;
-  params.x = effllm::strided_rows(x);
-  if (residual) params.residual = effllm::strided_rows(*residual);
-  params.residual_out = residual_out;
-  rows.codes = static_cast<uint8_t*>(codes);
-  rows.scales = static_cast<float*>(scales);
-  const RowsLaunch grid = effllm::rms_norm_launch(params);
-  return residual ? run_rms_norm<true>(params, grid) : run_rms_norm<false>(params, grid);
+extern "C" int silu_mul_int8_rows(const TensorArgument* tensors, int64_t group_size, void* codes,
+                                  void* scales) {
+  return run_silu_mul<effllm::Int8Scale>(tensors, group_size, codes, scales);
+}
+
+extern "C" int rms_norm_fp8_rows(const TensorArgument* tensors, double eps, int64_t group_size,
+                                 void* codes, void* scales, void* residual_out) {
+  return run_rms_norm<effllm::E4m3Scale>(tensors, eps, group_size, codes, scales, residual_out);
+}
+
+extern "C" int rms_norm_int8_rows(const TensorArgument* tensors, double eps, int64_t group_size,
+                                  void* codes, void* scales, void* residual_out) {
+  return run_rms_norm<effllm::Int8Scale>(tensors, eps, group_size, codes, scales, residual_out);
 }

@@ -14,17 +14,23 @@ from torch import Tensor
 
 from effllm.ops import (
     add_rms_norm_fp8_quantize,
+    add_rms_norm_int8_quantize,
     fp8_quantize,
     fp8_quantize_tensor,
     int8_quantize,
     rms_norm_fp8_quantize,
+    rms_norm_int8_quantize,
     silu_mul_fp8_quantize,
+    silu_mul_int8_quantize,
 )
 from effllm.ops.fp8_quantize import empty_scales
 from effllm.ops.silu_mul_fp8_quantize import silu_ref
 from effllm.testing import hostile
 from effllm.testing.cases import (
     add_rms_norm_fp8_quantize as add_cases,
+)
+from effllm.testing.cases import (
+    add_rms_norm_int8_quantize as add_int8_cases,
 )
 from effllm.testing.cases import (
     fp8_quantize as quantize_cases,
@@ -36,7 +42,13 @@ from effllm.testing.cases import (
     rms_norm_fp8_quantize as norm_cases,
 )
 from effllm.testing.cases import (
+    rms_norm_int8_quantize as norm_int8_cases,
+)
+from effllm.testing.cases import (
     silu_mul_fp8_quantize as silu_cases,
+)
+from effllm.testing.cases import (
+    silu_mul_int8_quantize as silu_int8_cases,
 )
 from effllm.testing.compare import assert_equal
 
@@ -69,6 +81,11 @@ class Outputs:
             check()
         scales = self.scales.as_strided(self.shape, self.strides)
         return self.codes.view(torch.float8_e4m3fn), scales, self.sum
+
+
+def as_codes(results: Results, kind: str) -> Results:
+    codes, *others = results
+    return (codes.view(torch.int8) if kind == "int8" else codes, *others)
 
 
 @pytest.fixture(scope="module")
@@ -112,26 +129,31 @@ def quantize_int8(library: ctypes.CDLL) -> Kernel:
 
 @pytest.fixture(scope="module")
 def silu_mul(library: ctypes.CDLL) -> Kernel:
-    """silu_mul_fp8_quantize."""
+    """silu_mul_fp8_quantize, or of ``kind`` "int8" silu_mul_int8_quantize."""
 
     def call(
-        gate: Tensor, up: Tensor, scale: Tensor | None = None, *, group_size: int | None
+        gate: Tensor,
+        up: Tensor,
+        scale: Tensor | None = None,
+        *,
+        group_size: int | None = None,
+        kind: str = "fp8",
     ) -> tuple[Results, int]:
         out = Outputs(gate, scale, group_size)
-        slots = library.silu_mul_rows(
+        slots = getattr(library, f"silu_mul_{kind}_rows")(
             (TensorArgument * 3)(*map(as_argument, (gate, up, scale))),
             ctypes.c_int64(-1 if group_size is None else group_size),
             pointer(out.codes),
             pointer(out.scales),
         )
-        return out.checked()[:2], slots
+        return as_codes(out.checked()[:2], kind), slots
 
     return call
 
 
 @pytest.fixture(scope="module")
 def add_rms_norm(library: ctypes.CDLL) -> Kernel:
-    """add_rms_norm_fp8_quantize, or with None rms_norm_fp8_quantize."""
+    """add_rms_norm_fp8_quantize, or with None rms_norm_fp8_quantize; or of ``kind`` "int8"."""
 
     def call(
         x: Tensor,
@@ -140,10 +162,11 @@ def add_rms_norm(library: ctypes.CDLL) -> Kernel:
         scale: Tensor | None = None,
         *,
         eps: float,
-        group_size: int | None,
+        group_size: int | None = None,
+        kind: str = "fp8",
     ) -> tuple[Results, int]:
         out = Outputs(x, scale, group_size)
-        slots = library.rms_norm_rows(
+        slots = getattr(library, f"rms_norm_{kind}_rows")(
             (TensorArgument * 4)(*map(as_argument, (x, residual, weight, scale))),
             ctypes.c_double(eps),
             ctypes.c_int64(-1 if group_size is None else group_size),
@@ -151,7 +174,7 @@ def add_rms_norm(library: ctypes.CDLL) -> Kernel:
             pointer(out.scales),
             pointer(None if residual is None else out.sum),
         )
-        return out.checked()[: 2 if residual is None else 3], slots
+        return as_codes(out.checked()[: 2 if residual is None else 3], kind), slots
 
     return call
 
@@ -284,6 +307,30 @@ def test_add_rms_norm_is_that_of_the_cpu(case: Any, add_rms_norm: Kernel) -> Non
     assert_same(found, add_rms_norm_fp8_quantize(*args, **options))
 
 
+@small(silu_int8_cases.CASES)
+def test_silu_mul_int8_is_that_of_the_cpu(case: Any, silu_mul: Kernel) -> None:
+    args, _ = case.make("cpu")
+    found, slots = silu_mul(*args, kind="int8")
+    assert slots == slots_of(case.k, case.dtype, case.scale_dtype is not None)
+    assert_same(found, silu_mul_int8_quantize(*args))
+
+
+@small(norm_int8_cases.CASES)
+def test_rms_norm_int8_is_that_of_the_cpu(case: Any, add_rms_norm: Kernel) -> None:
+    (x, *others), options = case.make("cpu")
+    found, slots = add_rms_norm(x, None, *others, **options, kind="int8")
+    assert slots == (0 if case.gap % 8 else slots_of(case.k, case.dtype))
+    assert_same(found, rms_norm_int8_quantize(x, *others, **options))
+
+
+@small(add_int8_cases.CASES)
+def test_add_rms_norm_int8_is_that_of_the_cpu(case: Any, add_rms_norm: Kernel) -> None:
+    args, options = case.make("cpu")
+    found, slots = add_rms_norm(*args, **options, kind="int8")
+    assert slots == (0 if case.gap % 8 else slots_of(case.k, case.dtype))
+    assert_same(found, add_rms_norm_int8_quantize(*args, **options))
+
+
 @pytest.mark.parametrize("group_size", [None, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_special_values(
@@ -307,12 +354,16 @@ def test_special_values(
     up = hostile.normal(*x.shape, dtype=dtype, seed=1)
     found, _ = silu_mul(x, up, group_size=group_size)
     assert_same(found, silu_mul_fp8_quantize(x, up, group_size=group_size))
+    found, _ = silu_mul(x, up, kind="int8")
+    assert_same(found, silu_mul_int8_quantize(x, up))
     for eps in (0.0, 1e-6):
         args, options = (x, up, up[1]), {"eps": eps, "group_size": group_size}
         found, _ = add_rms_norm(*args, **options)
         assert_same(found, add_rms_norm_fp8_quantize(*args, **options))
         found, _ = add_rms_norm(x, None, up[1], **options)
         assert_same(found, rms_norm_fp8_quantize(x, up[1], **options))
+        found, _ = add_rms_norm(*args, eps=eps, kind="int8")
+        assert_same(found, add_rms_norm_int8_quantize(*args, eps=eps))
 
 
 @pytest.mark.parametrize("group_size", [None, 128])

@@ -1,6 +1,7 @@
 """The ops of effllm as documented Python functions; each is also ``torch.ops.effllm.<name>``."""
 
 from .add_rms_norm_fp8_quantize import add_rms_norm_fp8_quantize
+from .add_rms_norm_int8_quantize import add_rms_norm_int8_quantize
 from .block_copy import block_copy
 from .dense_gemm import dense_gemm
 from .fp8_gemm import fp8_gemm
@@ -18,13 +19,16 @@ from .lut4_gemm import lut4_gemm
 from .merge_states import merge_states
 from .paged_attention import paged_attention
 from .rms_norm_fp8_quantize import rms_norm_fp8_quantize
+from .rms_norm_int8_quantize import rms_norm_int8_quantize
 from .rope_kv_append import rope_kv_append
 from .silu_mul_fp8_quantize import silu_mul_fp8_quantize
+from .silu_mul_int8_quantize import silu_mul_int8_quantize
 from .tree_verify import tree_verify
 from .w4a8_gemm import w4a8_gemm
 
 __all__ = [
     "add_rms_norm_fp8_quantize",
+    "add_rms_norm_int8_quantize",
     "block_copy",
     "dense_gemm",
     "fp8_gemm",
@@ -42,8 +46,10 @@ __all__ = [
     "merge_states",
     "paged_attention",
     "rms_norm_fp8_quantize",
+    "rms_norm_int8_quantize",
     "rope_kv_append",
     "silu_mul_fp8_quantize",
+    "silu_mul_int8_quantize",
     "tree_verify",
     "w4a8_gemm",
 ]

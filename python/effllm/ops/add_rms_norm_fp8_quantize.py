@@ -47,7 +47,7 @@ def add_rms_norm_fp8_quantize(
             groups beside a known scale, or a scale of several elements.
 
     Source:
-        csrc/quant/rms_norm_fp8_quantize.h. RMSNorm is of arXiv:1910.07467.
+        csrc/quant/rms_norm_rows.h. RMSNorm is of arXiv:1910.07467.
     """
     return _op(x, residual, weight, scale, eps=eps, group_size=group_size)
 

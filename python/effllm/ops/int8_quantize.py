@@ -44,8 +44,9 @@ def int8_quantize(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 @torch.library.register_fake(_op.name())
-def _fake(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    torch._check(x.dim() >= 1, lambda: "int8_quantize: x must be [..., K], got a scalar")
+def empty_int8_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Uninitialised results of an op that quantises something of x's shape."""
+    torch._check(x.dim() >= 1, lambda: "x must be [..., K], got a scalar")
     scales = empty_scales(x, 1) if scale is None else x.new_empty(1, dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scales
 

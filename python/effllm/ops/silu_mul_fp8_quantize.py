@@ -42,7 +42,7 @@ def silu_mul_fp8_quantize(
             scale, or a scale of several elements.
 
     Source:
-        csrc/quant/silu_mul_fp8_quantize.h. Gated units with silu are of arXiv:2002.05202.
+        csrc/quant/silu_mul_rows.h. Gated units with silu are of arXiv:2002.05202.
     """
     return _op(gate, up, scale, group_size=group_size)
 

@@ -1,4 +1,4 @@
-// silu_mul_fp8_quantize's kernel.
+// The kernel of silu_mul_fp8_quantize and silu_mul_int8_quantize.
 //
 // Roofline: bytes. gate and up are read once and one byte per element is written; with 16-bit
 // inputs the some 50 instructions per element take nearly as long, on an H100, as their 5 bytes.
@@ -8,12 +8,11 @@
 #pragma once
 
 #include "quant/code_rows.cuh"
-#include "quant/fp8_encode.cuh"
-#include "quant/silu_mul_fp8_quantize.h"
+#include "quant/silu_mul_rows.h"
 
 namespace effllm {
 
-// silu() of silu_mul_fp8_quantize.h, without fused multiply-adds, for the bits to be those of the
+// silu() of silu_mul_rows.h, without fused multiply-adds, for the bits to be those of the
 // CPU. Only the reciprocal, which is rounded to nearest there, is found by them: two iterations of
 // Newton's method from one that is nearly right, without the branch of the compiler's division.
 __device__ __forceinline__ float device_silu(float g) {
@@ -43,9 +42,10 @@ struct GateUp {
   Octet<T> gate, up;
 };
 
-template <class T, int kSlots>
+// Scale: the type of the codes (code_scale.cuh).
+template <class Scale, class T, int kSlots>
 __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
-    silu_mul_fp8_quantize_kernel(const __grid_constant__ SiluMulKernelParams params) {
+    silu_mul_rows_kernel(const __grid_constant__ SiluMulKernelParams params) {
   __shared__ int32_t of_warps[kMaxRowWarps];
   const CodeRows& rows = params.rows;
   store_given_scale(rows);
@@ -76,15 +76,15 @@ __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
   if constexpr (kSlots > 0) {
     Octet<T> made[kSlots];
     make_octets(piece, made, load, make);
-    quantize_piece<E4m3Scale, kSlots>(rows, piece, of_warps,
-                                      [&](int slot, int) -> const Octet<T>& { return made[slot]; });
+    quantize_piece<Scale, kSlots>(rows, piece, of_warps,
+                                  [&](int slot, int) -> const Octet<T>& { return made[slot]; });
   } else {
-    quantize_piece<E4m3Scale, 0>(rows, piece, of_warps,
-                                 [&](int, int column) { return make(load(column), column); });
+    quantize_piece<Scale, 0>(rows, piece, of_warps,
+                             [&](int, int column) { return make(load(column), column); });
   }
 }
 
-inline RowsLaunch silu_mul_launch(const SiluMulParams& params) {
+inline RowsLaunch silu_mul_rows_launch(const SiluMulParams& params) {
   const bool in_pieces = params.rows.is_grouped() || params.rows.given_scale != nullptr;
   const bool wide = params.gate.wide && params.up.wide;
   return rows_launch(params.rows, in_pieces, wide);

@@ -1,4 +1,5 @@
-// silu_mul_fp8_quantize: silu(gate) * up, the middle of a gated MLP, as e4m3 codes and scales.
+// silu_mul_fp8_quantize and silu_mul_int8_quantize: silu(gate) * up, the middle of a gated MLP, as
+// 8-bit codes and scales.
 //
 //   gate  [..., K]  fp16, bf16 or fp32; rows may be strided, as halves of one tensor are
 //   up    [..., K]  dtype and shape of gate, strides of its own
@@ -16,6 +17,7 @@
 #include <optional>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/view.h"
 #include "quant/code_rows.h"
 
@@ -56,10 +58,10 @@ struct SiluMulParams {
 };
 
 // Everything but what is written, and where the rows of gate and up are.
-inline SiluMulParams check_silu_mul_fp8_quantize(const View& gate, const View& up,
-                                                 const std::optional<View>& scale,
-                                                 std::optional<int64_t> group_size) {
-  Check check("silu_mul_fp8_quantize");
+inline SiluMulParams check_silu_mul_rows(const char* op, const View& gate, const View& up,
+                                         const std::optional<View>& scale,
+                                         std::optional<int64_t> group_size) {
+  Check check(op);
   Sym k("K");
   check(gate).last_dim(k).dtype({DType::kFloat16, DType::kBFloat16, DType::kFloat32});
   check(up).dtype({gate.dtype}).same_shape(gate);
@@ -73,6 +75,19 @@ void silu_mul_row(const T* gate, const T* up, int64_t k, T* y) {
     const float rounded = to_float(from_float<T>(silu(to_float(gate[column]))));
     y[column] = from_float<T>(rounded * to_float(up[column]));
   }
+}
+
+// On the CPU: everything.
+template <class Codes, class Threads>
+void quantize_silu_mul_rows(const SiluMulParams& params, const Threads& threads) {
+  const auto& [rows, gate, up] = params;
+  dispatch_float(rows.dtype, [&](auto element) {
+    using T = decltype(element);
+    quantize_made_rows<Codes, T>(rows, threads, [&](int64_t row, T* y) {
+      silu_mul_row(static_cast<const T*>(gate.data) + row * gate.stride,
+                   static_cast<const T*>(up.data) + row * up.stride, rows.k, y);
+    });
+  });
 }
 
 }  // namespace effllm

@@ -1,4 +1,4 @@
-// The kernel of rms_norm_fp8_quantize and add_rms_norm_fp8_quantize.
+// The kernel of the ops that quantise an RMS norm, of rows as they are or of sums.
 //
 // Roofline: bytes. x is read once and one byte per element is written; with a residual, that is
 // read and the sum written as well.
@@ -9,8 +9,7 @@
 #pragma once
 
 #include "quant/code_rows.cuh"
-#include "quant/fp8_encode.cuh"
-#include "quant/rms_norm_fp8_quantize.h"
+#include "quant/rms_norm_rows.h"
 
 namespace effllm {
 
@@ -41,9 +40,10 @@ __device__ __forceinline__ Octet<T> normalised(const Octet<T>& h, const Octet<T>
   return y;
 }
 
-template <class T, int kSlots, bool kAdd>
+// Scale: the type of the codes (code_scale.cuh).
+template <class Scale, class T, int kSlots, bool kAdd>
 __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
-    rms_norm_fp8_quantize_kernel(const __grid_constant__ RmsNormParams params) {
+    rms_norm_rows_kernel(const __grid_constant__ RmsNormParams params) {
   __shared__ float sums_of_warps[kMaxRowWarps];
   __shared__ int32_t largest_of_warps[kMaxRowWarps];
   const CodeRows& rows = params.rows;
@@ -132,16 +132,16 @@ __global__ void __launch_bounds__(kMaxRowLanes, kRowBlocksPerSm<kSlots>)
     for_each_slot<kSlots>(piece, [&](int slot, int column) {
       if (column < k) row[slot] = normalise(row[slot], slot, column);
     });
-    quantize_piece<E4m3Scale, kSlots>(rows, piece, largest_of_warps,
-                                      [&](int slot, int) -> const Octet<T>& { return row[slot]; });
+    quantize_piece<Scale, kSlots>(rows, piece, largest_of_warps,
+                                  [&](int slot, int) -> const Octet<T>& { return row[slot]; });
   } else {
-    quantize_piece<E4m3Scale, 0>(rows, piece, largest_of_warps, [&](int, int column) {
+    quantize_piece<Scale, 0>(rows, piece, largest_of_warps, [&](int, int column) {
       return normalise(add(load(column)), 0, column);
     });
   }
 }
 
-inline RowsLaunch rms_norm_launch(const RmsNormParams& params) {
+inline RowsLaunch rms_norm_rows_launch(const RmsNormParams& params) {
   return rows_launch(params.rows, false, params.wide());
 }
 

@@ -1,5 +1,6 @@
-// rms_norm_fp8_quantize: the norm before a linear layer, as e4m3 codes and scales; and
-// add_rms_norm_fp8_quantize, which first adds to the residual stream.
+// rms_norm_fp8_quantize and rms_norm_int8_quantize: the norm before a linear layer, as 8-bit codes
+// and scales; and add_rms_norm_fp8_quantize and add_rms_norm_int8_quantize, which first add to the
+// residual stream.
 //
 //   x         [..., K]  fp16, bf16 or fp32; rows may be strided
 //   weight    [K]       dtype of x
@@ -21,6 +22,7 @@
 #include <string>
 
 #include "common/check.h"
+#include "common/dispatch.h"
 #include "common/view.h"
 #include "quant/code_rows.h"
 
@@ -41,11 +43,10 @@ struct RmsNormParams {
 };
 
 // Everything but what is written, and where the rows of x and residual are.
-inline RmsNormParams check_rms_norm_fp8_quantize(const char* op, const View& x,
-                                                 const std::optional<View>& residual,
-                                                 const View& weight,
-                                                 const std::optional<View>& scale, double eps,
-                                                 std::optional<int64_t> group_size) {
+inline RmsNormParams check_rms_norm_rows(const char* op, const View& x,
+                                         const std::optional<View>& residual, const View& weight,
+                                         const std::optional<View>& scale, double eps,
+                                         std::optional<int64_t> group_size) {
   Check check(op);
   Sym k("K");
   check(x).last_dim(k).dtype({DType::kFloat16, DType::kBFloat16, DType::kFloat32});
@@ -109,6 +110,16 @@ void rms_norm_row(const RmsNormParams& params, int64_t row, T* y) {
     const float normalised = to_float(from_float<T>(to_float(h[i]) * inverse));
     y[i] = from_float<T>(normalised * to_float(weight[i]));
   }
+}
+
+// On the CPU: everything.
+template <class Codes, class Threads>
+void quantize_rms_norm_rows(const RmsNormParams& params, const Threads& threads) {
+  dispatch_float(params.rows.dtype, [&](auto element) {
+    using T = decltype(element);
+    quantize_made_rows<Codes, T>(params.rows, threads,
+                                 [&](int64_t row, T* y) { rms_norm_row(params, row, y); });
+  });
 }
 
 }  // namespace effllm

@@ -1,0 +1,15 @@
+"""silu_mul_int8_quantize on activations of real models."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import RunCase
+
+from effllm.ops import silu_mul_int8_quantize
+from effllm.testing.case import Case
+from effllm.testing.cases.silu_mul_int8_quantize import BENCH
+
+
+@pytest.mark.parametrize("case", BENCH, ids=lambda case: case.id)
+def bench_silu_mul_int8_quantize(case: Case, run_case: RunCase) -> None:
+    run_case(silu_mul_int8_quantize, case)

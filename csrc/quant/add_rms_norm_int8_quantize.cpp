@@ -1,0 +1,39 @@
+// add_rms_norm_int8_quantize: schema and CPU implementation; rms_norm_rows.h is its contract.
+#include <tuple>
+
+#include "common/torch.h"
+#include "quant/int8_layout.h"
+#include "quant/rms_norm_rows.h"
+
+namespace effllm {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_int8_quantize_cpu(
+    const Tensor& x, const Tensor& residual, const Tensor& weight,
+    const std::optional<Tensor>& scale, double eps) {
+  RmsNormParams params = check_rms_norm_rows(
+      "add_rms_norm_int8_quantize", as_view(x, "x"), as_view(residual, "residual"),
+      as_view(weight, "weight"), as_view(scale, "scale"), eps, std::nullopt);
+  const Tensor x_rows = as_rows(x), residual_rows = as_rows(residual);
+  params.x = strided_rows(as_view(x_rows, "x"));
+  params.residual = strided_rows(as_view(residual_rows, "residual"));
+  auto [codes, scales] = new_codes_of_rows(x, DType::kInt8, params.rows);
+  Tensor residual_out = new_empty_as(x, params.rows.dtype);
+  params.residual_out = residual_out.mutable_data_ptr();
+  quantize_rms_norm_rows<Int8Codes>(params, TorchThreads());
+  return {codes, scales, residual_out};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NS, m) {
+  m.def(
+      "add_rms_norm_int8_quantize(Tensor x, Tensor residual, Tensor weight, Tensor? scale=None, "
+      "*, float eps) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NS, CPU, m) {
+  m.impl("add_rms_norm_int8_quantize", TORCH_BOX(&add_rms_norm_int8_quantize_cpu));
+}
+
+}  // namespace effllm
