@@ -4,7 +4,7 @@
 
 The layers of the blocks are quantised; embeddings and head stay in bf16. Calibration is on training
 text, perplexity on held-out text. Every row is measured with the decoded weights in bf16, which are
-those the kernels multiply by; FP8, which rounds inputs too, on its kernels.
+those the kernels multiply by; FP8 and W8A8, which round inputs too, on their kernels.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ import effllm
 from effllm import demo
 from effllm.demo.corpus import training_corpus
 from effllm.nn.quantized_linear import QuantizedLinear
+from effllm.nn.scaled_linear import ScaledLinear
 from effllm.quantization import (
     AwqConfig,
     Fp8Config,
     GgufConfig,
     GptqConfig,
     Granularity,
+    Int8Config,
     KMeansConfig,
     LinearConfig,
     Method,
+    SmoothQuantConfig,
     dequantize_,
 )
+from effllm.quantization.scaled_method import ScaledMethod
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT = 512
+OUTLIERS, OUTLIER_FACTOR = ", outliers", 64
+"""What names end with of models with planted outliers, and how large these are."""
 
 
 def configs() -> Iterator[tuple[str, Method]]:
@@ -68,6 +74,10 @@ def configs() -> Iterator[tuple[str, Method]]:
     yield "FP8, inputs per token", Fp8Config(channel, Granularity.token())
     yield "FP8, inputs per group(128)", Fp8Config(block, groups[0])
     yield "FP8, inputs in bf16", Fp8Config(channel, None)
+    for outliers in ("", OUTLIERS):
+        for kind, config in (("W8A8", Int8Config), ("SmoothQuant", SmoothQuantConfig)):
+            yield kind + outliers, config()
+            yield f"{kind}, static" + outliers, config(inputs=tensor, static=True)
 
 
 def calibration_tokens(tokenizer: Any, windows: int) -> Tensor:
@@ -96,7 +106,7 @@ def size(model: nn.Module, bits: int) -> tuple[int, int]:
         dense += n * k * bits // 8
         if isinstance(layer, effllm.nn.Lut4Linear):
             dense += layer.codebook.nbytes * (1 << bits) // 16
-        elif isinstance(layer, effllm.nn.Fp8Linear):
+        elif isinstance(layer, ScaledLinear):
             dense += layer.scales.nbytes
         else:
             scales, zeros = layer.scales, layer.zeros
@@ -110,6 +120,8 @@ def size(model: nn.Module, bits: int) -> tuple[int, int]:
 def measure(name: str, config: Method, calibration: Tensor, held_out: Tensor) -> dict[str, Any]:
     """One row."""
     model, _ = demo.load()
+    if name.endswith(OUTLIERS):
+        model = demo.with_outliers(model, OUTLIER_FACTOR)
     started = time.perf_counter()
     report = effllm.quantize_(
         model,
@@ -120,7 +132,7 @@ def measure(name: str, config: Method, calibration: Tensor, held_out: Tensor) ->
     )
     seconds = time.perf_counter() - started
     held, dense = size(model, config.bits)
-    if not isinstance(config, Fp8Config):  # which rounds inputs, too
+    if not isinstance(config, ScaledMethod):  # which rounds inputs, too
         dequantize_(model, torch.bfloat16)  # faster on a CPU, for many tokens
     errors = [layer.output_error for layer in report.layers if layer.output_error is not None]
     return {
@@ -144,8 +156,11 @@ def table(result: dict[str, Any]) -> str:
         f"**{result['bf16']['perplexity']:.3f} in bf16**. The linear layers of the blocks are",
         f"quantised ({result['bf16']['bytes'] / 1e6:.2f} MB in bf16); GPTQ, AWQ and weighted "
         f"k-means saw {result['calibration_tokens']:,} tokens of training text. Codes have zero",
-        "points unless called symmetric, Q4_0 or FP8, whose inputs are in e4m3 too unless in bf16.",
-        "MB are of codes at their number of bits, scales,",
+        "points unless called symmetric, Q4_0, FP8, W8A8 or SmoothQuant. Inputs of FP8 are in e4m3",
+        "too unless in bf16, those of W8A8 and SmoothQuant in int8, per token or static. Outliers",
+        f"are four channels after each norm, {OUTLIER_FACTOR} times as large as they were, with "
+        "weights as much smaller:",
+        "the model computes the same. MB are of codes at their number of bits, scales,",
         "zero points and codebooks; the kernels hold codes of 2 and 3 bits, and codebooks, in the",
         f"room of 4. Made by `bench/quality.py` with torch {result['torch']} on one thread of",
         "a CPU that had other work too, which the seconds show.",

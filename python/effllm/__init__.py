@@ -18,8 +18,10 @@ from effllm.quantization import (
     GptqConfig,
     Granularity,
     Int4Config,
+    Int8Config,
     KMeansConfig,
     LinearConfig,
+    SmoothQuantConfig,
     quantize_,
 )
 
@@ -31,8 +33,10 @@ __all__ = [
     "GptqConfig",
     "Granularity",
     "Int4Config",
+    "Int8Config",
     "KMeansConfig",
     "LinearConfig",
+    "SmoothQuantConfig",
     "cache",
     "formats",
     "generate",

@@ -133,9 +133,9 @@ def test_repr() -> None:
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_static_scale_is_part_of_the_layer(strict: bool) -> None:
     static, dynamic = quantised("channel", "static"), quantised("channel", "tensor")
-    with pytest.raises(RuntimeError, match="an Fp8Linear with a static scale loads"):
+    with pytest.raises(RuntimeError, match="Fp8Linear with a static scale loads"):
         static.load_state_dict(dynamic.state_dict(), strict=strict)
-    with pytest.raises(RuntimeError, match="an Fp8Linear without a static scale loads"):
+    with pytest.raises(RuntimeError, match="Fp8Linear without a static scale loads"):
         dynamic.load_state_dict(static.state_dict(), strict=strict)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W4A8Linear
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W4A8Linear, W8A8Linear
 from effllm.nn.packed_linear import PackedLinear
 from effllm.nn.quantized_linear import QuantizedLinear
 
@@ -67,6 +67,17 @@ def fp8(scales_per: str, inputs_per: str | None, static: bool = False) -> Kind:
     return Kind(name, Fp8Linear, options, convert)
 
 
+def w8a8(scales_per: str, static: bool) -> Kind:
+    def convert(linear: nn.Linear) -> QuantizedLinear:
+        return W8A8Linear.from_linear(linear, scales_per, torch.tensor([0.03]) if static else None)
+
+    inputs_per = "tensor" if static else "token"
+    options = {"scales_per": scales_per, "inputs_per": inputs_per, "static": static}
+    return Kind(
+        f"w8a8-{scales_per}-{'static' if static else 'token'}", W8A8Linear, options, convert
+    )
+
+
 INT4 = Kind(
     "int4",
     Int4Linear,
@@ -88,6 +99,8 @@ KINDS = [
     fp8("channel", "token"),
     fp8("block", "group"),
     fp8("channel", None),
+    w8a8("channel", static=False),
+    w8a8("tensor", static=True),
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -264,7 +277,7 @@ def test_options_make_a_layer_of_the_kind(kind: Kind) -> None:
     assert torch.equal(again(x), layer(x))
 
 
-@pytest.mark.parametrize("layer", [Fp8Linear, Int4Linear, Lut4Linear])
+@pytest.mark.parametrize("layer", [Fp8Linear, Int4Linear, Lut4Linear, W8A8Linear])
 def test_sizes_of_nothing(layer: type[QuantizedLinear]) -> None:
     with pytest.raises(ValueError, match="must be positive, got 0, 4"):
         layer(0, 4)

@@ -105,11 +105,17 @@ CHANNEL, TENSOR = quantization.Granularity.channel(), quantization.Granularity.t
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_fp8(options: list[str], config: quantization.Fp8Config, text: str, tmp_path: Path) -> None:
-    """The checkpoint holds what quantize_ makes of the model, inputs included."""
+    assert_checkpoint_is_quantised(["fp8", *options], config, text, tmp_path)
+
+
+def assert_checkpoint_is_quantised(
+    options: list[str], config: quantization.Method, text: str, tmp_path: Path
+) -> None:
+    """It holds what quantize_ makes of the model, inputs included."""
     out = tmp_path / "out"
     calibration = ["--calibration", text, "--calibration-tokens", "512", "--context", "256"]
     more = calibration if config.needs_calibration else []
-    assert main(["quantize", MODEL, "--method", "fp8", *options, *more, "--out", str(out)]) == 0
+    assert main(["quantize", MODEL, "--method", *options, *more, "--out", str(out)]) == 0
     model, tokenizer = demo.load(demo.draft_path())
     ids = torch.tensor(tokenizer(Path(text).read_text(), verbose=False).input_ids)
     count = len(ids) // 256
@@ -124,6 +130,26 @@ def test_fp8(options: list[str], config: quantization.Fp8Config, text: str, tmp_
     assert repr(loaded.model.layers) == repr(model.model.layers)
     with torch.no_grad():
         assert torch.equal(loaded(ids[None, :64]).logits, model(ids[None, :64]).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        (["int8"], quantization.Int8Config()),
+        (["int8", "--scales", "tensor"], quantization.Int8Config(TENSOR)),
+        (["int8", "--inputs", "static"], quantization.Int8Config(CHANNEL, TENSOR, static=True)),
+        (["smoothquant"], quantization.SmoothQuantConfig()),
+        (
+            ["smoothquant", "--alpha", "0.5", "--inputs", "static"],
+            quantization.SmoothQuantConfig(CHANNEL, TENSOR, static=True, alpha=0.5),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_w8a8(
+    options: list[str], config: quantization.Int8Config, text: str, tmp_path: Path
+) -> None:
+    assert_checkpoint_is_quantised(options, config, text, tmp_path)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -238,6 +264,14 @@ def test_an_interrupted_command_goes_on(
         (["--method", "kmeans", "--no-symmetric"], "--method kmeans has no --symmetric"),
         (["--method", "gptq", "--weighted"], "--method gptq has no --weighted"),
         (["--method", "fp8", "--bits", "4"], "--method fp8 has no --bits"),
+        (["--method", "int8", "--alpha", "0.5"], "--method int8 has no --alpha"),
+        (["--method", "int8", "--scales", "block"], r"Int8Config: granularity must be tensor\(\)"),
+        (["--method", "int8", "--inputs", "wide"], r"inputs must be .*, got None"),
+        (["--method", "smoothquant"], "--method smoothquant needs --calibration FILE"),
+        (
+            ["--method", "smoothquant", "--alpha", "2", "--calibration", "TEXT"],
+            r"alpha must be in 0\.\.1, got 2",
+        ),
         (["--method", "linear", "--scales", "block"], "--method linear has no --scales"),
         (
             ["--method", "fp8", "--inputs", "static", "--scales", "tensor"],

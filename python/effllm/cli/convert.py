@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert and print the report of the target; 1 and one line on stderr if that fails.
 
     Codes are carried over as they are. An unquantised model is rounded to nearest, into int4 or,
-    for that format, FP8, its head left as it is; for GGUF all is rounded by the format itself.
+    for those formats, FP8 or W8A8, its head left as it is; for GGUF all is rounded by the format
+    itself.
     """
     source, target = Path(args.source), Path(args.target)
     to_gguf = args.format in GGUF_FORMATS
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         config: Method = effllm.Int4Config(args.group_size, symmetric=not args.asymmetric)
         if args.format == "compressed-tensors-fp8":
             config = effllm.Fp8Config()
+        elif args.format == "compressed-tensors-int8":
+            config = effllm.Int8Config()
         # From one GGUF file to another, values pass through the model: no dtype of less bits.
         model = effllm.load(source, dtype=torch.float32 if to_gguf and is_gguf(source) else None)
         packed = any(isinstance(module, QuantizedLinear) for module in model.modules())

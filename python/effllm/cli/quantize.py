@@ -16,16 +16,18 @@ from effllm import formats
 from effllm.cli.tokenizer import read_tokenizer, read_tokens
 from effllm.formats.gguf_model import GGUF_FORMATS
 from effllm.formats.saving import SaveFormat
-from effllm.nn.fp8_linear import BLOCK
+from effllm.nn.scaled_linear import BLOCK
 from effllm.quantization import (
     AwqConfig,
     Fp8Config,
     GgufConfig,
     GptqConfig,
     Granularity,
+    Int8Config,
     KMeansConfig,
     LinearConfig,
     Method,
+    SmoothQuantConfig,
     choose_configs,
     dequantize_,
 )
@@ -41,19 +43,25 @@ _UNIFORM: dict[str, type[UniformMethod]] = {
 _DENSE = "dense"
 _GGUF: dict[str, GgufType] = {f"gguf-{name}": name for name in get_args(GgufType)}
 # The formats of each method; the first is the default.
-_FP8 = "compressed-tensors-fp8"
-_SAFETENSORS = tuple(name for name in get_args(SaveFormat) if name not in (*GGUF_FORMATS, _FP8))
+_FP8, _INT8 = "compressed-tensors-fp8", "compressed-tensors-int8"
+_SAFETENSORS = tuple(
+    name for name in get_args(SaveFormat) if name not in (*GGUF_FORMATS, _FP8, _INT8)
+)
 _FORMATS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_UNIFORM, (*_SAFETENSORS, _DENSE)),
     "kmeans": (_DENSE,),
     "gguf": (*_GGUF, _DENSE),
     "fp8": (_FP8, _DENSE),
+    "int8": (_INT8, _DENSE),
+    "smoothquant": (_INT8, _DENSE),
 }
 _OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_UNIFORM, ("bits", "average-bits", "group", "symmetric", "clip")),
     "kmeans": ("bits", "average-bits", "group", "weighted"),
     "gguf": (),
     "fp8": ("scales", "inputs"),
+    "int8": ("scales", "inputs"),
+    "smoothquant": ("scales", "inputs", "alpha"),
 }
 _BLOCK = Granularity.block(BLOCK, BLOCK)
 _SCALES = {"tensor": Granularity.tensor(), "channel": Granularity.channel(), "block": _BLOCK}
@@ -98,17 +106,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="kmeans: weights count by the mean square of their inputs",
     )
     parser.add_argument(
-        "--scales", choices=_SCALES, help="fp8: what of a weight has a scale each (channel)"
+        "--scales",
+        choices=_SCALES,
+        help="fp8, int8, smoothquant: what of a weight has a scale each, block of fp8 alone "
+        "(channel)",
     )
     parser.add_argument(
         "--inputs",
         choices=_INPUTS,
-        help="fp8: what of inputs has a scale each, found at run time, for static by calibration; "
-        "wide: they are not rounded (token; tensor or group if --scales is tensor or block)",
+        help="what of inputs has a scale each, found at run time, for static by calibration; wide: "
+        "they are not rounded (fp8: token, or tensor or group if --scales is tensor or block; int8 "
+        "and smoothquant: token, or static)",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        help="smoothquant: 0 leaves outliers to inputs, 1 moves them to weights (what is best for "
+        "each input)",
     )
     parser.add_argument(
         "--calibration",
-        help="UTF-8 file; needed by gptq, awq, --weighted, --inputs static and --average-bits",
+        help="UTF-8 file; needed by gptq, awq, smoothquant, --weighted, --inputs static and "
+        "--average-bits",
     )
     parser.add_argument(
         "--calibration-tokens", type=int, default=65536, help="at most so many (65536)"
@@ -118,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=[*_SAFETENSORS, _FP8, *_GGUF, _DENSE],
+        choices=[*_SAFETENSORS, _FP8, _INT8, *_GGUF, _DENSE],
         help=f"of the checkpoint (compressed-tensors; gguf-q4_0 for gguf); {_DENSE} has decoded "
         "weights, as large as before: to measure what a method costs, and the only one for kmeans",
     )
@@ -207,6 +226,13 @@ def _configs(args: argparse.Namespace, file_format: str) -> list[Method]:
         scales = args.scales or "channel"
         inputs = args.inputs or _DEFAULT_INPUTS[scales]
         return [Fp8Config(_SCALES[scales], _INPUTS[inputs], static=inputs == "static")]
+    if args.method in ("int8", "smoothquant"):
+        granularity = _SCALES[args.scales or "channel"]
+        inputs = _INPUTS[args.inputs or "token"]
+        static = args.inputs == "static"
+        if args.method == "int8":
+            return [Int8Config(granularity, inputs, static)]
+        return [SmoothQuantConfig(granularity, inputs, static, args.alpha)]
     group = given.pop("group", 128)
     granularity = Granularity.channel() if group == -1 else Granularity.group(group)
     for name in ("bits", "average-bits"):

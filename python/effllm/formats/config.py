@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from effllm.formats.checkpoint import CheckpointError, read_json
-from effllm.nn.fp8_linear import BLOCK, InputsPer
+from effllm.nn.scaled_linear import BLOCK, InputsPer
 
 SUPPORTED = (
     "AWQ (gemm, 4 bits), GPTQ v1 and v2 (2, 3, 4 or 8 bits), compressed-tensors pack-quantized "
@@ -49,8 +49,8 @@ class Scheme:
             do, leave them out.
         rows: output channels per scale, -1 for all.
         floats: codes are e4m3 numbers, not integers.
-        inputs: what of the layer's inputs has a scale of its own in e4m3; None: they stay as they
-            are, also where they are quantised in a way that no kernel has.
+        inputs: what of the layer's inputs has a scale of its own, in e4m3 or int8 as the weight;
+            None: they stay as they are, also where they are quantised in a way that no kernel has.
         static: the scale of inputs is stored.
     """
 
@@ -301,21 +301,25 @@ def _group_scheme(group: _Reader, default_format: Any) -> Scheme:
     if floats and not symmetric:
         raise group.unsupported("a zero point of e4m3 weights")
     rows, columns = _blocks(weights, name)
-    inputs, static = _inputs(group) if floats else (None, False)
+    inputs, static = _inputs(group, kind) if bits == 8 and name in _PLAIN else (None, False)
     return Scheme(name, bits, columns, symmetric, rows, floats, inputs, static)
 
 
-def _inputs(group: _Reader) -> tuple[InputsPer | None, bool]:
-    """What the kernels do of quantised inputs: the scheme's ``inputs`` and ``static``."""
+def _inputs(group: _Reader, kind: str) -> tuple[InputsPer | None, bool]:
+    """What the kernels do of inputs quantised as such weights are, "float" or "int": the scheme's
+    ``inputs`` and ``static``."""
     args = group.inner(group.config.get("input_activations") or {}, "input_activations").config
-    if args.get("type") != "float" or args.get("num_bits") != 8:
+    same = args.get("type", "int") == kind and args.get("num_bits") == 8
+    if not same or not args.get("symmetric", True):
         return None, False
     strategy, dynamic = args.get("strategy"), args.get("dynamic", False)
     if strategy == "tensor" and dynamic is False:
         return "tensor", True
-    kinds: dict[Any, InputsPer] = {"tensor": "tensor", "token": "token"}
-    if args.get("group_size") == BLOCK:
-        kinds["group"] = "group"
+    kinds: dict[Any, InputsPer] = {"token": "token"}
+    if kind == "float":
+        kinds["tensor"] = "tensor"
+        if args.get("group_size") == BLOCK:
+            kinds["group"] = "group"
     return (kinds.get(strategy), False) if dynamic is True else (None, False)
 
 

@@ -13,7 +13,8 @@ from effllm.formats.bitstream import num_words
 from effllm.formats.checkpoint import FLOATS, Checkpoint, CheckpointError
 from effllm.formats.grouped import GroupedWeight
 from effllm.formats.layers import StoredLayer, read_quant_state
-from effllm.formats.weights import DenseWeight, Fp8Weight, LutWeight, Weight, fp8_scales_per
+from effllm.formats.weights import DenseWeight, LutWeight, ScaledWeight, Weight, scaled_kind
+from effllm.nn.scaled_linear import ScaledLinear
 
 _logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def _read_packed(parts: _Parts) -> GroupedWeight:
 # -- bytes -----------------------------------------------------------------------------------------
 
 
-def _read_plain(parts: _Parts) -> Fp8Weight | DenseWeight:
+def _read_plain(parts: _Parts) -> ScaledWeight | DenseWeight:
     """compressed-tensors float-, int- and naive-quantized."""
     dtype = "F8_E4M3" if parts.scheme.floats else "I8"
     if parts.has("compressed"):
@@ -186,7 +187,7 @@ def _read_kept(parts: _Parts, dtypes: tuple[str, ...]) -> Tensor:
     return sparse.decode(parts.read("compressed", *shape, dtypes=dtypes), bitmask, parts.k)
 
 
-def _read_fp8(parts: _Parts) -> Fp8Weight | DenseWeight:
+def _read_fp8(parts: _Parts) -> ScaledWeight | DenseWeight:
     name = "weight_scale_inv"
     if not parts.has(name) and parts.has("weight_scale"):
         name = "weight_scale"
@@ -209,21 +210,25 @@ def _read_scale(parts: _Parts, name: str) -> Tensor:
 
 def _scaled(
     parts: _Parts, codes: Tensor, scale: Tensor, zero_point: Tensor | None
-) -> Fp8Weight | DenseWeight:
-    scales_per = fp8_scales_per(parts.scheme)
-    if scales_per is not None:
+) -> ScaledWeight | DenseWeight:
+    kind = scaled_kind(parts.scheme)
+    if kind is not None:
         if zero_point is not None and bool(zero_point.any()):
-            raise ValueError("weight_zero_point of e4m3 weights must be 0")
-        return _fp8_weight(parts, codes, scale.view(1) if scales_per == "tensor" else scale)
+            codes_are = "e4m3" if parts.scheme.floats else "symmetric int8"
+            raise ValueError(f"weight_zero_point of {codes_are} weights must be 0")
+        whole = parts.scheme.rows == -1 and parts.scheme.group_size == -1
+        return _scaled_weight(parts, kind, codes, scale.view(1) if whole else scale)
     rows = parts.n if parts.scheme.rows == -1 else parts.scheme.rows
     return _finite(scaled.decode(codes, scale, zero_point, rows, parts.layer.group_size))
 
 
-def _fp8_weight(parts: _Parts, codes: Tensor, scales: Tensor) -> Fp8Weight:
+def _scaled_weight(
+    parts: _Parts, kind: type[ScaledLinear], codes: Tensor, scales: Tensor
+) -> ScaledWeight:
     scales = scales.float()
-    # Of the codes NaN is the largest; the largest number times a scale must be one.
-    finite = (codes.view(torch.uint8) & 0x7F).max() < 0x7F and (scales * 448).isfinite().all()
-    if not bool(finite):
+    # Of e4m3 codes NaN is the largest; the largest number times a scale must be one.
+    numbers = codes.dtype == torch.int8 or (codes.view(torch.uint8) & 0x7F).max() < 0x7F
+    if not bool(numbers and (scales * 448).isfinite().all()):
         raise ValueError("weights must be finite, got NaN or infinity")
     input_scale = None
     if parts.scheme.static:
@@ -231,7 +236,7 @@ def _fp8_weight(parts: _Parts, codes: Tensor, scales: Tensor) -> Fp8Weight:
         input_scale = parts.one(name).view(1).float()
         if not bool(input_scale > 0):
             raise ValueError(f"{name} must be positive, got {input_scale.item():g}")
-    return Fp8Weight(codes, scales, parts.scheme.inputs, input_scale)
+    return ScaledWeight(kind, codes, scales, parts.scheme.inputs, input_scale)
 
 
 def _finite(values: Tensor) -> DenseWeight:

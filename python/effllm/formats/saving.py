@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +23,14 @@ from effllm.formats import awq, bitsandbytes, compressed_tensors, gptq
 from effllm.formats.gguf_model import GGUF_FORMATS, save_gguf
 from effllm.formats.grouped import GroupedWeight
 from effllm.formats.shards import ShardWriter
-from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear
-from effllm.nn.fp8_linear import BLOCK, InputsPer, ScalesPer
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W8A8Linear
 from effllm.nn.quantized_linear import QuantizedLinear
+from effllm.nn.scaled_linear import BLOCK, InputsPer, ScaledLinear, ScalesPer
 
 SaveFormat = Literal[
     "compressed-tensors",
     "compressed-tensors-fp8",
+    "compressed-tensors-int8",
     "gptq_v2",
     "awq",
     "bitsandbytes",
@@ -64,7 +66,8 @@ def save(
         format: "compressed-tensors" is pack-quantized, read by its package and so by transformers.
             "gptq_v2" also holds permuted inputs (act-order) and short last groups; "awq" is the
             GEMM layout, with one group size for all layers. These three hold ``Int4Linear`` layers;
-            "compressed-tensors-fp8" is float-quantized and holds ``Fp8Linear`` layers;
+            "compressed-tensors-fp8" is float-quantized and holds ``Fp8Linear`` layers,
+            "compressed-tensors-int8" is int-quantized and holds ``W8A8Linear`` layers;
             "bitsandbytes" holds ``Lut4Linear`` layers of NF4, or of FP4, in groups that divide the
             input channels, with the codebook in fp32. "gguf-..." is one file for llama.cpp, with
             all matrices of the type that it names: "gguf-q4_0" and "gguf-q4_1" hold those
@@ -231,12 +234,14 @@ def _packed_config(model: nn.Module, layers: dict[str, Int4Linear]) -> dict[str,
     return _compressed_config(model, "pack-quantized", groups)
 
 
-def _fp8_config(model: nn.Module, layers: dict[str, Fp8Linear]) -> dict[str, Any]:
+def _scaled_config(
+    model: nn.Module, layers: dict[str, ScaledLinear], format: str, codes: str
+) -> dict[str, Any]:
     kinds: dict[tuple[ScalesPer, InputsPer | None, bool], list[str]] = {}
     for name, layer in layers.items():
         kind = (layer.scales_per, layer.inputs_per, layer.input_scale is not None)
         kinds.setdefault(kind, []).append(name)
-    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    common = {"num_bits": 8, "type": codes, "symmetric": True}
     groups = {}
     for i, ((scales_per, inputs_per, static), names) in enumerate(kinds.items()):
         weights: dict[str, Any] = {"strategy": scales_per, "dynamic": False}
@@ -251,9 +256,9 @@ def _fp8_config(model: nn.Module, layers: dict[str, Fp8Linear]) -> dict[str, Any
             "weights": common | weights,
             "input_activations": None if inputs is None else common | inputs,
             "output_activations": None,
-            "format": "float-quantized",
+            "format": format,
         }
-    return _compressed_config(model, "float-quantized", groups)
+    return _compressed_config(model, format, groups)
 
 
 def _compressed_config(
@@ -342,7 +347,7 @@ def _encode_lut4(layer: Lut4Linear, dtype: torch.dtype) -> dict[str, Tensor]:
     return bitsandbytes.encode(codes, layer.codebook, layer.scales, layer.group_size, dtype)
 
 
-def _encode_fp8(layer: Fp8Linear, dtype: torch.dtype) -> dict[str, Tensor]:
+def _encode_scaled(layer: ScaledLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     """compressed-tensors has one scale of all as [1]."""
     scales = layer.scales.detach()
     tensors = {
@@ -371,7 +376,14 @@ _FORMATS = {
     "compressed-tensors": _Format(
         Int4Linear, _of_groups(compressed_tensors.encode), _packed_config
     ),
-    "compressed-tensors-fp8": _Format(Fp8Linear, _encode_fp8, _fp8_config),
+    "compressed-tensors-fp8": _Format(
+        Fp8Linear,
+        _encode_scaled,
+        partial(_scaled_config, format="float-quantized", codes="float"),
+    ),
+    "compressed-tensors-int8": _Format(
+        W8A8Linear, _encode_scaled, partial(_scaled_config, format="int-quantized", codes="int")
+    ),
     "gptq_v2": _Format(Int4Linear, _of_groups(gptq.encode), _gptq_config),
     "awq": _Format(Int4Linear, _of_groups(awq.encode), _awq_config),
     "bitsandbytes": _Format(Lut4Linear, _encode_lut4, _bitsandbytes_config),

@@ -13,9 +13,9 @@ from effllm.formats import bitsandbytes
 from effllm.formats.config import Scheme
 from effllm.formats.grouped import GroupedWeight, int4_tensors, kernel_groups
 from effllm.formats.layers import StoredLayer
-from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear
-from effllm.nn.fp8_linear import BLOCK, InputsPer, ScalesPer
+from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W8A8Linear
 from effllm.nn.quantized_linear import frozen
+from effllm.nn.scaled_linear import BLOCK, InputsPer, ScaledLinear, ScalesPer
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,18 @@ class LutWeight:
 
 
 @dataclass(frozen=True)
-class Fp8Weight:
-    """e4m3 codes as the kernels take them, and what becomes of the layer's inputs.
+class ScaledWeight:
+    """8-bit codes as the kernels take them, and what becomes of the layer's inputs.
 
     Attributes:
-        codes: float8_e4m3fn ``[N, K]``, none of them NaN.
-        scales: fp32, of the weight; shapes as in ``Fp8Linear``.
-        inputs_per: as in ``Fp8Linear``.
+        kind: of the layer.
+        codes: float8_e4m3fn or int8 ``[N, K]``, none of them NaN.
+        scales: fp32, of the weight; shapes as in ``ScaledLinear``.
+        inputs_per: as there.
         input_scale: fp32 ``[1]`` or None.
     """
 
+    kind: type[ScaledLinear]
     codes: Tensor
     scales: Tensor
     inputs_per: InputsPer | None
@@ -59,7 +61,7 @@ class DenseWeight:
     values: Tensor
 
 
-Weight = GroupedWeight | LutWeight | Fp8Weight | DenseWeight
+Weight = GroupedWeight | LutWeight | ScaledWeight | DenseWeight
 
 
 def make_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
@@ -67,8 +69,8 @@ def make_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.M
 
     ``dtype`` is that of the dense weight; scales keep theirs, and so does the bias.
     """
-    if isinstance(weight, Fp8Weight):
-        return _fp8_linear(weight, bias)
+    if isinstance(weight, ScaledWeight):
+        return _scaled_linear(weight, bias)
     if isinstance(weight, LutWeight):
         return _lut4_linear(weight, bias)
     if isinstance(weight, DenseWeight):
@@ -87,11 +89,11 @@ def make_linear(weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> nn.M
     return module
 
 
-def _fp8_linear(weight: Fp8Weight, bias: Tensor | None) -> Fp8Linear:
+def _scaled_linear(weight: ScaledWeight, bias: Tensor | None) -> ScaledLinear:
     n, k = weight.codes.shape
     static = weight.input_scale is not None
     options: dict[str, Any] = {"inputs_per": weight.inputs_per, "static": static}
-    module = Fp8Linear(k, n, bias=False, device="meta", **options)
+    module = weight.kind(k, n, bias=False, device="meta", **options)
     module.qweight = frozen(weight.codes)
     module.scales = frozen(weight.scales)
     module.input_scale = None if weight.input_scale is None else frozen(weight.input_scale)
@@ -118,14 +120,21 @@ def _dense_linear(values: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn
     return linear
 
 
-def fp8_scales_per(scheme: Scheme) -> ScalesPer | None:
-    """How ``Fp8Linear`` holds the scales of a stored layer; None if its kernels do not."""
+def scaled_kind(scheme: Scheme) -> type[ScaledLinear] | None:
+    """The layer that has a stored one's codes and scales as they are; None if none has."""
+    rounded = scheme.bits == 8 and scheme.inputs is not None and scheme.symmetric
+    kind = Fp8Linear if scheme.floats else W8A8Linear if rounded else None
+    return kind if kind is not None and scales_per(scheme) in kind.weights_per else None
+
+
+def scales_per(scheme: Scheme) -> ScalesPer | None:
+    """What of a stored weight has a scale each; None if it is nothing that a kernel knows."""
     kinds: dict[tuple[int, int], ScalesPer] = {
         (-1, -1): "tensor",
         (1, -1): "channel",
         (BLOCK, BLOCK): "block",
     }
-    return kinds.get((scheme.rows, scheme.group_size)) if scheme.floats else None
+    return kinds.get((scheme.rows, scheme.group_size))
 
 
 def kernel_name(layer: StoredLayer, groups: Tensor | None) -> str:
@@ -141,8 +150,10 @@ def kernel_name(layer: StoredLayer, groups: Tensor | None) -> str:
         return "lut4_gemm" if fits else f"dense (blocks of {layer.group_size} across rows)"
     if groups is None and bits > 8:
         return f"dense ({layer.scheme.format})"
-    if fp8_scales_per(layer.scheme) is not None:
-        return "fp8_weight_gemm" if layer.scheme.inputs is None else "fp8_gemm"
+    kind = scaled_kind(layer.scheme)
+    if kind is not None:
+        name = "fp8" if kind is Fp8Linear else "int8"
+        return f"{name}_weight_gemm" if layer.scheme.inputs is None else f"{name}_gemm"
     if groups is None:
         return f"dense ({'e4m3' if layer.scheme.floats else f'{bits}-bit'} codes)"
     if bits > 4:

@@ -12,6 +12,7 @@ from effllm.quantization.configs import (
 from effllm.quantization.decoding import dequantize_
 from effllm.quantization.fp8 import Fp8Config
 from effllm.quantization.granularity import Granularity
+from effllm.quantization.int8 import Int8Config, SmoothQuantConfig
 from effllm.quantization.method import Method
 from effllm.quantization.quantize import quantize_
 from effllm.quantization.report import LayerResult, QuantizationReport
@@ -26,11 +27,13 @@ __all__ = [
     "GptqConfig",
     "Granularity",
     "Int4Config",
+    "Int8Config",
     "KMeansConfig",
     "LayerResult",
     "LinearConfig",
     "Method",
     "QuantizationReport",
+    "SmoothQuantConfig",
     "choose_configs",
     "dequantize_",
     "quantize_",

@@ -18,8 +18,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     again.
 
     Args:
-        model: with ``Int4Linear``, ``Lut4Linear`` and ``Fp8Linear`` inside; is returned. The last
-            ones round their inputs as well, dense ones do not.
+        model: with quantised layers inside; is returned. Those that round their inputs as well
+            (``ScaledLinear``) do not any more.
         dtype: of the weights; that of each layer's scales or codebook if None.
 
     Raises ValueError if the model itself is such a layer.

@@ -9,23 +9,13 @@ import torch
 from torch import Tensor
 
 from effllm import ops
-from effllm.nn.fp8_linear import BLOCK, InputsPer, ScalesPer
+from effllm.nn import Fp8Linear
+from effllm.nn.scaled_linear import BLOCK, ScalesPer
 from effllm.quantization.granularity import Granularity
-from effllm.quantization.method import CHANNEL, TOKEN, Fp8Codes, Method
+from effllm.quantization.method import CHANNEL
 from effllm.quantization.round_to_nearest import check_weight
-from effllm.quantization.statistics import InputStatistics
+from effllm.quantization.scaled_method import TENSOR, TOKEN, ScaledMethod
 from effllm.quantization.uniform import from_tiles, to_tiles
-
-_WEIGHTS: dict[Granularity, ScalesPer] = {
-    Granularity.tensor(): "tensor",
-    CHANNEL: "channel",
-    Granularity.block(BLOCK, BLOCK): "block",
-}
-_INPUTS: dict[Granularity, InputsPer] = {
-    Granularity.tensor(): "tensor",
-    TOKEN: "token",
-    Granularity.group(BLOCK): "group",
-}
 
 
 def quantise_weight(weight: Tensor, scales_per: ScalesPer) -> tuple[Tensor, Tensor]:
@@ -51,7 +41,7 @@ def quantise_weight(weight: Tensor, scales_per: ScalesPer) -> tuple[Tensor, Tens
 
 
 @dataclass(frozen=True, init=False)
-class Fp8Config(Method):
+class Fp8Config(ScaledMethod):
     """Weights and inputs in e4m3, by rounding to nearest (arXiv:2209.05433).
 
     Half the bytes of 16 bits, with next to no loss, and twice the arithmetic on GPUs with fp8
@@ -66,47 +56,21 @@ class Fp8Config(Method):
     """
 
     name: ClassVar[str] = "fp8"
-    inputs: Granularity | None = TOKEN
-    static: bool = False
+    layer = Fp8Linear
+    weights_per: ClassVar = {
+        TENSOR: "tensor",
+        CHANNEL: "channel",
+        Granularity.block(BLOCK, BLOCK): "block",
+    }
+    activations_per: ClassVar = {
+        TENSOR: "tensor",
+        TOKEN: "token",
+        Granularity.group(BLOCK): "group",
+        None: None,
+    }
+    quantise_weight = staticmethod(quantise_weight)
 
-    def __init__(
-        self,
-        granularity: Granularity = CHANNEL,
-        inputs: Granularity | None = TOKEN,
-        static: bool = False,
-    ) -> None:
-        """Raises ValueError for a granularity that no kernel has."""
-        for name, value in (
-            ("bits", 8),
-            ("granularity", granularity),
-            ("inputs", inputs),
-            ("static", static),
-        ):
-            object.__setattr__(self, name, value)
-        if granularity not in _WEIGHTS:
-            raise ValueError(
-                "Fp8Config: granularity must be tensor(), channel() or block(128, 128), got "
-                f"{granularity}"
-            )
-        if inputs is not None and inputs not in _INPUTS:
-            raise ValueError(
-                f"Fp8Config: inputs must be tensor(), token(), group(128) or None, got {inputs}"
-            )
-        if static and inputs != Granularity.tensor():
-            raise ValueError(f"Fp8Config: static is of inputs=tensor(), got {inputs}")
-
-    @property
-    def needs_calibration(self) -> bool:
-        """With ``static``."""
-        return self.static
-
-    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> Fp8Codes:
-        """See ``Method.quantise``; scales are fp32 whatever the weight is. A layer whose inputs the
-        calibration has not reached gets its scale at each call."""
-        codes, scales = quantise_weight(weight, _WEIGHTS[self.granularity])
-        input_scale = None
-        if self.static and inputs is not None and inputs.tokens:
-            # The scale that the op finds, of a tensor with this maximum.
-            input_scale = ops.fp8_quantize_tensor(inputs.peak.float())[1]
-        inputs_per = None if self.inputs is None else _INPUTS[self.inputs]
-        return Fp8Codes(codes, scales, inputs_per, input_scale)
+    @staticmethod
+    def peak_scale(peaks: Tensor) -> Tensor:
+        """That which the op finds, of a tensor with this maximum."""
+        return ops.fp8_quantize_tensor(peaks)[1]

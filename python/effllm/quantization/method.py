@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W4A8Linear
-from effllm.nn.fp8_linear import InputsPer
+from effllm.nn import Int4Linear, Lut4Linear, W4A8Linear
 from effllm.nn.packed_linear import GROUP_SIZES
 from effllm.nn.quantized_linear import QuantizedLinear
+from effllm.nn.scaled_linear import InputsPer, ScaledLinear
 from effllm.ops.fp8_gemm import dequantize_weight
 from effllm.ops.int4_gemm import dequantize_codes
 from effllm.ops.lut4_gemm import decode
@@ -66,9 +66,10 @@ class CodebookCodes:
 
 
 @dataclass(frozen=True)
-class Fp8Codes:
-    """e4m3 codes, ``weight ~ code * scale``, and what becomes of inputs; see ``Fp8Linear``."""
+class ScaledCodes:
+    """8-bit codes, ``weight ~ code * scale``, and what becomes of inputs; see ``ScaledLinear``."""
 
+    kind: type[ScaledLinear]
     codes: Tensor
     scales: Tensor
     inputs_per: InputsPer | None
@@ -80,7 +81,7 @@ class Fp8Codes:
 
     def layer(self, linear: nn.Linear) -> QuantizedLinear:
         """The layer that takes the place of ``linear``."""
-        return Fp8Linear.from_codes(
+        return self.kind.from_codes(
             linear,
             self.codes,
             self.scales,
@@ -89,7 +90,7 @@ class Fp8Codes:
         )
 
 
-Codes = UniformCodes | CodebookCodes | Fp8Codes
+Codes = UniformCodes | CodebookCodes | ScaledCodes
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Method(ABC):
 
     Attributes:
         bits: of a code: 2, 3 or 4. Those of 2 and 3 bits run on the kernels of 4 bits, in as many
-            bytes. FP8 has 8.
+            bytes. FP8 and W8A8 have 8.
         granularity: which weights share scales or a codebook. The columns of a group or block are
             32, 64 or 128.
     """

@@ -51,8 +51,7 @@ def smooth_(
     Raises:
         ValueError: alpha outside of 0..1, or calibration data that ``quantize_`` refuses.
     """
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"smooth_: alpha must be in 0..1, got {alpha}")
+    check_alpha("smooth_", alpha)
     data = Calibration.of(calibration)
     names = {module: name for name, module in model.named_modules()}
     chosen = {
@@ -86,6 +85,12 @@ def smooth_(
             smooth_part(block, partial(stream.run, i, block))
             stream.advance(i, block)
     return folded
+
+
+def check_alpha(where: str, alpha: float | None) -> None:
+    """Raises ValueError for an exponent outside of 0..1."""
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"{where}: alpha must be in 0..1, got {alpha}")
 
 
 def smoothing_scales(fold: Fold, inputs: InputStatistics, alpha: float) -> Tensor:
