@@ -12,9 +12,9 @@ from effllm import ops
 from effllm.nn import Fp8Linear
 from effllm.nn.scaled_linear import BLOCK, ScalesPer
 from effllm.quantization.granularity import Granularity
-from effllm.quantization.method import CHANNEL
+from effllm.quantization.method import CHANNEL, TOKEN
 from effllm.quantization.round_to_nearest import check_weight
-from effllm.quantization.scaled_method import TENSOR, TOKEN, ScaledMethod
+from effllm.quantization.scaled_method import TENSOR, ScaledMethod
 from effllm.quantization.uniform import from_tiles, to_tiles
 
 

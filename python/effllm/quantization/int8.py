@@ -13,9 +13,9 @@ from effllm.nn import W8A8Linear
 from effllm.nn.scaled_linear import InputsPer, ScalesPer
 from effllm.quantization.folding import Fold
 from effllm.quantization.granularity import Granularity
-from effllm.quantization.method import CHANNEL
+from effllm.quantization.method import CHANNEL, TOKEN
 from effllm.quantization.round_to_nearest import check_weight
-from effllm.quantization.scaled_method import TENSOR, TOKEN, ScaledMethod
+from effllm.quantization.scaled_method import TENSOR, ScaledMethod
 from effllm.quantization.smoothing import check_alpha, find_alpha, smoothing_scales
 from effllm.quantization.statistics import InputStatistics
 

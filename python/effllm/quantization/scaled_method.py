@@ -11,10 +11,10 @@ from torch import Tensor
 
 from effllm.nn.scaled_linear import InputsPer, ScaledLinear, ScalesPer
 from effllm.quantization.granularity import Granularity
-from effllm.quantization.method import CHANNEL, Method, ScaledCodes
+from effllm.quantization.method import CHANNEL, TOKEN, Method, ScaledCodes
 from effllm.quantization.statistics import InputStatistics
 
-TENSOR, TOKEN = Granularity.tensor(), Granularity.token()
+TENSOR = Granularity.tensor()
 
 
 @dataclass(frozen=True, init=False)

@@ -109,7 +109,7 @@ class Fp8GemmCase(Case):
         return lambda: torch.nn.functional.linear(rows, dense, bias)
 
     def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
-        """torch's matmul of the same codes; where scales come last, both with the other way to sum."""
+        """torch's matmul of the same codes; where scales come last, both ways to sum."""
         x, x_scales, weight, w_scales, bias = args
         # Scales of groups cuBLAS has for multiples of four tokens alone.
         if not x.is_cuda or not self.variant or (self.variant == "block" and self.m % 4 != 0):
