@@ -52,10 +52,10 @@ class TreeVerifyCase(Case):
         cu_nodes = torch.tensor([0, *sizes]).cumsum(0)
         spare = 2 if self.ragged else 0
         num_rows = sum(sizes) + spare
-        logits = normal(num_rows, self.vocab, seed=seed, outliers=0.0)
+        logits = normal(num_rows, self.vocab, seed=seed, outliers=0.0, device=device)
         draft_probs = None
         if self.drawn:
-            noise = normal(num_rows, self.vocab, seed=seed + 1, outliers=0.0)
+            noise = normal(num_rows, self.vocab, seed=seed + 1, outliers=0.0, device=device)
             draft_probs = (logits + 0.7 * noise).softmax(-1)
         trees = [
             self._tree(size, logits[start:], draft_probs, int(start), rng)
@@ -85,7 +85,7 @@ class TreeVerifyCase(Case):
         )
         kwargs: Kwargs = {"max_nodes": self.num_nodes}
         if draft_probs is not None:
-            kwargs["draft_probs"] = draft_probs.to(device)
+            kwargs["draft_probs"] = draft_probs
         return tuple(tensor.to(device) for tensor in args), kwargs
 
     def _tree(
@@ -103,7 +103,8 @@ class TreeVerifyCase(Case):
             if parent not in drafts:
                 count = min(8, self.vocab)
                 if draft_probs is not None:
-                    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+                    generator = torch.Generator(draft_probs.device)
+                    generator.manual_seed(rng.getrandbits(32))
                     drawn = torch.multinomial(
                         draft_probs[start + parent], count, generator=generator
                     )
