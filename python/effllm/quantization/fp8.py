@@ -56,7 +56,7 @@ class Fp8Config(ScaledMethod):
     """
 
     name: ClassVar[str] = "fp8"
-    layer = Fp8Linear
+    kind = Fp8Linear
     weights_per: ClassVar = {
         TENSOR: "tensor",
         CHANNEL: "channel",

@@ -56,7 +56,7 @@ class Int8Config(ScaledMethod):
     """
 
     name: ClassVar[str] = "int8"
-    layer = W8A8Linear
+    kind = W8A8Linear
     weights_per: ClassVar = {TENSOR: "tensor", CHANNEL: "channel"}
     activations_per: ClassVar = {TENSOR: "tensor", TOKEN: "token"}
     quantise_weight = staticmethod(quantise_weight)

@@ -21,7 +21,7 @@ TENSOR = Granularity.tensor()
 class ScaledMethod(Method):
     """Base of the configs for a ``ScaledLinear``; those say what the attributes may be."""
 
-    layer: ClassVar[type[ScaledLinear]]
+    kind: ClassVar[type[ScaledLinear]]
     weights_per: ClassVar[Mapping[Granularity, ScalesPer]]
     activations_per: ClassVar[Mapping[Granularity | None, InputsPer | None]]
 
@@ -78,7 +78,7 @@ class ScaledMethod(Method):
         if self.static and inputs is not None and inputs.tokens:
             input_scale = self.peak_scale(inputs.peak.float())
         inputs_per = self.inputs_per(input_scale)
-        return ScaledCodes(self.layer, codes, scales, inputs_per, input_scale)
+        return ScaledCodes(self.kind, codes, scales, inputs_per, input_scale)
 
     def inputs_per(self, input_scale: Tensor | None) -> InputsPer | None:
         """As the layer has it. A layer whose inputs the calibration has not reached has no
