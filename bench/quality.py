@@ -4,7 +4,7 @@
 
 The layers of the blocks are quantised; embeddings and head stay in bf16. Calibration is on training
 text, perplexity on held-out text. Every row is measured with the decoded weights in bf16, which are
-those the kernels multiply by; FP8 and W8A8, which round inputs too, on their kernels.
+those the kernels multiply by; those of 8 bits, of which bf16 would lose some, on their kernels.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from effllm.quantization import (
     SmoothQuantConfig,
     dequantize_,
 )
-from effllm.quantization.scaled_method import ScaledMethod
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT = 512
@@ -74,6 +73,9 @@ def configs() -> Iterator[tuple[str, Method]]:
     yield "FP8, inputs per token", Fp8Config(channel, Granularity.token())
     yield "FP8, inputs per group(128)", Fp8Config(block, groups[0])
     yield "FP8, inputs in bf16", Fp8Config(channel, None)
+    for granularity in (channel, groups[0]):
+        yield "W8A16, linear", LinearConfig(8, granularity)
+        yield "W8A16, GPTQ, act-order", GptqConfig(8, granularity)
     for outliers in ("", OUTLIERS):
         for kind, config in (("W8A8", Int8Config), ("SmoothQuant", SmoothQuantConfig)):
             yield kind + outliers, config()
@@ -132,7 +134,7 @@ def measure(name: str, config: Method, calibration: Tensor, held_out: Tensor) ->
     )
     seconds = time.perf_counter() - started
     held, dense = size(model, config.bits)
-    if not isinstance(config, ScaledMethod):  # which rounds inputs, too
+    if config.bits < 8:
         dequantize_(model, torch.bfloat16)  # faster on a CPU, for many tokens
     errors = [layer.output_error for layer in report.layers if layer.output_error is not None]
     return {
@@ -156,8 +158,8 @@ def table(result: dict[str, Any]) -> str:
         f"**{result['bf16']['perplexity']:.3f} in bf16**. The linear layers of the blocks are",
         f"quantised ({result['bf16']['bytes'] / 1e6:.2f} MB in bf16); GPTQ, AWQ and weighted "
         f"k-means saw {result['calibration_tokens']:,} tokens of training text. Codes have zero",
-        "points unless called symmetric, Q4_0, FP8, W8A8 or SmoothQuant. Inputs of FP8 are in e4m3",
-        "too unless in bf16, those of W8A8 and SmoothQuant in int8, per token or static. Outliers",
+        "points unless called symmetric or Q4_0, or of 8 bits. Inputs of FP8 are in e4m3 too",
+        "unless in bf16, those of W8A8 and SmoothQuant in int8, per token or static. Outliers",
         f"are four channels after each norm, {OUTLIER_FACTOR} times as large as they were, with "
         "weights as much smaller:",
         "the model computes the same. MB are of codes at their number of bits, scales,",

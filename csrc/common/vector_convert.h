@@ -86,5 +86,12 @@ inline FloatVector<kWidth> e4m3_vector(const uint8_t* from) {
   return reinterpret_cast<Float>(reinterpret_cast<Int>(values) | nan);
 }
 
+// kWidth int8 as floats.
+template <int kWidth>
+inline FloatVector<kWidth> int8_vector(const uint8_t* from) {
+  const auto bytes = widen<kWidth>(reinterpret_cast<const int8_t*>(from));
+  return __builtin_convertvector(bytes, FloatVector<kWidth>);
+}
+
 }  // namespace
 }  // namespace effllm

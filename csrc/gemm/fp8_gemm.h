@@ -44,10 +44,10 @@ struct Fp8Scales {
 
 struct Fp8GemmParams {
   int64_t m, n, k;
-  DType dtype;  // of x: e4m3, or a float for weights alone in e4m3
+  DType dtype;  // of x: e4m3, or a float where weights alone are codes
   DType out_dtype;
-  const void* x;  // [M, K], contiguous
-  const uint8_t* weight;
+  const void* x;          // [M, K], contiguous
+  const uint8_t* weight;  // e4m3, or int8 of int8_weight_gemm
   int64_t stride_weight_n;
   Fp8Scales x_scales, w_scales;
   const void* bias;  // may be null
@@ -95,11 +95,11 @@ inline Fp8Scales check_fp8_w_scales(Check& check, const View& scales, int64_t n,
   return {scales.data, scales.dtype, scales.stride(0), scales.stride(1), grouped ? 7 : 0, grouped};
 }
 
-// What both ops over e4m3 weights take, of a checked x: all but the scales of x and `out`.
-inline Fp8GemmParams check_fp8_weight(Check& check, const View& x, Sym& k, const View& weight,
-                                      const View& w_scales, const std::optional<View>& bias) {
+// What ops over weights of a byte each take, of a checked x: all but scales and `out`.
+inline Fp8GemmParams check_byte_weight(Check& check, const View& x, Sym& k, const View& weight,
+                                       DType codes, const std::optional<View>& bias) {
   Sym n("N");
-  check(weight).dtype({DType::kFloat8E4M3}).shape({n, k}).last_stride_one();
+  check(weight).dtype({codes}).shape({n, k}).last_stride_one();
   if (bias) check(*bias).dtype(kFp8ScaleDTypes).shape({n});
 
   Fp8GemmParams params{};
@@ -109,14 +109,21 @@ inline Fp8GemmParams check_fp8_weight(Check& check, const View& x, Sym& k, const
   params.k = *k;
   params.dtype = x.dtype;
   params.x = x.data;
-  params.weight = weight.data_as<uint8_t>();
+  params.weight = static_cast<const uint8_t*>(weight.data);
   params.stride_weight_n = weight.stride(0);
-  params.w_scales = check_fp8_w_scales(check, w_scales, *n, *k);
   if (bias) {
     params.bias = bias->data;
     params.bias_dtype = bias->dtype;
     params.stride_bias = bias->stride(0);
   }
+  return params;
+}
+
+// Both ops over e4m3 weights: with the weight's scales.
+inline Fp8GemmParams check_fp8_weight(Check& check, const View& x, Sym& k, const View& weight,
+                                      const View& w_scales, const std::optional<View>& bias) {
+  Fp8GemmParams params = check_byte_weight(check, x, k, weight, DType::kFloat8E4M3, bias);
+  params.w_scales = check_fp8_w_scales(check, w_scales, params.n, params.k);
   return params;
 }
 

@@ -1,4 +1,5 @@
-// The CPU's inner loop over e4m3 weights: up to 16 rows of W times a few tokens, in fp32.
+// The CPU's inner loop over weights of a byte each, e4m3 or int8: up to 16 rows of W times a few
+// tokens, in fp32.
 //
 // One source for every vector width, compiled as packed_gemm_strip.h is: internal linkage, and no
 // inline function that has not.
@@ -31,20 +32,39 @@ struct Fp8Block {
   // By which the sums of a tile are multiplied; null: 1.
   const float* x_scales;  // [num_tiles, tokens]
   int64_t stride_x_scales;
-  const float* w_scales;  // [num_tiles]
+  const float* w_scales;    // [rows, num_tiles], one row more than there are
+  int64_t stride_w_scales;  // 0: rows share them
 
-  float* sums;  // [num_tokens, 16 rows], out: 2^8 times too small (kE4M3VectorPower)
+  float* sums;  // [num_tokens, 16 rows], out; of e4m3 2^8 times too small (kE4M3VectorPower)
 };
 
 using Fp8BlockKernel = void (*)(const Fp8Block&);
 
-// Defined in fp8_gemm_<isa>.cpp, on x86-64 alone.
+// Defined in <op>_<isa>.cpp, on x86-64 alone.
 void fp8_block_avx2(const Fp8Block& block);
 void fp8_block_avx512(const Fp8Block& block);
+void int8_weight_block_avx2(const Fp8Block& block);
+void int8_weight_block_avx512(const Fp8Block& block);
 
 namespace {
 
+// How codes become floats.
+struct E4M3Decoder {
+  template <int kWidth>
+  static FloatVector<kWidth> vector(const uint8_t* from) {
+    return e4m3_vector<kWidth, true>(from);
+  }
+};
+
+struct Int8Decoder {
+  template <int kWidth>
+  static FloatVector<kWidth> vector(const uint8_t* from) {
+    return int8_vector<kWidth>(from);
+  }
+};
+
 // A tile's part of two rows of W, decoded when it is used; of a last tile a copy with zeros.
+template <class Decoder>
 class Fp8RowPair {
  public:
   Fp8RowPair(const Fp8Block& block, int first_row, int64_t tile) {
@@ -62,7 +82,7 @@ class Fp8RowPair {
 
   template <int kWidth>
   FloatVector<kWidth> vector(int idx, int column) const {
-    return e4m3_vector<kWidth, true>(rows_[idx] + column);
+    return Decoder::template vector<kWidth>(rows_[idx] + column);
   }
 
  private:
@@ -74,10 +94,11 @@ class Fp8RowPair {
 template <int kVectorWidth>
 class Fp8KeptPair {
  public:
-  explicit Fp8KeptPair(const Fp8RowPair& pair) {
+  template <class Decoder>
+  explicit Fp8KeptPair(const Fp8RowPair<Decoder>& pair) {
     for (int column = 0; column < kFp8CpuTileK; column += kVectorWidth) {
       for (int idx = 0; idx < 2; ++idx) {
-        store_vector(pair.vector<kVectorWidth>(idx, column), weights_[idx] + column);
+        store_vector(pair.template vector<kVectorWidth>(idx, column), weights_[idx] + column);
       }
     }
   }
@@ -93,8 +114,8 @@ class Fp8KeptPair {
 
 // Two rows of a tile times kTokens tokens: a product is added to [tokens, 2] sums.
 template <int kWidth, int kTokens, class Pair>
-inline void add_products(const Fp8Block& block, const Pair& pair, int64_t tile, int first_token,
-                         FloatVector<kWidth>* sums) {
+inline void add_products(const Fp8Block& block, const Pair& pair, int first_row, int64_t tile,
+                         int first_token, FloatVector<kWidth>* sums) {
   using Float = FloatVector<kWidth>;
   const float* x = block.x + tile * block.stride_x_tile + first_token * kFp8CpuTileK;
   Float partial[kTokens][2] = {};
@@ -107,47 +128,52 @@ inline void add_products(const Fp8Block& block, const Pair& pair, int64_t tile, 
       partial[token][1] = high * values + partial[token][1];
     }
   }
-  const float w_scale = block.w_scales == nullptr ? 1.0f : block.w_scales[tile];
+  float w_scales[2] = {1.0f, 1.0f};
+  if (block.w_scales != nullptr) {
+    const float* row_scales = block.w_scales + first_row * block.stride_w_scales + tile;
+    w_scales[0] = row_scales[0], w_scales[1] = row_scales[block.stride_w_scales];
+  }
   for (int token = 0; token < kTokens; ++token) {
     const float x_scale = block.x_scales == nullptr
                               ? 1.0f
                               : block.x_scales[tile * block.stride_x_scales + first_token + token];
     for (int idx = 0; idx < 2; ++idx) {
       Float& sum = sums[(first_token + token) * 2 + idx];
-      sum = partial[token][idx] * splat<kWidth>(w_scale) * splat<kWidth>(x_scale) + sum;
+      sum = partial[token][idx] * splat<kWidth>(w_scales[idx]) * splat<kWidth>(x_scale) + sum;
     }
   }
 }
 
 // Few tokens: along a row at once, which streams through the weights in the order they lie in.
-template <int kWidth, int kTokens>
+template <int kWidth, int kTokens, class Decoder>
 inline void multiply_rows(const Fp8Block& block, int64_t num_tiles, FloatVector<kWidth>* sums) {
   for (int row = 0; row < block.num_rows; row += 2, sums += 2 * kTokens) {
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      add_products<kWidth, kTokens>(block, Fp8RowPair(block, row, tile), tile, 0, sums);
+      const Fp8RowPair<Decoder> pair(block, row, tile);
+      add_products<kWidth, kTokens>(block, pair, row, tile, 0, sums);
     }
   }
 }
 
 // More tokens: all rows of a tile at once, as the tokens' part of it stays in L1.
-template <int kWidth>
+template <int kWidth, class Decoder>
 inline void multiply_tiles(const Fp8Block& block, int64_t num_tiles, FloatVector<kWidth>* sums) {
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     for (int row = 0; row < block.num_rows; row += 2) {
-      const Fp8KeptPair<kWidth> pair(Fp8RowPair(block, row, tile));
+      const Fp8KeptPair<kWidth> pair(Fp8RowPair<Decoder>(block, row, tile));
       FloatVector<kWidth>* pair_sums = sums + row * block.num_tokens;
       int token = 0;
       for (; token + 4 <= block.num_tokens; token += 4) {
-        add_products<kWidth, 4>(block, pair, tile, token, pair_sums);
+        add_products<kWidth, 4>(block, pair, row, tile, token, pair_sums);
       }
       for (; token < block.num_tokens; ++token) {
-        add_products<kWidth, 1>(block, pair, tile, token, pair_sums);
+        add_products<kWidth, 1>(block, pair, row, tile, token, pair_sums);
       }
     }
   }
 }
 
-template <int kWidth>
+template <int kWidth, class Decoder = E4M3Decoder>
 void multiply_block(const Fp8Block& block) {
   FloatVector<kWidth> sums[kFp8CpuRows * kFp8CpuMaxTokens];  // [pairs, tokens, 2]
   const int num_pairs = (block.num_rows + 1) / 2;
@@ -157,19 +183,19 @@ void multiply_block(const Fp8Block& block) {
   const int64_t num_tiles = (block.k + kFp8CpuTileK - 1) / kFp8CpuTileK;
   switch (block.num_tokens) {
     case 1:
-      multiply_rows<kWidth, 1>(block, num_tiles, sums);
+      multiply_rows<kWidth, 1, Decoder>(block, num_tiles, sums);
       break;
     case 2:
-      multiply_rows<kWidth, 2>(block, num_tiles, sums);
+      multiply_rows<kWidth, 2, Decoder>(block, num_tiles, sums);
       break;
     case 3:
-      multiply_rows<kWidth, 3>(block, num_tiles, sums);
+      multiply_rows<kWidth, 3, Decoder>(block, num_tiles, sums);
       break;
     case 4:
-      multiply_rows<kWidth, 4>(block, num_tiles, sums);
+      multiply_rows<kWidth, 4, Decoder>(block, num_tiles, sums);
       break;
     default:
-      multiply_tiles<kWidth>(block, num_tiles, sums);
+      multiply_tiles<kWidth, Decoder>(block, num_tiles, sums);
   }
   const FloatVector<kWidth>* lanes = sums;
   for (int pair = 0; pair < num_pairs; ++pair) {

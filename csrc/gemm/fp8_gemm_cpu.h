@@ -1,5 +1,5 @@
-// What the matmuls over e4m3 weights do on the CPU around their inner loop: x and scales of any
-// type become floats where the loop wants them, and threads share the rows.
+// What the matmuls over weights of a byte each do on the CPU around their inner loop: x and scales
+// of any type become floats where the loop wants them, and threads share the rows.
 #pragma once
 
 #include <algorithm>
@@ -17,14 +17,28 @@ namespace effllm {
 
 static_assert(kFp8CpuTileK == kFp8GroupSize && kFp8GroupSize % kFp8CpuRows == 0);
 
-inline Fp8BlockKernel select_fp8_block_kernel() {
-  constexpr Fp8BlockKernel kBaseline = multiply_block<4>;
+// Of what weights are: the inner loop, and what its sums are to be multiplied by.
+struct E4M3Weights {
+  static constexpr float kPower = kE4M3VectorPower;
+  static constexpr Fp8BlockKernel kBaseline = multiply_block<4, E4M3Decoder>;
+  static constexpr Fp8BlockKernel kAvx2 = fp8_block_avx2, kAvx512 = fp8_block_avx512;
+};
+
+struct Int8Weights {
+  static constexpr float kPower = 1.0f;
+  static constexpr Fp8BlockKernel kBaseline = multiply_block<4, Int8Decoder>;
+  static constexpr Fp8BlockKernel kAvx2 = int8_weight_block_avx2;
+  static constexpr Fp8BlockKernel kAvx512 = int8_weight_block_avx512;
+};
+
+template <class Weights>
+Fp8BlockKernel select_fp8_block_kernel() {
   if constexpr (kHasX86Isas) {
     const CpuIsa isa = cpu_isa();
-    if (isa >= CpuIsa::kAvx512) return fp8_block_avx512;
-    if (isa == CpuIsa::kAvx2) return fp8_block_avx2;
+    if (isa >= CpuIsa::kAvx512) return Weights::kAvx512;
+    if (isa == CpuIsa::kAvx2) return Weights::kAvx2;
   }
-  return kBaseline;
+  return Weights::kBaseline;
 }
 
 // A token's columns of a tile, on a cache line.
@@ -69,14 +83,16 @@ inline float row_scale(const Fp8Scales& scales, int64_t row) {
 }
 
 // For x of type T and out of type Out. `threads` as in packed_gemm_cpu.h.
-template <class T, class Out, class Threads>
+template <class T, class Out, class Weights = E4M3Weights, class Threads>
 void multiply_fp8(const Fp8GemmParams& params, const Threads& threads) {
-  const Fp8BlockKernel kernel = select_fp8_block_kernel();
+  const Fp8BlockKernel kernel = select_fp8_block_kernel<Weights>();
   const int64_t num_tiles = ceil_div<int64_t>(params.k, kFp8CpuTileK);
   const std::vector<Fp8TokenTile> x = gather_fp8_x<T>(params, num_tiles, threads);
   const std::vector<float> x_scales = load_group_scales(params.x_scales, num_tiles, params.m);
-  const int64_t num_scale_rows = ceil_div(params.n, kFp8GroupSize);
-  std::vector<float> w_scales(num_scale_rows * num_tiles);
+  const int row_shift = params.w_scales.row_shift;
+  const int64_t num_scale_rows = ceil_div(params.n, int64_t{1} << row_shift);
+  // One row more, for the loop takes rows in pairs.
+  std::vector<float> w_scales(params.w_scales.grouped ? (num_scale_rows + 1) * num_tiles : 0);
   if (params.w_scales.grouped) {
     // The loop goes along a row: tiles are innermost.
     const std::vector<float> by_tile =
@@ -100,14 +116,14 @@ void multiply_fp8(const Fp8GemmParams& params, const Threads& threads) {
         .num_tokens = static_cast<int>(num_tokens),
         .x_scales = x_scales.empty() ? nullptr : x_scales.data() + first_token,
         .stride_x_scales = params.m,
-        .w_scales = params.w_scales.grouped
-                        ? w_scales.data() + first_row / kFp8GroupSize * num_tiles
-                        : nullptr,
+        .w_scales = params.w_scales.grouped ? w_scales.data() + (first_row >> row_shift) * num_tiles
+                                            : nullptr,
+        .stride_w_scales = row_shift == 0 ? num_tiles : 0,
         .sums = sums,
     });
     for (int64_t row = 0; row < num_rows; ++row) {
       const int64_t n = first_row + row;
-      const float w_scale = row_scale(params.w_scales, n) * kE4M3VectorPower;
+      const float w_scale = row_scale(params.w_scales, n) * Weights::kPower;
       const float bias = params.bias == nullptr
                              ? 0.0f
                              : load_float(params.bias, params.bias_dtype, n * params.stride_bias);

@@ -1,7 +1,8 @@
-// e4m3 weights, and x in e4m3 or 16 bits, for the kernel of strip_gemm_sm80.cuh.
+// e4m3 weights, and x in e4m3 or 16 bits, for the kernel of strip_gemm_sm80.cuh; or int8 weights
+// and x in 16 bits.
 //
 // Roofline: for few tokens the N * K bytes of weights are all that counts; for many tokens the
-// 16-bit tensor cores, which take e4m3 as exact float16 or, beside a bf16 x, as exact bfloat16.
+// 16-bit tensor cores, which take codes as exact float16 or, beside a bf16 x, as exact bfloat16.
 //
 // A weight's rows lie in memory as they are, so a lane takes 16 neighbouring columns of its two
 // rows, four for each k-step:
@@ -22,15 +23,16 @@
 
 namespace effllm {
 
-// X is the type of x: float8_e4m3, float16 or bfloat16.
-template <class X, class Out>
+// X is the type of x: float8_e4m3, float16 or bfloat16. Dequant_ is that of dequant.cuh which
+// decodes the weights.
+template <class X, class Out, template <class> class Dequant_ = E4M3Dequant>
 struct Fp8Operands {
   static constexpr bool kQuantizedX = std::is_same_v<X, float8_e4m3>;
   using InT = std::conditional_t<kQuantizedX, float16, X>;
   using Sum = float;
   using OutT = Out;
   using Params = Fp8GemmParams;
-  using Dequant = E4M3Dequant<InT>;
+  using Dequant = Dequant_<InT>;
   struct Codes {
     uint32_t words[2][4];  // rows g and g + 8; a word per k-step
   };

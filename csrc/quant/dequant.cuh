@@ -268,6 +268,38 @@ struct E4M3Dequant<bfloat16> {
   }
 };
 
+// Two int8, the low half of a word, as exact 16-bit floats.
+template <class T>
+struct Int8Dequant;
+
+template <>
+struct Int8Dequant<float16> {
+  static constexpr float kFactor = 1.f;
+
+  // 1024 + 128 + code, less 1152.
+  static __device__ __forceinline__ uint32_t pair(uint32_t codes) {
+    const uint32_t biased = ptx::Permute()(codes ^ 0x80808080u, 0x64646464u, 0x4140);
+    const __half2 offset = __half2half2(__ushort_as_half(0x6480));
+    const __half2 value = __hsub2(reinterpret_cast<const __half2&>(biased), offset);
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+};
+
+template <>
+struct Int8Dequant<bfloat16> {
+  static constexpr float kFactor = 1.f;
+
+  // The seven low bits under the exponent of 128, less 128, or 256 where the sign is set: that bit
+  // is the last one of the exponent.
+  static __device__ __forceinline__ uint32_t pair(uint32_t codes) {
+    const uint32_t halves = ptx::Permute()(codes, 0x43434343u, 0x4140);
+    const uint32_t low = halves & 0xff7fff7fu, sign = halves & 0xff80ff80u;
+    const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low),
+                                         reinterpret_cast<const __nv_bfloat162&>(sign));
+    return reinterpret_cast<const uint32_t&>(value);
+  }
+};
+
 // Zero in the columns past K of an A fragment, for weights that may be no numbers there: 0 * NaN is
 // NaN. This lane's first column is `columns_left` before K.
 __device__ __forceinline__ void zero_past_k(uint32_t (&a)[4], int64_t columns_left) {

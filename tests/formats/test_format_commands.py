@@ -31,7 +31,7 @@ def test_prints_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (Blockwise("nf4"), "nf4 4 64 lut4_gemm"),
         (Bytes("fp8", strategy="block"), "fp8 8 48 dense (e4m3 codes)"),
-        (Bytes("int-quantized", floats=False), "int-quantized 8 64 dense (8-bit codes)"),
+        (Bytes("int-quantized", floats=False), "int-quantized 8 64 int8_weight_gemm"),
     ],
     ids=lambda value: value.id if isinstance(value, Kind) else "",
 )

@@ -19,7 +19,7 @@ import effllm
 from effllm.formats import CheckpointError, inspect, scaled
 from effllm.formats.bitsandbytes import kernel_group_size
 from effllm.integrations import use_quantizer
-from effllm.nn import Fp8Linear, Lut4Linear
+from effllm.nn import Fp8Linear, Int8Linear, Lut4Linear
 
 Q = "model.layers.1.self_attn.q_proj"
 BF16 = torch.bfloat16
@@ -87,7 +87,11 @@ def test_loads_what_was_stored(kind: Any, tmp_path: Path) -> None:
     for name, weight in written.weights.items():
         module = model.get_submodule(name)
         assert torch.equal(module.weight, weight.dense), name
-        kernels = {Lut4Linear: {"lut4_gemm"}, Fp8Linear: {"fp8_gemm", "fp8_weight_gemm"}}
+        kernels = {
+            Lut4Linear: {"lut4_gemm"},
+            Fp8Linear: {"fp8_gemm", "fp8_weight_gemm"},
+            Int8Linear: {"int8_weight_gemm"},
+        }
         for layer, names in kernels.items():
             assert isinstance(module, layer) == (report[name].kernel in names), name
         assert type(module) in (*kernels, nn.Linear), name
@@ -139,7 +143,8 @@ def test_from_pretrained(kind: Any, tmp_path: Path) -> None:
     ("kind", "expected"),
     [
         (Bytes(strategy="block"), (8, 48, "dense (e4m3 codes)")),
-        (Bytes("int-quantized", floats=False), (8, 64, "dense (8-bit codes)")),
+        (Bytes("int-quantized", floats=False), (8, 64, "int8_weight_gemm")),
+        (Bytes("int-quantized", floats=False, symmetric=False), (8, 64, "dense (8-bit codes)")),
         (Bytes("fp8", strategy="block"), (8, 48, "dense (e4m3 codes)")),
         (Blockwise("nf4"), (4, 64, "lut4_gemm")),
         (Int8(), (8, 64, "dense (8-bit codes)")),

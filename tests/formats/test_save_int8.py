@@ -1,4 +1,4 @@
-"""effllm.save and load of W8A8 layers: int-quantized, as compressed-tensors has it."""
+"""effllm.save and load of W8A8 and int8 layers: int-quantized, as compressed-tensors has it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ from torch import Tensor, nn
 import effllm
 from effllm.cli import main
 from effllm.formats import CheckpointError, inspect
-from effllm.nn import W8A8Linear
-from effllm.quantization import Fp8Config, Granularity, Int8Config, dequantize_
+from effllm.nn import Int8Linear, W8A8Linear
+from effllm.quantization import (
+    Fp8Config,
+    Granularity,
+    Int8Config,
+    LinearConfig,
+    Method,
+    dequantize_,
+)
 
 TENSOR, CHANNEL = Granularity.tensor(), Granularity.channel()
 INT8 = "compressed-tensors-int8"
@@ -28,16 +35,30 @@ CONFIGS = [
     Int8Config(CHANNEL, TENSOR, static=True),
     Int8Config(TENSOR, TENSOR, static=True),
 ]
+WEIGHTS = [LinearConfig(8, CHANNEL), LinearConfig(8, Granularity.group(128))]
 every_config = pytest.mark.parametrize(
-    "config", CONFIGS, ids=lambda c: f"{c.granularity.kind}-{'static' if c.static else 'token'}"
+    "config",
+    [*CONFIGS, *WEIGHTS],
+    ids=lambda c: f"{c.name}-{c.granularity.kind}{'-static' if c.needs_calibration else ''}",
 )
+
+
+@pytest.fixture
+def llama() -> Any:
+    """A Llama of more than one group: K = 256 and 384."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
+    from tiny_models import llama_config
+
+    torch.manual_seed(0)
+    config = llama_config(hidden_size=256, intermediate_size=384, num_hidden_layers=2, head_dim=64)
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 def not_head(module: Any, name: str) -> bool:
     return name != "lm_head"
 
 
-def quantised(model: Any, config: Int8Config) -> Any:
+def quantised(model: Any, config: Method) -> Any:
     ids = torch.arange(64).view(4, 16)
     calibration = ids if config.needs_calibration else None
     effllm.quantize_(model, config, not_head, calibration=calibration, progress=False)
@@ -50,7 +71,7 @@ def config_of(folder: Path) -> Any:
 
 @every_config
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back(config: Int8Config, dtype: torch.dtype, llama: Any, tmp_path: Path) -> None:
+def test_there_and_back(config: Method, dtype: torch.dtype, llama: Any, tmp_path: Path) -> None:
     model = quantised(llama.to(dtype), config)
     effllm.save(model, tmp_path / "a", INT8, progress=False)
     again = effllm.load(tmp_path / "a", progress=False)
@@ -63,7 +84,8 @@ def test_there_and_back(config: Int8Config, dtype: torch.dtype, llama: Any, tmp_
     model.model.rotary_emb = again.model.rotary_emb  # rounded by the cast above
     assert torch.equal(logits(again), logits(model))
     rows = {row.name: row for row in again.effllm_report.layers}
-    assert (rows[Q].format, rows[Q].bits, rows[Q].kernel) == ("int-quantized", 8, "int8_gemm")
+    kernel = "int8_weight_gemm" if config in WEIGHTS else "int8_gemm"
+    assert (rows[Q].format, rows[Q].bits, rows[Q].kernel) == ("int-quantized", 8, kernel)
     assert {row.name: row.kernel for row in inspect(tmp_path / "a").layers} == {
         name: row.kernel for name, row in rows.items()
     }
@@ -79,9 +101,7 @@ def test_there_and_back(config: Int8Config, dtype: torch.dtype, llama: Any, tmp_
 # The config that asks for dense weights is merged with that of the file, which it warns of.
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @every_config
-def test_compressed_tensors_reads_what_we_write(
-    config: Int8Config, llama: Any, tmp_path: Path
-) -> None:
+def test_compressed_tensors_reads_what_we_write(config: Method, llama: Any, tmp_path: Path) -> None:
     """Its own dense weights are those of our layers; what it says of inputs is what they do."""
     pytest.importorskip("compressed_tensors", reason="needs the extra effllm[formats]")
     from compressed_tensors.quantization import QuantizationConfig
@@ -92,8 +112,11 @@ def test_compressed_tensors_reads_what_we_write(
     stored = QuantizationConfig.model_validate(config_of(tmp_path / "a")["quantization_config"])
     (scheme,) = stored.config_groups.values()
     assert (scheme.weights.type, scheme.weights.num_bits) == ("int", 8)
-    assert scheme.input_activations.strategy == ("tensor" if config.static else "token")
-    assert scheme.input_activations.dynamic is not config.static
+    if isinstance(config, Int8Config):
+        assert scheme.input_activations.strategy == ("tensor" if config.static else "token")
+        assert scheme.input_activations.dynamic is not config.static
+    else:
+        assert scheme.input_activations is None
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path / "a",
         dtype=torch.bfloat16,
@@ -158,7 +181,7 @@ def test_the_lowest_code_is_a_number(llama: Any, tmp_path: Path) -> None:
 
 
 def test_what_no_kernel_does_with_inputs_is_left_out(llama: Any, tmp_path: Path) -> None:
-    """Weights alone count then, as dense ones."""
+    """Weights alone are quantised then."""
     model = quantised(llama, CONFIGS[0])
     effllm.save(model, tmp_path / "a", INT8, progress=False)
     path = tmp_path / "a" / "config.json"
@@ -177,11 +200,19 @@ def test_what_no_kernel_does_with_inputs_is_left_out(llama: Any, tmp_path: Path)
         path.write_text(json.dumps(config))
         loaded = effllm.load(tmp_path / "a", progress=False)
         layer = loaded.get_submodule(Q)
-        assert type(layer) is nn.Linear
+        assert isinstance(layer, Int8Linear)
         assert torch.equal(layer.weight, model.get_submodule(Q).weight)
         assert {row.kernel for row in loaded.effllm_report.layers if row.name == Q} == {
-            "dense (8-bit codes)"
+            "int8_weight_gemm"
         }
+
+
+def test_short_groups_are_refused(llama: Any, tmp_path: Path) -> None:
+    llama.model.layers[1].mlp.down_proj = nn.Linear(200, 256, bias=False)
+    effllm.quantize_(llama, WEIGHTS[1], not_head, progress=False)
+    with pytest.raises(ValueError, match=r"down_proj': .* got K = 200, group_size = 128"):
+        effllm.save(llama, tmp_path / "a", INT8, progress=False)
+    assert not (tmp_path / "a").exists()
 
 
 def test_layers_of_other_kinds_are_refused(llama: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W4A8Linear, W8A8Linear
+from effllm.nn import Fp8Linear, Int4Linear, Int8Linear, Lut4Linear, W4A8Linear, W8A8Linear
 from effllm.nn.packed_linear import PackedLinear
 from effllm.nn.quantized_linear import QuantizedLinear
 
@@ -78,6 +78,13 @@ def w8a8(scales_per: str, static: bool) -> Kind:
     )
 
 
+def int8(scales_per: str) -> Kind:
+    def convert(linear: nn.Linear) -> QuantizedLinear:
+        return Int8Linear.from_linear(linear, scales_per)
+
+    return Kind(f"int8-{scales_per}", Int8Linear, {"scales_per": scales_per}, convert)
+
+
 INT4 = Kind(
     "int4",
     Int4Linear,
@@ -101,6 +108,7 @@ KINDS = [
     fp8("channel", None),
     w8a8("channel", static=False),
     w8a8("tensor", static=True),
+    *(int8(per) for per in ("tensor", "channel", "group")),
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -277,7 +285,7 @@ def test_options_make_a_layer_of_the_kind(kind: Kind) -> None:
     assert torch.equal(again(x), layer(x))
 
 
-@pytest.mark.parametrize("layer", [Fp8Linear, Int4Linear, Lut4Linear, W8A8Linear])
+@pytest.mark.parametrize("layer", [Fp8Linear, Int4Linear, Int8Linear, Lut4Linear, W8A8Linear])
 def test_sizes_of_nothing(layer: type[QuantizedLinear]) -> None:
     with pytest.raises(ValueError, match="must be positive, got 0, 4"):
         layer(0, 4)

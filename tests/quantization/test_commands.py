@@ -140,14 +140,19 @@ def assert_checkpoint_is_quantised(
         (["int8", "--inputs", "static"], quantization.Int8Config(CHANNEL, TENSOR, static=True)),
         (["smoothquant"], quantization.SmoothQuantConfig()),
         (
+            ["linear", "--bits", "8"],
+            quantization.LinearConfig(8, quantization.Granularity.group(128)),
+        ),
+        (["gptq", "--bits", "8", "--group", "-1"], quantization.GptqConfig(8, CHANNEL)),
+        (
             ["smoothquant", "--alpha", "0.5", "--inputs", "static"],
             quantization.SmoothQuantConfig(CHANNEL, TENSOR, static=True, alpha=0.5),
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_w8a8(
-    options: list[str], config: quantization.Int8Config, text: str, tmp_path: Path
+def test_eight_bits(
+    options: list[str], config: quantization.Method, text: str, tmp_path: Path
 ) -> None:
     assert_checkpoint_is_quantised(options, config, text, tmp_path)
 
@@ -277,6 +282,11 @@ def test_an_interrupted_command_goes_on(
             ["--method", "fp8", "--inputs", "static", "--scales", "tensor"],
             "--method fp8 --inputs static needs --calibration FILE",
         ),
+        (
+            ["--method", "linear", "--bits", "8", "--format", "awq"],
+            "--format awq does not hold what --method linear makes of 8 bits; use",
+        ),
+        (["--method", "kmeans", "--bits", "8"], "KMeansConfig: bits must be 2, 3 or 4, got 8"),
         (["--method", "fp8", "--format", "awq"], "--format awq does not hold what --method fp8"),
         (["--method", "linear", "--average-bits", "3"], "--average-bits needs --calibration FILE"),
         (["--average-bits", "3", "--bits", "4"], "without --bits, got 3 and --bits 4"),

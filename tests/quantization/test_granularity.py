@@ -50,7 +50,7 @@ def test_a_tile_holds_its_block_of_the_matrix(rows: int, columns: int) -> None:
     [
         (lambda: Granularity.group(0), r"Granularity\.group\(0\) must have sizes of at least 1"),
         (lambda: Granularity.block(2, -1), r"block\(2, -1\) must have sizes of at least 1"),
-        (lambda: LinearConfig(5), "LinearConfig: bits must be 2, 3 or 4, got 5"),
+        (lambda: LinearConfig(5), "LinearConfig: bits must be 2, 3, 4 or 8, got 5"),
         (lambda: LinearConfig(4, Granularity.token()), r"or block\(m, n\) .*, got token\(\)"),
         (lambda: LinearConfig(4, Granularity.group(48)), r"\(32, 64, 128\), got group\(48\)"),
     ],

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import effllm
-from effllm.nn import Int4Linear
-from effllm.quantization import Granularity, LinearConfig
+from effllm.nn import Int4Linear, Int8Linear
+from effllm.quantization import AwqConfig, GptqConfig, Granularity, LinearConfig
 
 GRANULARITIES = [
     Granularity.tensor(),
@@ -43,6 +43,44 @@ def tiles_of(granularity: Granularity, n: int, k: int) -> list[tuple[slice, slic
         for i in range(0, n, rows)
         for j in range(0, k, columns)
     ]
+
+
+@pytest.mark.parametrize(
+    "granularity", [Granularity.tensor(), Granularity.channel(), Granularity.group(128)], ids=str
+)
+def test_eight_bits(granularity: Granularity) -> None:
+    """256 codes around 0, in a layer of their own, which leaves inputs as they are."""
+    weight = torch.randn(12, 300)
+    found = LinearConfig(8, granularity).quantise(weight, None)
+    for tile in tiles_of(granularity, 12, 300):
+        values = weight[tile].double()
+        scale = values.abs().max() / 127.5
+        wanted = (values / scale).round().clamp(-128, 127) * scale
+        assert (found.dense()[tile] - wanted).abs().max() < 1.01 * scale
+        assert (found.dense()[tile] - values).abs().max() < 0.51 * scale
+    layer = found.layer(nn.Linear(300, 12))
+    assert isinstance(layer, Int8Linear)
+    assert torch.equal(layer.weight, found.dense())
+    clipped = LinearConfig(8, granularity, clip=True).quantise(weight, None)
+    assert (clipped.dense() - weight).norm() < (found.dense() - weight).norm()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (LinearConfig, {"symmetric": False}, "8 bits are of symmetric=True, got False"),
+        (AwqConfig, {}, "8 bits are of symmetric=True, got False"),
+        (LinearConfig, {"granularity": Granularity.group(64)}, r"channel\(\) or group\(128\)"),
+        (GptqConfig, {"granularity": Granularity.block(4, 128)}, r"got block\(4, 128\)"),
+        (GptqConfig, {"static_groups": False}, "act_order"),
+    ],
+)
+def test_eight_bits_that_no_kernel_has(
+    config: type[LinearConfig], options: dict[str, object], message: str
+) -> None:
+    channel = {"granularity": Granularity.channel()}
+    with pytest.raises(ValueError, match=f"{config.__name__}: .*{message}"):
+        config(8, **channel | options)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

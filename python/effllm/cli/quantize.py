@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="folder of the model, as transformers saves it")
     parser.add_argument("--out", required=True, help="folder to make; for gguf a file")
     parser.add_argument("--method", choices=_FORMATS, default="awq", help="(awq)")
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4), help="(4)")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), help="(4); 8: linear, gptq, awq")
     parser.add_argument(
         "--average-bits",
         type=float,
@@ -159,11 +159,12 @@ def run(args: argparse.Namespace) -> int:
     source, target = Path(args.source), Path(args.out).absolute()
     state = target.with_name(f".{target.name}.state")
     try:
-        possible = _FORMATS[args.method]
+        possible = (_INT8, _DENSE) if args.bits == 8 else _FORMATS[args.method]
         file_format: Any = args.format or possible[0]
         if file_format not in possible:
             raise ValueError(
-                f"--format {file_format} does not hold what --method {args.method} makes; use "
+                f"--format {file_format} does not hold what --method {args.method} makes"
+                f"{' of 8 bits' if args.bits == 8 else ''}; use "
                 f"{' or '.join(possible)}"
             )
         configs = _configs(args, file_format)

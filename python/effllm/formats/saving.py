@@ -23,7 +23,7 @@ from effllm.formats import awq, bitsandbytes, compressed_tensors, gptq
 from effllm.formats.gguf_model import GGUF_FORMATS, save_gguf
 from effllm.formats.grouped import GroupedWeight
 from effllm.formats.shards import ShardWriter
-from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W8A8Linear
+from effllm.nn import Fp8Linear, Int4Linear, Int8Linear, Lut4Linear, W8A8Linear
 from effllm.nn.quantized_linear import QuantizedLinear
 from effllm.nn.scaled_linear import BLOCK, InputsPer, ScaledLinear, ScalesPer
 
@@ -67,7 +67,7 @@ def save(
             "gptq_v2" also holds permuted inputs (act-order) and short last groups; "awq" is the
             GEMM layout, with one group size for all layers. These three hold ``Int4Linear`` layers;
             "compressed-tensors-fp8" is float-quantized and holds ``Fp8Linear`` layers,
-            "compressed-tensors-int8" is int-quantized and holds ``W8A8Linear`` layers;
+            "compressed-tensors-int8" is int-quantized and holds ``W8A8Linear`` and ``Int8Linear``;
             "bitsandbytes" holds ``Lut4Linear`` layers of NF4, or of FP4, in groups that divide the
             input channels, with the codebook in fp32. "gguf-..." is one file for llama.cpp, with
             all matrices of the type that it names: "gguf-q4_0" and "gguf-q4_1" hold those
@@ -97,7 +97,7 @@ def save(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"effllm.save: {path} exists and is no empty folder")
     kind = _FORMATS[format]
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, kind.layer)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kind.layers)}
     _refuse(model, layers, format)
     quantization = kind.config(model, layers)
 
@@ -125,14 +125,14 @@ def _refuse(model: nn.Module, layers: dict[str, Any], format: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and name not in layers:
             kind = type(module)
-            others = [other for other, row in _FORMATS.items() if issubclass(kind, row.layer)]
+            others = [other for other, row in _FORMATS.items() if issubclass(kind, row.layers)]
             raise ValueError(
                 f"effllm.save: layer '{name}': {format} holds no {kind.__name__}, only "
                 f"{', '.join(others)} may"
             )
     if not layers:
         raise ValueError(
-            f"effllm.save: the model has no {_FORMATS[format].layer.__name__}; "
+            f"effllm.save: the model has no {_FORMATS[format].layers[0].__name__}; "
             "use model.save_pretrained"
         )
     for name, tensor in model.state_dict().items():
@@ -247,6 +247,8 @@ def _scaled_config(
         weights: dict[str, Any] = {"strategy": scales_per, "dynamic": False}
         if scales_per == "block":
             weights["block_structure"] = [BLOCK, BLOCK]
+        elif scales_per == "group":
+            weights["group_size"] = BLOCK
         inputs = None
         if inputs_per is not None:
             group_size = BLOCK if inputs_per == "group" else None
@@ -348,7 +350,16 @@ def _encode_lut4(layer: Lut4Linear, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _encode_scaled(layer: ScaledLinear, dtype: torch.dtype) -> dict[str, Tensor]:
-    """compressed-tensors has one scale of all as [1]."""
+    """compressed-tensors has one scale of all as [1], and no short groups.
+
+    Raises:
+        ValueError: K is no multiple of the group.
+    """
+    if layer.scales_per == "group" and layer.in_features % BLOCK:
+        raise ValueError(
+            f"compressed-tensors needs K % group_size == 0, got K = {layer.in_features}, "
+            f"group_size = {BLOCK}"
+        )
     scales = layer.scales.detach()
     tensors = {
         "weight": layer.qweight.detach(),
@@ -367,24 +378,26 @@ def _of_groups(encode: Callable[[GroupedWeight], dict[str, Tensor]]) -> _Encode:
 class _Format:
     """What a format holds, as tensors by their name in the layer, and its config."""
 
-    layer: type[QuantizedLinear]
+    layers: tuple[type[QuantizedLinear], ...]
     encode: _Encode
     config: Callable[[Any, dict[str, Any]], dict[str, Any]]
 
 
 _FORMATS = {
     "compressed-tensors": _Format(
-        Int4Linear, _of_groups(compressed_tensors.encode), _packed_config
+        (Int4Linear,), _of_groups(compressed_tensors.encode), _packed_config
     ),
     "compressed-tensors-fp8": _Format(
-        Fp8Linear,
+        (Fp8Linear,),
         _encode_scaled,
         partial(_scaled_config, format="float-quantized", codes="float"),
     ),
     "compressed-tensors-int8": _Format(
-        W8A8Linear, _encode_scaled, partial(_scaled_config, format="int-quantized", codes="int")
+        (W8A8Linear, Int8Linear),
+        _encode_scaled,
+        partial(_scaled_config, format="int-quantized", codes="int"),
     ),
-    "gptq_v2": _Format(Int4Linear, _of_groups(gptq.encode), _gptq_config),
-    "awq": _Format(Int4Linear, _of_groups(awq.encode), _awq_config),
-    "bitsandbytes": _Format(Lut4Linear, _encode_lut4, _bitsandbytes_config),
+    "gptq_v2": _Format((Int4Linear,), _of_groups(gptq.encode), _gptq_config),
+    "awq": _Format((Int4Linear,), _of_groups(awq.encode), _awq_config),
+    "bitsandbytes": _Format((Lut4Linear,), _encode_lut4, _bitsandbytes_config),
 }

@@ -13,7 +13,7 @@ from effllm.formats import bitsandbytes
 from effllm.formats.config import Scheme
 from effllm.formats.grouped import GroupedWeight, int4_tensors, kernel_groups
 from effllm.formats.layers import StoredLayer
-from effllm.nn import Fp8Linear, Int4Linear, Lut4Linear, W8A8Linear
+from effllm.nn import Fp8Linear, Int4Linear, Int8Linear, Lut4Linear, W8A8Linear
 from effllm.nn.quantized_linear import frozen
 from effllm.nn.scaled_linear import BLOCK, InputsPer, ScaledLinear, ScalesPer
 
@@ -122,9 +122,14 @@ def _dense_linear(values: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn
 
 def scaled_kind(scheme: Scheme) -> type[ScaledLinear] | None:
     """The layer that has a stored one's codes and scales as they are; None if none has."""
-    rounded = scheme.bits == 8 and scheme.inputs is not None and scheme.symmetric
-    kind = Fp8Linear if scheme.floats else W8A8Linear if rounded else None
-    return kind if kind is not None and scales_per(scheme) in kind.weights_per else None
+    kind: type[ScaledLinear] = Int8Linear if scheme.inputs is None else W8A8Linear
+    if scheme.floats:
+        kind = Fp8Linear
+    elif scheme.format not in ("int-quantized", "naive-quantized") or not (
+        scheme.bits == 8 and scheme.symmetric
+    ):
+        return None
+    return kind if scales_per(scheme) in kind.weights_per else None
 
 
 def scales_per(scheme: Scheme) -> ScalesPer | None:
@@ -132,6 +137,7 @@ def scales_per(scheme: Scheme) -> ScalesPer | None:
     kinds: dict[tuple[int, int], ScalesPer] = {
         (-1, -1): "tensor",
         (1, -1): "channel",
+        (1, BLOCK): "group",
         (BLOCK, BLOCK): "block",
     }
     return kinds.get((scheme.rows, scheme.group_size))

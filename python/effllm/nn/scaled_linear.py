@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from effllm.nn.quantized_linear import QuantizedLinear, ceil_div, frozen
 from effllm.ops.fp8_gemm import dequantize_weight
 
-ScalesPer = Literal["tensor", "channel", "block"]
+ScalesPer = Literal["tensor", "channel", "group", "block"]
 InputsPer = Literal["tensor", "token", "group"]
 
 BLOCK = 128
-"""Rows and columns of a block of the weight, and columns of a group of inputs."""
+"""Rows and columns of a block of the weight, and columns of a group of it or of inputs."""
 
 
 class ScaledLinear(QuantizedLinear):
-    """``y = x @ W.T + bias`` with ``W = qweight * scales``, and x rounded to such codes as well.
+    """``y = x @ W.T + bias`` with ``W = qweight * scales``, and x rounded to such codes as well, or
+    as it is.
 
     Stands in for ``nn.Linear`` (N = out_features, K = in_features). All tensors are plain
     parameters without gradient; gradients flow to ``x`` (LoRA) as if it had not been rounded, never
@@ -28,8 +29,8 @@ class ScaledLinear(QuantizedLinear):
 
     Parameters:
         qweight: codes ``[N, K]``.
-        scales: float ``[1]`` of the tensor, ``[N, 1]`` per channel, or
-            ``[ceil(N/128), ceil(K/128)]`` per block.
+        scales: float ``[1]`` of the tensor, ``[N, 1]`` per channel, ``[N, ceil(K/128)]`` per group,
+            or ``[ceil(N/128), ceil(K/128)]`` per block.
         input_scale: float ``[1]`` or None: the scale of x where it is known ("static").
         bias: float ``[N]`` or None.
 
@@ -65,13 +66,14 @@ class ScaledLinear(QuantizedLinear):
         the bias, scales are fp32. Raises ValueError on sizes < 1 or other words.
         """
         super().__init__(in_features, out_features, bias, device, dtype)
-        _check_word("scales_per", scales_per, self.weights_per)
-        _check_word("inputs_per", inputs_per, self.activations_per)
+        check_word("scales_per", scales_per, self.weights_per)
+        check_word("inputs_per", inputs_per, self.activations_per)
         if static and inputs_per != "tensor":
             raise ValueError(f"a static scale is of inputs_per='tensor', got {inputs_per!r}")
         shape = {
             "tensor": (1,),
             "channel": (out_features, 1),
+            "group": (out_features, ceil_div(in_features, BLOCK)),
             "block": (ceil_div(out_features, BLOCK), ceil_div(in_features, BLOCK)),
         }[scales_per]
         self.inputs_per = inputs_per
@@ -129,7 +131,9 @@ class ScaledLinear(QuantizedLinear):
         """What of the weight has a scale each, by their shape."""
         if self.scales.numel() == 1:
             return "tensor"
-        return "channel" if self.scales.shape == (self.out_features, 1) else "block"
+        if self.scales.shape == (self.out_features, 1):
+            return "channel"
+        return self.weights_per[-1]  # of groups and blocks a layer knows one
 
     @property
     def weight(self) -> Tensor:
@@ -139,7 +143,8 @@ class ScaledLinear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., K]`` fp16, bf16 or fp32 -> ``[..., N]`` of x's dtype."""
         tensors = (self.qweight, self.scales, self.input_scale, self.bias)
-        if torch.is_grad_enabled() and x.requires_grad:
+        # Products of an x that is not rounded have gradients of their own.
+        if self.inputs_per is not None and torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _StraightThrough.apply(x, *tensors, self.inputs_per, type(self).product)
             return out
         return type(self).product(x, *tensors, self.inputs_per)
@@ -168,10 +173,12 @@ class ScaledLinear(QuantizedLinear):
         return f"{type(self).__name__} {static} a static scale"
 
 
-def _check_word(name: str, word: str | None, words: tuple[str | None, ...]) -> None:
+def check_word(name: str, word: str | None, words: tuple[str | None, ...]) -> None:
+    """Raises ValueError unless it is one of them."""
     if word not in words:
         *others, last = map(repr, words)
-        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {word!r}")
+        known = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{name} must be {known}, got {word!r}")
 
 
 class _StraightThrough(torch.autograd.Function):

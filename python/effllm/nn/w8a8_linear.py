@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from effllm import ops
-from effllm.nn.scaled_linear import InputsPer, ScaledLinear, ScalesPer
+from effllm.nn.scaled_linear import InputsPer, ScaledLinear, ScalesPer, check_word
 
 
 class W8A8Linear(ScaledLinear):
@@ -62,6 +62,7 @@ class W8A8Linear(ScaledLinear):
         # Imported here because the quantisation package imports this module.
         from effllm.quantization.int8 import quantise_weight
 
+        check_word("scales_per", scales_per, cls.weights_per)
         codes, scales = quantise_weight(linear.weight.detach(), scales_per)
         inputs_per: InputsPer = "token" if input_scale is None else "tensor"
         return cls.from_codes(linear, codes, scales, input_scale, inputs_per=inputs_per)

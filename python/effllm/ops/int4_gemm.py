@@ -65,16 +65,22 @@ def dequantize(
 
 
 def dequantize_codes(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None = None, *, group_size: int
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    group_size: int,
+    middle: int = 8,
 ) -> Tensor:
-    """``(codes - zeros) * scales`` of codes uint8 [N, K]: float64 for float64 scales, else fp32."""
+    """``(codes - zeros) * scales`` of codes uint8 [N, K]: float64 for float64 scales, else fp32.
+    Without zeros the code ``middle`` stands for 0."""
     dtype = torch.float64 if scales.dtype == torch.float64 else torch.float32
     k = codes.shape[1]
 
     def spread(groups: Tensor) -> Tensor:
         return groups.to(dtype).repeat_interleave(group_size, dim=1)[:, :k]
 
-    offset = 8 if zeros is None else spread(zeros)
+    offset = middle if zeros is None else spread(zeros)
     return (codes.to(dtype) - offset) * spread(scales)
 
 

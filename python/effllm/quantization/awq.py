@@ -118,6 +118,7 @@ def quantise_clipped(
         per_row(scales, rows, n).to(weight.dtype),
         None if grid.symmetric else per_row(zeros, rows, n).to(torch.uint8),
         columns,
+        bits=grid.bits,
     )
 
 

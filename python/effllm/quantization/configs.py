@@ -24,9 +24,9 @@ class LinearConfig(UniformMethod):
     """Linear quantisation by rounding to nearest, with optional clipping; needs no calibration.
 
     Attributes:
-        bits: 2, 3 or 4.
+        bits: 2, 3 or 4; or 8, see ``UniformMethod``.
         granularity: of scales and zero points.
-        symmetric: zero point 8 everywhere; otherwise zero points as fine as the scales.
+        symmetric: zero point in the middle everywhere; otherwise zero points as fine as the scales.
         clip: choose each range so that the squared error of its weights is smallest (to about 1 %
             of the range); otherwise a range holds all of its weights.
         inputs: token(): layers round their inputs to int8 at each call, with a scale per token
@@ -41,7 +41,7 @@ class LinearConfig(UniformMethod):
         codes, scales, zeros = round_to_nearest(
             weight, columns, self.symmetric, bits=self.bits, rows=rows, clip=self.clip
         )
-        return UniformCodes(codes, scales, zeros, columns)
+        return UniformCodes(codes, scales, zeros, columns, bits=self.bits)
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ class GptqConfig(UniformMethod):
         super().__post_init__()
         if not 0 <= self.damping <= 1:
             raise ValueError(f"GptqConfig: damping must be in 0..1, got {self.damping}")
+        if self.bits == 8 and self.act_order and not self.static_groups:
+            raise ValueError(
+                "GptqConfig: 8 bits with act_order are of static_groups=True, got False"
+            )
 
     @property
     def needs_calibration(self) -> bool:

@@ -95,7 +95,7 @@ def quantise_gptq(
     else:
         codes = torch.empty_like(codes).index_copy_(1, order, codes)
     stored_zeros = None if grid.symmetric else zeros.to(torch.uint8)
-    return UniformCodes(codes, scales.to(weight.dtype), stored_zeros, columns, perm)
+    return UniformCodes(codes, scales.to(weight.dtype), stored_zeros, columns, perm, grid.bits)
 
 
 def _round_columns(

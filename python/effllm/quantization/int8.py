@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effllm import ops
 from effllm.nn import W8A8Linear
-from effllm.nn.scaled_linear import InputsPer, ScalesPer
+from effllm.nn.scaled_linear import BLOCK, InputsPer, ScalesPer
 from effllm.quantization.folding import Fold
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.method import CHANNEL, TOKEN
@@ -18,17 +18,22 @@ from effllm.quantization.round_to_nearest import check_weight
 from effllm.quantization.scaled_method import TENSOR, ScaledMethod
 from effllm.quantization.smoothing import check_alpha, find_alpha, smoothing_scales
 from effllm.quantization.statistics import InputStatistics
+from effllm.quantization.uniform import from_tiles, to_tiles
 
 
 def quantise_weight(weight: Tensor, scales_per: ScalesPer) -> tuple[Tensor, Tensor]:
-    """Codes ``[N, K]`` and fp32 scales of a float weight ``[N, K]``, as ``W8A8Linear`` holds them.
+    """int8 codes ``[N, K]`` and fp32 scales of a float weight ``[N, K]``, as ``W8A8Linear`` and
+    ``Int8Linear`` hold them.
 
     Raises ValueError for another ``scales_per``, or a weight that is no float matrix with data,
     all of it finite.
     """
     check_weight(weight)
+    if scales_per == "group":
+        codes, scales = ops.int8_quantize(to_tiles(weight, 1, BLOCK))
+        return from_tiles(codes, 1, BLOCK, *weight.shape), _dense(scales.squeeze(-1))
     if scales_per not in ("tensor", "channel"):
-        raise ValueError(f"scales_per must be 'tensor' or 'channel', got {scales_per!r}")
+        raise ValueError(f"scales_per must be 'tensor', 'channel' or 'group', got {scales_per!r}")
     rows = weight.reshape(1, -1) if scales_per == "tensor" else weight
     codes, scales = ops.int8_quantize(rows)
     shape = (1,) if scales_per == "tensor" else scales.shape

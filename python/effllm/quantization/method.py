@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from effllm.nn import Int4Linear, Lut4Linear, W4A8Linear
+from effllm.nn import Int4Linear, Int8Linear, Lut4Linear, W4A8Linear
 from effllm.nn.packed_linear import GROUP_SIZES
 from effllm.nn.quantized_linear import QuantizedLinear
-from effllm.nn.scaled_linear import InputsPer, ScaledLinear
+from effllm.nn.scaled_linear import BLOCK, InputsPer, ScaledLinear
 from effllm.ops.fp8_gemm import dequantize_weight
 from effllm.ops.int4_gemm import dequantize_codes
 from effllm.ops.lut4_gemm import decode
@@ -26,23 +26,34 @@ CHANNEL, GROUP_64, TOKEN = Granularity.channel(), Granularity.group(64), Granula
 
 @dataclass(frozen=True)
 class UniformCodes:
-    """Codes on uniform grids, ``weight ~ (code - zero) * scale``; see ``Int4Linear``."""
+    """Codes on uniform grids, ``weight ~ (code - zero) * scale``; see ``Int4Linear``, or of 8 bits,
+    without zeros and perm, ``Int8Linear``."""
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     group_size: int
     perm: Tensor | None = None
+    bits: int = 4
 
     def dense(self) -> Tensor:
         """The weight that the codes stand for, fp32 ``[N, K]``."""
-        weight = dequantize_codes(self.codes, self.scales, self.zeros, group_size=self.group_size)
+        weight = dequantize_codes(
+            self.codes,
+            self.scales,
+            self.zeros,
+            group_size=self.group_size,
+            middle=Grid(self.bits, True).middle,
+        )
         if self.perm is None:
             return weight
         return torch.empty_like(weight).index_copy_(1, self.perm.long(), weight)
 
     def layer(self, linear: nn.Linear, kind: type[Int4Linear] = Int4Linear) -> QuantizedLinear:
         """The layer that takes the place of ``linear``."""
+        if self.bits == 8:
+            codes = (self.codes.short() - Grid(8, True).middle).to(torch.int8)
+            return Int8Linear.from_codes(linear, codes, self.scales.float(), inputs_per=None)
         return kind.from_codes(
             linear, self.codes, self.scales, self.zeros, self.perm, group_size=self.group_size
         )
@@ -99,7 +110,7 @@ class Method(ABC):
 
     Attributes:
         bits: of a code: 2, 3 or 4. Those of 2 and 3 bits run on the kernels of 4 bits, in as many
-            bytes. FP8 and W8A8 have 8.
+            bytes. FP8 and W8A8 have 8, and uniform methods may.
         granularity: which weights share scales or a codebook. The columns of a group or block are
             32, 64 or 128.
     """
@@ -107,13 +118,17 @@ class Method(ABC):
     name: ClassVar[str]
     """As reports call it."""
 
+    known_bits: ClassVar[tuple[int, ...]] = (2, 3, 4)
+
     bits: int = 4
     granularity: Granularity = GROUP_64
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no kernel holds."""
-        if self.bits not in (2, 3, 4):
-            raise ValueError(f"{type(self).__name__}: bits must be 2, 3 or 4, got {self.bits}")
+        if self.bits not in self.known_bits:
+            *others, last = map(str, self.known_bits)
+            known = f"{', '.join(others)} or {last}"
+            raise ValueError(f"{type(self).__name__}: bits must be {known}, got {self.bits}")
         grained = self.granularity
         if grained.kind == "token" or (grained.columns and grained.columns not in GROUP_SIZES):
             raise ValueError(
@@ -154,13 +169,16 @@ class UniformMethod(Method):
     """Base of the methods whose levels are evenly spaced.
 
     Attributes:
-        bits, granularity: see ``Method``.
+        bits, granularity: see ``Method``; or 8 bits, with tensor(), channel() or group(128), which
+            are symmetric and leave inputs as they are (``Int8Linear``).
         symmetric: zero point 8 everywhere; otherwise zero points as fine as the scales.
         clip: choose each range so that the squared error is smallest; otherwise it holds all
             values.
         inputs: token(): layers round their inputs to int8 at each call, with a scale per token
             (``W4A8Linear``); None leaves inputs as they are (``Int4Linear``).
     """
+
+    known_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
 
     symmetric: bool = True
     clip: bool = False
@@ -172,6 +190,20 @@ class UniformMethod(Method):
         if self.inputs not in (None, TOKEN):
             raise ValueError(
                 f"{type(self).__name__}: inputs must be token() or None, got {self.inputs}"
+            )
+        if self.bits != 8:
+            return
+        if self.inputs is not None:
+            raise ValueError(
+                f"{type(self).__name__}: inputs of 8 bits must be None, got {self.inputs}: "
+                "Int8Config rounds weights and inputs to 8 bits"
+            )
+        if not self.symmetric:
+            raise ValueError(f"{type(self).__name__}: 8 bits are of symmetric=True, got False")
+        if self.granularity not in (Granularity.tensor(), CHANNEL, Granularity.group(BLOCK)):
+            raise ValueError(
+                f"{type(self).__name__}: granularity of 8 bits must be tensor(), channel() or "
+                f"group({BLOCK}), got {self.granularity}"
             )
 
     @property

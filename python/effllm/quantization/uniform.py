@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Codes live in the 4 bits that the kernel reads; without zero points it takes 8 for all.
-_SYMMETRIC_ZERO = 8
-
 # Clipping is searched in two passes: which twentieth of the range, then which hundredth around it.
 _COARSE = [step / 20 for step in range(20, 0, -1)]
 _FINE = [step / 100 for step in range(-4, 5) if step]
@@ -22,18 +19,24 @@ class Grid:
     """Evenly spaced levels: ``value ~ (code - zero) * scale``.
 
     Attributes:
-        bits: 2, 3 or 4; fewer bits use a part of the 4-bit codes.
-        symmetric: zero is 8, and codes are 2**bits values around it. Otherwise codes start at 0 and
-            the zero point is one of them, so that 0 stays exact.
+        bits: 2, 3 or 4; fewer bits use a part of the 4-bit codes. Or 8.
+        symmetric: zero is ``middle``, and codes are 2**bits values around it. Otherwise codes start
+            at 0 and the zero point is one of them, so that 0 stays exact.
     """
 
     bits: int
     symmetric: bool
 
     @property
+    def middle(self) -> int:
+        """The code that stands for 0 where there are no zero points, whatever part of 4 bits is
+        used; or of 8 bits."""
+        return 128 if self.bits == 8 else 8
+
+    @property
     def codes(self) -> tuple[int, int]:
         """The smallest and the largest code."""
-        low = _SYMMETRIC_ZERO - (1 << self.bits - 1) if self.symmetric else 0
+        low = self.middle - (1 << self.bits - 1) if self.symmetric else 0
         return low, low + (1 << self.bits) - 1
 
     def parameters(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -50,7 +53,7 @@ class Grid:
         scales = (span / (last - first)).to(dtype)
         scales = torch.where(scales == 0, torch.ones_like(scales), scales).float()
         if self.symmetric:
-            return scales, torch.full_like(scales, _SYMMETRIC_ZERO)
+            return scales, torch.full_like(scales, self.middle)
         return scales, torch.round(-low / scales).clamp(first, last)
 
     def encode(self, values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

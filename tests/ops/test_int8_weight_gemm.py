@@ -1,0 +1,133 @@
+"""int8_weight_gemm beyond the cases of the contract: every code, layouts, special values,
+gradients, errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from effllm.ops import int8_weight_gemm
+from effllm.ops.int8_weight_gemm import dequantize_groups
+from effllm.testing import hostile
+from effllm.testing.cases.int8_weight_gemm import CPU_CASES, Int8WeightGemmCase
+from effllm.testing.compare import assert_close_to_reference, assert_equal
+
+HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+CASE = Int8WeightGemmCase(6, 200, 320, "group", HALF, bias=True)
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.id)
+def test_cases_of_the_cpu_alone(case: Int8WeightGemmCase) -> None:
+    args, _ = case.make("cpu")
+    found = int8_weight_gemm(*args)
+    assert_close_to_reference(found, case.reference(*args), case.baseline(*args), cosine=True)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+@pytest.mark.parametrize("m", [1, 9, 40])
+def test_every_code_is_exact(m: int, dtype: torch.dtype, device: str) -> None:
+    """One product per output, with powers of two: nothing is rounded."""
+    weight = torch.arange(-128, 128).to(torch.int8).unsqueeze(1).to(device)
+    x = 2.0 ** (torch.arange(m, device=device) % 6 - 3).to(dtype).unsqueeze(1)
+    out = int8_weight_gemm(x, weight, torch.ones(1, device=device))
+    assert_equal(out, (x.double() @ weight.double().T).to(dtype))
+
+
+def test_leading_dimensions_and_strides(device: str) -> None:
+    (x, weight, w_scales, bias), _ = CASE.make(device)
+    expected = int8_weight_gemm(x, weight, w_scales, bias)
+    cubic = int8_weight_gemm(x.view(2, 3, 320), weight, w_scales, bias)
+    assert_equal(cubic, expected.view(2, 3, 200))
+    assert_equal(int8_weight_gemm(x[0], weight, w_scales, bias), expected[0])
+    for position, tensor in ((0, x), (2, w_scales), (3, bias)):
+        for name, view in hostile.odd_strides(tensor):
+            args = [x, weight, w_scales, bias]
+            args[position] = view
+            found = int8_weight_gemm(*args)
+            args[position] = view.contiguous()
+            assert_equal(found, int8_weight_gemm(*args), name=f"argument {position} {name}")
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4, 8])
+@pytest.mark.parametrize("gap", [0, 1, 4, 16])
+def test_weights_anywhere_in_memory(offset: int, gap: int, device: str) -> None:
+    for m, k in ((3, 320), (20, 136), (70, 77)):
+        (x, weight, w_scales, _), _ = Int8WeightGemmCase(m, 70, k).make(device)
+        memory = torch.full((offset + 70 * (k + gap),), 0x7F, dtype=torch.int8, device=device)
+        view = memory[offset:].view(70, k + gap)[:, :k]
+        view.copy_(weight)
+        expected = int8_weight_gemm(x, weight, w_scales)
+        assert_equal(int8_weight_gemm(x, view, w_scales), expected)
+
+
+def test_special_values_reach_their_outputs_alone(device: str) -> None:
+    (x, weight, w_scales, _), _ = Int8WeightGemmCase(11, 300, 270, "group").make(device)
+    expected = int8_weight_gemm(x, weight, w_scales)
+    w_scales[17, 2] = math.nan
+    x[4, 3] = math.nan
+    found = int8_weight_gemm(x, weight, w_scales)
+    expected[4] = expected[:, 17] = math.nan
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("per", ["tensor", "row", "group"])
+def test_gradients_are_the_dense_ones(per: str, device: str) -> None:
+    dtype = FP32 if device == "cpu" else BF16
+    (x, weight, w_scales, bias), _ = replace(CASE, per=per, dtype=dtype).make(device)
+    grad = torch.randn(6, 200, device=device, dtype=dtype)
+    results = []
+    for wide in (torch.float64, dtype):
+        dense = dequantize_groups(weight, w_scales, wide)
+        inputs = [t.to(wide).requires_grad_() for t in (x.clone(), bias.clone())]
+        torch.nn.functional.linear(inputs[0], dense, inputs[1]).backward(grad.to(wide))
+        results.append([t.grad for t in inputs])
+    ours = [t.clone().requires_grad_() for t in (x, bias)]
+    int8_weight_gemm(ours[0], weight, w_scales, ours[1]).backward(grad)
+    for found, wanted, baseline in zip(ours, *results, strict=True):
+        assert_close_to_reference(found.grad, wanted, baseline)
+
+
+def test_quantised_tensors_refuse_gradients(device: str) -> None:
+    (x, weight, w_scales, bias), _ = CASE.make(device)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="w_scales must not require a gradient"):
+        int8_weight_gemm(x, weight, w_scales.requires_grad_(), bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [0, 1, 20, 300])
+def test_captured_as_the_very_first_call_and_repeatable(m: int) -> None:
+    (x, weight, w_scales, _), _ = Int8WeightGemmCase(m, 520, 1368, "group").make("cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = int8_weight_gemm(x, weight, w_scales)
+    x.copy_(hostile.normal(m, 1368, dtype=x.dtype, seed=5))
+    for _ in range(100):
+        graph.replay()
+        assert_equal(out, int8_weight_gemm(x, weight, w_scales))
+
+
+ERRORS: list[tuple[int, Tensor, str]] = [
+    (0, torch.ones(6, 320, dtype=torch.int8), "x must be float16.*, got int8"),
+    (0, torch.ones(6, 319).half(), r"weight must be \[N, K\] = \[200, 319\], got \[200, 320\]"),
+    (0, torch.ones(()).half(), r"x must be \[\.\.\., K\], got a scalar"),
+    (1, torch.ones(200, 320).half(), "weight must be int8, got float16"),
+    (1, torch.ones(320, 200).to(torch.int8).T, "weight must have stride 1 in its last dimension"),
+    (2, torch.ones(200), r"w_scales must have one element, .* = \[200, 3\], got \[200\]"),
+    (2, torch.ones(2, 3), r"w_scales must have one element, .*, got \[2, 3\]"),
+    (2, torch.ones(200, 3, dtype=torch.int8), "w_scales must be float16.*, got int8"),
+    (3, torch.ones(199), r"bias must be \[N\] = \[200\], got \[199\]"),
+]
+
+
+@pytest.mark.parametrize(("index", "wrong", "message"), ERRORS)
+def test_errors(index: int, wrong: Tensor, message: str, device: str) -> None:
+    args: list[Any] = list(CASE.make(device)[0])
+    args[index] = wrong.to(device)
+    with pytest.raises(RuntimeError, match=f"effllm::int8_weight_gemm: {message}"):
+        int8_weight_gemm(*args)
