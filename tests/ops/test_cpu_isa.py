@@ -49,6 +49,7 @@ def run_limited(op: str, isa: str) -> subprocess.CompletedProcess[str]:
         "fp8_gemm",
         "fp8_weight_gemm",
         "int8_gemm",
+        "int8_weight_gemm",
         "w4a8_gemm",
         "paged_attention",
     ],
@@ -63,6 +64,11 @@ def test_values_within_the_limit(op: str, isa: str) -> None:
 def test_codes_of_fp8_gemm_within_the_limit(isa: str) -> None:
     """Each instruction set has its own way to decode e4m3, NaN included."""
     run_tests(isa, "test_fp8_gemm.py", "every_code or nan_codes or anywhere_in_memory")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_codes_of_int8_weight_gemm_within_the_limit(isa: str) -> None:
+    run_tests(isa, "test_int8_weight_gemm.py", "every_code or anywhere_in_memory")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
