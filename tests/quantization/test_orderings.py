@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from torch import Tensor, nn
-from trained_draft import draft, output_error, perplexity
+from trained_draft import draft, measure_any, output_error, perplexity
 
 from effllm import demo
 from effllm.analysis import round_activations
@@ -58,6 +58,13 @@ def test_act_order_is_no_loss(granularity: Granularity) -> None:
     configs = [GptqConfig(3, granularity, False, act_order=order) for order in (True, False)]
     assert output_error(configs[0]) < output_error(configs[1])
     assert perplexity(configs[0]) < 1.03 * perplexity(configs[1])
+
+
+@pytest.mark.parametrize("granularity", [CHANNEL, Granularity.group(128)], ids=str)
+def test_calibrated_before_round_to_nearest_at_8_bits(granularity: Granularity) -> None:
+    """By the error of the outputs: perplexities of 8 bits are those of none."""
+    _, plain = measure_any(LinearConfig(8, granularity), calibrated=True)
+    assert output_error(GptqConfig(8, granularity)) < 0.6 * plain
 
 
 def test_more_bits_before_fewer() -> None:
