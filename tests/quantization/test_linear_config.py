@@ -70,6 +70,7 @@ def test_eight_bits(granularity: Granularity) -> None:
     [
         (LinearConfig, {"symmetric": False}, "8 bits are of symmetric=True, got False"),
         (AwqConfig, {}, "8 bits are of symmetric=True, got False"),
+        (LinearConfig, {"inputs": Granularity.token()}, r"8 bits must be None, got token\(\)"),
         (LinearConfig, {"granularity": Granularity.group(64)}, r"channel\(\) or group\(128\)"),
         (GptqConfig, {"granularity": Granularity.block(4, 128)}, r"got block\(4, 128\)"),
         (GptqConfig, {"static_groups": False}, "act_order"),
