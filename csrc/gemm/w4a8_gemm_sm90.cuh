@@ -4,10 +4,11 @@
 // Roofline: for few tokens N * K / 2 bytes of codes, of which a CTA's ring keeps some 64 KB on
 // their way; for many 2 M N K operations of the tensor cores. A stage of 128 rows by 256 tokens
 // takes 1024 clocks of them; shared memory gives wgmma 64 KB of x meanwhile, and takes 40 KB from
-// TMA, at 128 bytes a clock. A warp makes int8 of its 16 x 128 codes in some 50 instructions. A
-// group's scale is applied to its sum: 3 instructions for each of a thread's sums, 384 clocks of a
-// scheduler for 128 rows by 128 tokens, of 512 that the products take. One warpgroup does that
-// while the other multiplies.
+// TMA, at 128 bytes a clock. A warp makes int8 of its 16 x 128 codes in 36 instructions, 68 with
+// zero points. A group's scale is applied to its sum, by two instructions for each of a thread's
+// sums: with 128 rows by 128 tokens a warp takes some 250 instructions for a stage in all, two
+// warps share a scheduler, and the products take 512 clocks. One warpgroup scales while the other
+// multiplies.
 //
 //                 tokens ->
 //   rows of W   [ warpgroup 0 ]     a tile of the output: 2 strips of 64 rows by kCols tokens
@@ -15,10 +16,10 @@
 //
 //   stage of the ring, 128 columns of K:  [ x: kCols rows | codes: 4 KB a strip ]
 //
-//   warp 8            one lane fills the ring: x by TMA, codes, which are contiguous, by bulk
-//   copies warpgroups 0, 1   codes -> registers -> int8 -> wgmma with x, in units of 64 columns:
-//   one unit's
-//                     products are on their way while the codes of the next are converted
+//   warp 8            one lane fills the ring: x by TMA, contiguous codes by bulk copies
+//
+//   warpgroups 0, 1   codes -> registers -> int8 -> wgmma with x, in units of 64 columns: while one
+//                     unit's products are made, the codes of the next are converted
 //
 // x lies in shared memory as it does in global memory: words of codes are brought into its order
 // (w4a8_codes.cuh), by one instruction for 8 codes and a second load from shared memory. To permute
