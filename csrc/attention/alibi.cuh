@@ -20,8 +20,8 @@ struct AlibiRow {
     return {args.alibi_slopes[head], sequence.first_position + query_idx};
   }
 
-  // `x` is a score in base 2. The product is not folded into the slope: a large slope would become
-  // infinite there, and NaN with a distance of 0.
+  // `x` is a score in base 2, `key` the position of its key. The product is not folded into the
+  // slope: a large slope would become infinite there, and NaN with a distance of 0.
   __device__ __forceinline__ float biased(float x, int key) const {
     return fmaf(-kLog2E, slope * static_cast<float>(abs(position - key)), x);
   }

@@ -75,8 +75,9 @@ struct DecodeTile {
         keys{0, 0} {
     if (empty()) return;
     const int last_row = min(first_row + Config::kRows, num_rows) - 1;
-    keys = sequence.visible_keys(args, args.group_divisor.quotient(first_row),
-                                 args.group_divisor.quotient(last_row));
+    // In a tree no query is certain to stand before all others but the first of the sequence.
+    const int first_query = args.tree_mask != nullptr ? 0 : args.group_divisor.quotient(first_row);
+    keys = sequence.visible_keys(args, first_query, args.group_divisor.quotient(last_row));
   }
 
   __device__ __forceinline__ bool empty() const { return first_row >= num_rows; }

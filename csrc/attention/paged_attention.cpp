@@ -279,8 +279,8 @@ struct Call {
       if (!sees(begin)) continue;
       for (int64_t row = first_row; of_run.alibi != nullptr && row < first_row + num_rows; ++row) {
         // Keys of a run stand as far before their places in the text as its first one does.
-        const int64_t token = begin - ahead;
-        const int64_t shift = token > 0 ? token - path.depth_of(static_cast<int>(token)) : 0;
+        const int64_t shift =
+            begin - path.position_of(static_cast<int>(begin), static_cast<int>(ahead));
         alibi[row] = {operands.alibi[row].slope, operands.alibi[row].position + shift};
       }
       update_rows(of_run, first_row, num_rows, static_cast<int>(begin - operands.first_key),

@@ -39,7 +39,6 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
       as_view(v_scale, "v_scale"), as_view(sinks, "sinks"), as_view(alibi_slopes, "alibi_slopes"),
       as_view(tree_mask, "tree_mask"), max_seqlen_q, scale, causal, window, softcap, split_size,
       sink_tokens)};
-  if (args.tree_mask != nullptr) fail(kOp, "tree_mask must be None on a GPU, got a tensor");
   // A copy of the cache would cost more than the op: its layout is the caller's to mend.
   Match(kOp, k_view).aligned(cache_alignment(k_view), element_bytes(args.kv_dtype));
   Match(kOp, v_view).aligned(cache_alignment(v_view), element_bytes(args.kv_dtype));
@@ -62,15 +61,7 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
   }
   args.out = out.mutable_data_ptr();
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  args.max_seqlen_q = std::min(args.max_seqlen_q, args.num_tokens);
-  args.page_size_divisor = FastDivisor::of(args.page_size);
-  args.group = static_cast<int32_t>(args.num_q_heads / args.num_kv_heads);
-  args.group_divisor = FastDivisor::of(args.group);
-  args.table_heads_divisor = FastDivisor::of(args.table_heads);
-  args.split_size_divisor = FastDivisor::of(std::max<int64_t>(args.split_size, 1));
-  args.max_rows = INT32_MAX;
-  args.num_tables = static_cast<int32_t>(args.num_seqs * args.table_heads);
-  args.heads_per_table = static_cast<int32_t>(args.num_kv_heads / args.table_heads);
+  prepare_args(args);
 
   Tensor workspace;
   const AttentionContext context{q.get_device_index(), current_cuda_stream(q), [&](int64_t floats) {

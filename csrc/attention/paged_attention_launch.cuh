@@ -31,6 +31,19 @@ struct AttentionContext {
   }
 };
 
+// What kernels want to have worked out beforehand.
+inline void prepare_args(PagedAttentionArgs& args) {
+  args.max_seqlen_q = std::min(args.max_seqlen_q, args.num_tokens);
+  args.page_size_divisor = FastDivisor::of(args.page_size);
+  args.group = static_cast<int32_t>(args.num_q_heads / args.num_kv_heads);
+  args.group_divisor = FastDivisor::of(args.group);
+  args.table_heads_divisor = FastDivisor::of(args.table_heads);
+  args.split_size_divisor = FastDivisor::of(std::max<int64_t>(args.split_size, 1));
+  args.max_rows = INT32_MAX;
+  args.num_tables = static_cast<int32_t>(args.num_seqs * args.table_heads);
+  args.heads_per_table = static_cast<int32_t>(args.num_kv_heads / args.table_heads);
+}
+
 template <class Config>
 void decode(PagedAttentionArgs args, const AttentionContext& context) {
   const int num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
@@ -82,8 +95,9 @@ template <class Element, class Kv, int kHeadDim>
 void launch_paged_attention(PagedAttentionArgs args, const AttentionContext& context) {
   // Up to here it pays to read the keys once per 8 rows, from L2 after the first time, and have
   // splits: the prefill kernel has one CTA for all keys of these rows.
+  // Trees go no other way, however many rows: the prefill kernel has no masks.
   constexpr int32_t kMaxDecodeRows = 32;
-  if (args.group * args.max_seqlen_q > kMaxDecodeRows) {
+  if (args.group * args.max_seqlen_q > kMaxDecodeRows && args.tree_mask == nullptr) {
     // The batch chooses, unless it must not show: then each sequence by its own rows.
     if (args.split_size > 0) args.min_rows = kMaxDecodeRows + 1;
     launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim, Kv>>(args, context.stream);

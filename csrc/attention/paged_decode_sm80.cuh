@@ -27,6 +27,7 @@
 #include "attention/decode_prefetch.cuh"
 #include "attention/decode_split.cuh"
 #include "attention/online_softmax.cuh"
+#include "attention/tree_row.cuh"
 #include "cuda/launch.h"
 #include "ptx/grid.cuh"
 #include "ptx/load.cuh"
@@ -44,6 +45,7 @@ struct PagedDecodeStorage {
   float maximum[Config::kWarps][Config::kRows];
   float sum[Config::kWarps][Config::kRows];
   AlibiRow alibi[Config::kRows];  // unless there are no slopes
+  TreeRow tree[Config::kRows];    // unless there is no tree
   bool is_last;                   // this CTA merges the parts
 };
 
@@ -60,6 +62,7 @@ class PagedDecode {
                                          PagedDecodeStorage<Config>& smem)
       : args_(args),
         alibi_(smem.alibi),
+        tree_(smem.tree),
         visible_(smem.keys[threadIdx.x / 32].visible),
         kv_(args, sequence, kv_head, smem.keys[threadIdx.x / 32]),
         group_lane_(threadIdx.x % 32 / 4),
@@ -67,8 +70,16 @@ class PagedDecode {
     // What comes of rows past the last is not used.
     const int row_in_tile = threadIdx.x % Config::kRows;
     const int row = min(tile.first_row + row_in_tile, tile.num_rows - 1);
-    const KeyRange visible = sequence.visible_keys(args, args.group_divisor.quotient(row));
+    const int query_idx = args.group_divisor.quotient(row);
+    KeyRange visible;
+    if (args.tree_mask != nullptr) {
+      visible = sequence.keys_of_path(args, query_idx);
+    } else {
+      visible = sequence.visible_keys(args, query_idx);
+    }
     visible_[row_in_tile] = visible;
+    // Of a tree, all see no more than the keys ahead.
+    if (args.tree_mask != nullptr) visible.end = min(visible.end, max(sequence.first_position, 0));
     seen_by_all_ = {__reduce_max_sync(~0u, visible.begin), __reduce_min_sync(~0u, visible.end)};
     __syncwarp();
     kv_.load_queries(tile.first_row, tile.num_rows);
@@ -128,11 +139,7 @@ class PagedDecode {
  private:
   __device__ __forceinline__ void softmax(Scores& scores, int first_key, int end) {
     ScoreMap(args_).apply(scores);
-    if (args_.alibi_slopes != nullptr) {
-      for_each_score(scores, [&](float& x, int row, int key) {
-        x = alibi_[quad_lane_ * 2 + row].biased(x, first_key + key);
-      });
-    }
+    if (args_.alibi_slopes != nullptr) add_biases(scores, first_key);
     // All rows see all keys of most tiles. No part reaches from the head to what is behind it.
     const bool in_head = first_key < args_.sink_tokens;
     if ((first_key < seen_by_all_.begin && !in_head) ||
@@ -142,6 +149,7 @@ class PagedDecode {
         const KeyRange visible = visible_[quad_lane_ * 2 + row];
         if (idx >= end || idx >= visible.end || (idx < visible.begin && !in_head)) x = kMaskedScore;
       });
+      if (args_.tree_mask != nullptr) mask_siblings(scores, first_key);
     }
     float maximum[2] = {rows_[0].maximum, rows_[1].maximum};
     for_each_score(scores, [&](float x, int row, int) { maximum[row] = fmaxf(maximum[row], x); });
@@ -170,6 +178,25 @@ class PagedDecode {
         }
       }
     }
+  }
+
+  __device__ __forceinline__ void add_biases(Scores& scores, int first_key) const {
+    const bool tree =
+        args_.tree_mask != nullptr && first_key + Config::kTileKeys > seen_by_all_.end;
+    for_each_score(scores, [&](float& x, int row, int key) {
+      const int idx = quad_lane_ * 2 + row;
+      int position = first_key + key;
+      if (tree) position = tree_[idx].position_of(position);
+      x = alibi_[idx].biased(x, position);
+    });
+  }
+
+  // In a tree: keys beside the paths of the rows.
+  __device__ __forceinline__ void mask_siblings(Scores& scores, int first_key) const {
+    static_assert(Config::kTileKeys <= 32);
+    for_each_score(scores, [&](float& x, int row, int key) {
+      if (!(tree_[quad_lane_ * 2 + row].sees(first_key) >> key & 1)) x = kMaskedScore;
+    });
   }
 
   // Calls `body` with each score, 0 or 1 for its row, 2c or 2c + 1, and its key's place in the
@@ -207,6 +234,7 @@ class PagedDecode {
 
   const PagedAttentionArgs& args_;
   const AlibiRow* const alibi_;  // of the row tile, in shared memory
+  const TreeRow* const tree_;    // likewise
   KeyRange* const visible_;      // of its rows, in shared memory: asked for rarely
   Kv kv_;
   const int group_lane_, quad_lane_;
@@ -251,10 +279,16 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   if (part.num_parts > 1 && part.idx == 0 && threadIdx.x == 0) {
     PartialResults<Config>(args, part, smem.row_tile).open();
   }
-  if (args.alibi_slopes != nullptr) {
+  if (args.alibi_slopes != nullptr || args.tree_mask != nullptr) {
     if (threadIdx.x < Config::kRows) {
       const int row = min(tile.first_row + static_cast<int>(threadIdx.x), tile.num_rows - 1);
-      smem.alibi[threadIdx.x] = AlibiRow::of(args, sequence, kv_head, row);
+      TreeRow& tree = smem.tree[threadIdx.x];
+      AlibiRow& alibi = smem.alibi[threadIdx.x];
+      if (args.tree_mask != nullptr) tree = TreeRow::of(args, sequence, row);
+      if (args.alibi_slopes != nullptr) {
+        alibi = AlibiRow::of(args, sequence, kv_head, row);
+        if (args.tree_mask != nullptr) alibi.position = tree.position();
+      }
     }
     __syncthreads();
   }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attention/paged_kv.h"
+#include "attention/tree_path.h"
 
 namespace effllm {
 
@@ -88,13 +89,30 @@ struct Sequence {
   // before the end of that.
   __device__ __forceinline__ KeyRange visible_keys(const PagedAttentionArgs& args,
                                                    int query_idx) const {
-    const int position = first_position + query_idx;
+    return keys_up_to(args, query_idx, first_position + query_idx);
+  }
+
+  // In a tree: the range that holds all keys of its path, and of those ahead of it what it sees.
+  __device__ __forceinline__ KeyRange keys_of_path(const PagedAttentionArgs& args,
+                                                   int query_idx) const {
+    const auto depth = min(int64_t{path(args, query_idx).depth()}, args.window - 1);
+    return keys_up_to(args, query_idx, first_position + static_cast<int>(depth));
+  }
+
+  // What a query would see that stands at `position` of its text.
+  __device__ __forceinline__ KeyRange keys_up_to(const PagedAttentionArgs& args, int query_idx,
+                                                 int position) const {
+    const int slot = first_position + query_idx;
     int end = num_keys;
-    if (args.causal && position + 1 < end) end = position + 1 > 0 ? position + 1 : 0;
+    if (args.causal && slot + 1 < end) end = slot + 1 > 0 ? slot + 1 : 0;
     // A window of INT32_MAX and more is none.
     int begin = position >= args.window ? position - static_cast<int>(args.window) + 1 : 0;
     if (begin < args.sink_tokens) begin = args.sink_tokens;
     return {begin > end ? end : begin, end};
+  }
+
+  __device__ __forceinline__ TreePath path(const PagedAttentionArgs& args, int query_idx) const {
+    return TreePath::of(args.tree_mask[first_token + query_idx], query_idx);
   }
 
   // All keys behind the head that queries first_query .. last_query see between them. The first may

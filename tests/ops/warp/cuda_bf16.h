@@ -22,3 +22,16 @@ struct __nv_bfloat162 {
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
+inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t bits) { return {bits}; }
+inline __nv_bfloat16 __int2bfloat16_rn(int value) {
+  return __float2bfloat16_rn(static_cast<float>(value));
+}
+inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 value) { return {value, value}; }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__float2bfloat16_rn(__bfloat162float(a.x) - __bfloat162float(b.x)),
+          __float2bfloat16_rn(__bfloat162float(a.y) - __bfloat162float(b.y))};
+}
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__float2bfloat16_rn(__bfloat162float(a.x) * __bfloat162float(b.x)),
+          __float2bfloat16_rn(__bfloat162float(a.y) * __bfloat162float(b.y))};
+}

@@ -22,3 +22,14 @@ struct __half2 {
 inline __half2 __floats2half2_rn(float x, float y) {
   return {__float2half_rn(x), __float2half_rn(y)};
 }
+inline __half2 __half2half2(__half value) { return {value, value}; }
+inline __half2 __high2half2(__half2 pair) { return {pair.y, pair.y}; }
+inline float __low2float(__half2 pair) { return __half2float(pair.x); }
+inline float __high2float(__half2 pair) { return __half2float(pair.y); }
+inline float2 __half22float2(__half2 pair) { return {__low2float(pair), __high2float(pair)}; }
+inline __half2 __hadd2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__low2float(a) + __low2float(b), __high2float(a) + __high2float(b));
+}
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__low2float(a) - __low2float(b), __high2float(a) - __high2float(b));
+}

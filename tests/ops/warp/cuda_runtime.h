@@ -22,7 +22,7 @@
 #define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ thread_local  // of the one thread that all lanes share
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -30,6 +30,10 @@ struct alignas(16) uint4 {
 
 struct alignas(8) uint2 {
   uint32_t x, y;
+};
+
+struct alignas(16) longlong2 {
+  long long x, y;
 };
 
 struct alignas(8) float2 {
@@ -170,7 +174,7 @@ inline void run(const std::function<void()>& body, unsigned num_lanes = kLanes,
 #define blockDim (warp::dim)
 #define gridDim (warp::grid)
 
-inline void __syncwarp() {}
+inline void __syncwarp() { warp::exchange(0); }
 
 inline void __syncthreads() {
   ++warp::lanes[warp::current.x].barriers;
@@ -222,6 +226,21 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   return sum;
 }
 
+inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+
+inline int __reduce_max_sync(unsigned, int value) {
+  int largest = value;
+  for (const uint64_t word : warp::exchange(value)) largest = std::max(largest, int(word));
+  return largest;
+}
+
+inline int __reduce_min_sync(unsigned, int value) {
+  int smallest = value;
+  for (const uint64_t word : warp::exchange(value)) smallest = std::min(smallest, int(word));
+  return smallest;
+}
+
 inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   const auto& values = warp::exchange(value);
   return unsigned(*std::max_element(values.begin(), values.end()));
@@ -256,6 +275,10 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __frcp_rn(float x) { return 1 / x; }
 // As far off as it may be there.
 inline float __fdividef(float a, float b) { return std::nextafter(a / b, 0.f); }
+
+
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 
 using std::max;
 using std::min;

@@ -446,6 +446,14 @@ def _bench() -> list[PagedAttentionCase]:
         for kv_dtype in QUANTIZED_KV
         for batch, keys in ((1, 4096), (8, 4096), (32, 2048), (64, 4096))
     ]
+    # A step of decoding beside one of 4, 8 and 16 nodes to verify: 16, 32 and 64 rows per KV head.
+    cases += [
+        case(((nodes, keys),) * batch, 32, 8, 128, 64, tree=nodes > 1)
+        for batch in (1, 8, 32)
+        for keys in (4096, 32768)
+        for nodes in (1, 4, 8, 16)
+        if nodes > 1 or (batch, keys) in ((8, 32768), (32, 32768))  # the others are above
+    ]
     prompts = ((2048, 4, 1, 64), (2048, 32, 8, 128), (8192, 32, 8, 128), (16384, 32, 8, 128))
     return cases + [
         case(((keys, keys),), heads, kv_heads, dim, 64) for keys, heads, kv_heads, dim in prompts

@@ -1,14 +1,20 @@
-// Launches that run at once, block after block, in place of csrc/cuda/launch.h.
+// Launches of kernels on warps that take turns, CTA by CTA: in place of csrc/cuda/launch.h.
 #pragma once
 
+#include "common/check.h"
 #include "cuda_runtime.h"
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 
 namespace effllm {
 
 inline constexpr int kMaxClusterCtas = 8;
 
-enum { cudaDevAttrMultiProcessorCount };
-inline int device_attribute(int, int, const char*) { return 1; }
+inline int fake_num_sms = 1, fake_capability = 8;
+
+inline int device_attribute(cudaDeviceAttr attribute, int, const char*) {
+  return attribute == cudaDevAttrMultiProcessorCount ? fake_num_sms : fake_capability;
+}
 
 template <class Params>
 int max_resident_clusters(const char*, void (*)(Params), int, int, int) {
@@ -26,10 +32,10 @@ struct Launch {
   template <class Params>
   void operator()(void (*kernel)(Params), const Params& params) const {
     warp::grid.x = grid.x;
-    for (unsigned idx = 0; idx < grid.x; ++idx) {
-      warp::block.x = idx;
+    for (warp::block.x = 0; warp::block.x < grid.x; ++warp::block.x) {
       warp::run([&] { kernel(params); }, block.x);
     }
+    warp::block.x = 0;
   }
 };
 

@@ -1,4 +1,4 @@
-// Launches wait for one another, in place of csrc/ptx/grid.cuh.
+// Kernels of warp::run run one after the other: in place of csrc/ptx/grid.cuh.
 #pragma once
 
 namespace effllm::ptx {

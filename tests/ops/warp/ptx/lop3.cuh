@@ -1,4 +1,4 @@
-// In place of csrc/ptx/lop3.cuh.
+// Three-input logic of warp::run, in place of csrc/ptx/lop3.cuh.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// In place of csrc/ptx/prmt.cuh: the same by shifts.
+// Bytes picked by warp::run, in place of csrc/ptx/prmt.cuh.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +7,14 @@ namespace effllm::ptx {
 
 struct Permute {
   uint32_t operator()(uint32_t a, uint32_t b, uint32_t selector) const {
-    const uint64_t bytes = uint64_t{b} << 32 | a;
-    uint32_t result = 0;
+    const uint64_t bytes = a | uint64_t{b} << 32;
+    uint32_t picked = 0;
     for (int i = 0; i < 4; ++i) {
-      const uint32_t pick = selector >> (4 * i);
-      const auto byte = static_cast<uint8_t>(bytes >> (8 * (pick & 7)));
-      const uint32_t sign = byte < 128 ? 0 : 255;
-      result |= ((pick & 8) != 0 ? sign : uint32_t{byte}) << (8 * i);
+      const uint32_t nibble = selector >> (i * 4);
+      const auto byte = static_cast<uint8_t>(bytes >> ((nibble & 7) * 8));
+      picked |= uint32_t{nibble & 8 ? (byte >> 7) * 0xffu : byte} << (i * 8);
     }
-    return result;
+    return picked;
   }
 };
 
