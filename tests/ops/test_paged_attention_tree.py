@@ -41,6 +41,15 @@ def assert_same_bits(results: Results, expected: Results) -> None:
         assert_equal(actual, wanted)
 
 
+def assert_right(results: Results, args: dict[str, Any]) -> None:
+    """Against float64, by the tolerance law."""
+    dtype = args["q"].dtype
+    exact = paged_attention_ref(**args)
+    out, lse = paged_attention_ref(**args, dtype=torch.float32, weights_dtype=dtype)
+    for actual, wanted, baseline in zip(results, exact, (out.to(dtype), lse), strict=True):
+        assert_close_to_reference(actual, wanted, baseline)
+
+
 def branch_of(args: dict[str, Any], node: int) -> dict[str, Any]:
     """Of a call of one sequence, pages of one key: a call without a mask, whose text goes on from
     the keys ahead with the path to a node and nothing else; its last token is the node."""
@@ -94,16 +103,18 @@ CHAINS = PagedAttentionCase(((1, 300), (16, 90), (64, 64), (0, 9), (6, 2), (5, 7
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"per_head": True}], ids=str)
 @pytest.mark.parametrize("words", ["chain", "minus_one"])
-def test_a_chain_is_the_causal_order_to_the_bit(
-    words: str, options: dict[str, Any], device: str
-) -> None:
+def test_a_chain_is_the_causal_order(words: str, options: dict[str, Any], device: str) -> None:
+    """To the bit on the CPU; a GPU has other kernels for many rows, and other tiles of keys."""
     fields = {name: getattr(CHAINS, name) for name in ("num_q_heads", "num_kv_heads", "head_dim")}
     args = named(PagedAttentionCase(CHAINS.sequences, **fields, **options), device)
     counts = [queries for queries, _ in CHAINS.sequences]
     mask = torch.full((sum(counts),), -1, device=device)
     if words == "chain":
         mask = words_of(*([*range(-1, n - 1)] for n in counts if n), device=device)
-    assert_same_bits(paged_attention(**args, tree_mask=mask), paged_attention(**args))
+    results = paged_attention(**args, tree_mask=mask)
+    if device == "cpu":
+        assert_same_bits(results, paged_attention(**args))
+    assert_right(results, args)
 
 
 def test_bits_that_name_no_earlier_token_mean_nothing(device: str) -> None:
@@ -123,9 +134,10 @@ def test_the_last_bit_is_the_sign(device: str) -> None:
     args["tree_mask"] = words_of([-1, *[0] * 62, 0], device=device)
     assert int(args["tree_mask"][63]) == 1 - 2**63
     out, lse = paged_attention(**args)
-    exact, exact_lse = paged_attention_ref(**branch_of(args, 63))
-    torch.testing.assert_close(out[63].double(), exact[-1], rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(lse[63].double(), exact_lse[-1], rtol=1e-5, atol=1e-5)
+    exact, exact_lse = (result[-1] for result in paged_attention_ref(**branch_of(args, 63)))
+    plain, plain_lse = (result[-1] for result in paged_attention(**branch_of(args, 63)))
+    assert_close_to_reference(out[63], exact, plain, dtype=torch.float16)
+    assert_close_to_reference(lse[63], exact_lse, plain_lse, dtype=torch.float32)
 
 
 def test_a_node_is_not_seen_by_its_siblings_on_the_cpu() -> None:
@@ -146,7 +158,8 @@ def test_a_node_is_not_seen_by_its_siblings_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("queries", [3, 10, 60])
 def test_what_siblings_hold_changes_nothing(queries: int, device: str) -> None:
-    """Other keys, values and queries beside the path of a node: it says the same, to the bit."""
+    """Other keys, values and queries beside the path of a node: it says the same, on the CPU to the
+    bit; on a GPU rows of a warp are rescaled together."""
     args = named(PagedAttentionCase(((queries, queries + 30),), 4, 2, 64, 1), device)
     generator = torch.Generator().manual_seed(3)
     args["tree_mask"] = tree_words(queries, generator).to(device)
@@ -160,8 +173,11 @@ def test_what_siblings_hold_changes_nothing(queries: int, device: str) -> None:
         args[name][pages] = args[name][pages].flip(0, 2) * 0.5 - 1
     args["q"][aside] = 1.0
     other, other_lse = paged_attention(**args)
-    assert_equal(other[node], out[node])
-    assert_equal(other_lse[node], lse[node])
+    if device == "cpu":
+        assert_equal(other[node], out[node])
+        assert_equal(other_lse[node], lse[node])
+    torch.testing.assert_close(other[node], out[node], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(other_lse[node], lse[node], rtol=1e-5, atol=1e-5)
     assert (other[aside] != out[aside]).any()
 
 
@@ -276,7 +292,7 @@ def test_verified_drafts_are_what_decoding_one_by_one_gives(device: str) -> None
             "max_seqlen_q": 1,
         }
         one, _ = paged_attention(**now)
-        torch.testing.assert_close(one[0], out[node], rtol=4e-3, atol=2e-3)
+        torch.testing.assert_close(one[0], out[node], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
@@ -296,8 +312,7 @@ def test_a_replayed_graph_follows_mask_and_lengths(queries: int) -> None:
         args["tree_mask"].copy_(words)
         graph.replay()
         assert_same_bits(results, paged_attention(**args))
-        exact = paged_attention_ref(**args)
-        torch.testing.assert_close(results[0].double(), exact[0], rtol=3e-2, atol=3e-2)
+        assert_right(results, args)
 
 
 def test_caches_that_hold_codes_have_trees_too(device: str) -> None:
@@ -314,4 +329,7 @@ def test_caches_that_hold_codes_have_trees_too(device: str) -> None:
             bits = as_bits(args[name]).clone()
             bits[pages] = 0x7 if kv_dtype != "int4" else 0xF7
             args[name] = bits.view(args[name].dtype)
-        assert_equal(paged_attention(**args)[0][node], out[node], name=kv_dtype)
+        other, _ = paged_attention(**args)
+        if device == "cpu":
+            assert_equal(other[node], out[node], name=kv_dtype)
+        torch.testing.assert_close(other[node], out[node], rtol=2e-2, atol=2e-2)
