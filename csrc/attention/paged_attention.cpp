@@ -79,13 +79,14 @@ struct Cache {
   const KvScales* scales;
 };
 
-// Where rows of `range`, which lies in one tile, are, and what decodes them.
+// Where rows of `range`, which lies in one tile, are, and what decodes them: each `shift` places
+// behind its position.
 template <class Kv>
 void locate_rows(const PagedAttentionParams& params, const Cache& cache, const Task& task,
-                 KeyRange range, KvRows& rows) {
+                 KeyRange range, int64_t shift, KvRows& rows) {
   const KvScales scales = *cache.scales;
   const int64_t page_size = params.page_size;
-  int64_t entry = range.begin / page_size, slot = range.begin % page_size;
+  int64_t entry = (range.begin + shift) / page_size, slot = (range.begin + shift) % page_size;
   for (int64_t position = range.begin; position < range.end; slot = 0, ++entry) {
     // The rows of one page.
     const int64_t last = std::min(range.end, position + page_size - slot),
@@ -175,8 +176,21 @@ struct Call {
   }
 
   void locate_tile(const Task& task, KeyRange tile, KvRows& keys, KvRows& values) const {
-    locate(params, k_cache, task, tile, keys);
-    locate(params, v_cache, task, tile, values);
+    locate(params, k_cache, task, tile, 0, keys);
+    locate(params, v_cache, task, tile, 0, values);
+  }
+
+  // The same of a text that ends with a query of a tree: its path stands where it would stand if
+  // it had been all that was appended. Tokens that neighbour in the cache are found together.
+  void locate_path(const Task& task, int64_t query, KeyRange tile, KvRows& keys,
+                   KvRows& values) const {
+    for (int64_t begin = tile.begin, end; begin < tile.end; begin = end) {
+      const int64_t shift = task.seq.shift(query, begin);
+      for (end = begin + 1; end < tile.end && task.seq.shift(query, end) == shift; ++end) {
+      }
+      locate(params, k_cache, task, {begin, end}, shift, keys);
+      locate(params, v_cache, task, {begin, end}, shift, values);
+    }
   }
 
   // Puts decoded rows in place of a tile's rows.
@@ -191,12 +205,48 @@ struct Call {
     }
   }
 
-  // The online softmax of a task's rows over `keys`, from the beginning.
+  // Whether so many rows read a tile's rows as they are stored.
+  bool reads_stored(int64_t num_rows) const {
+    const bool needs_no_decoding = kernels.update_rows == kernels.update_decoded_rows;
+    return params.head_dim == dim && (num_rows <= kFewRows || needs_no_decoding);
+  }
+
+  AttentionTile operands_of(int64_t first_key, const KvRows* keys, const KvRows* values,
+                            const Workspace& work, const RowStates& states) const {
+    return {.dim = dim,
+            .scale = params.scale,
+            .softcap = params.softcap,
+            .queries = work.queries,
+            .keys = keys,
+            .values = values,
+            .next_keys = nullptr,
+            .next_values = nullptr,
+            .first_key = first_key,
+            .alibi = params.alibi_slopes != nullptr ? work.alibi : nullptr,
+            .sums = states.sums,
+            .maxima = states.maxima,
+            .totals = states.totals};
+  }
+
+  // What a row of the task sees of `keys`, which are of the head or behind it.
+  KeyRange visible_keys(const Task& task, int64_t row, KeyRange keys) const {
+    const int64_t query = task.query(params, row);
+    return keys & (keys.begin < params.sink_tokens ? task.seq.head_keys(params, query)
+                                                   : task.seq.visible_keys(params, query));
+  }
+
+  // The online softmax of a task's rows over `keys`, from the beginning. In a tree, the tiles that
+  // have keys of its tokens are each query's own.
   void attend(const Task& task, KeyRange keys, Workspace& work, RowStates& states) const {
     states.clear();
-    const bool needs_no_decoding = kernels.update_rows == kernels.update_decoded_rows;
-    const bool as_stored =
-        params.head_dim == dim && (task.num_rows <= kFewRows || needs_no_decoding);
+    if (task.seq.tree_mask == nullptr) return attend_shared(task, keys, work, states);
+    const int64_t first_own = task.seq.base() / kTileKeys * kTileKeys;
+    attend_shared(task, keys & KeyRange{0, first_own}, work, states);
+    attend_paths(task, keys & KeyRange{first_own, keys.end}, work, states);
+  }
+
+  void attend_shared(const Task& task, KeyRange keys, Workspace& work, RowStates& states) const {
+    const bool as_stored = reads_stored(task.num_rows);
     const auto tile_at = [&](int64_t begin) { return keys & KeyRange{begin, begin + kTileKeys}; };
     KeyRange tile = tile_at(keys.begin / kTileKeys * kTileKeys);
     if (tile.empty()) return;
@@ -210,20 +260,12 @@ struct Call {
         decode_rows(tile, work.padded_row, work.keys, *key_rows);
         decode_rows(tile, work.padded_row, work.values, *value_rows);
       }
-      const bool prefetch = as_stored && !next.empty();
-      const AttentionTile operands{.dim = dim,
-                                   .scale = params.scale,
-                                   .softcap = params.softcap,
-                                   .queries = work.queries,
-                                   .keys = key_rows,
-                                   .values = value_rows,
-                                   .next_keys = prefetch ? next_key_rows : nullptr,
-                                   .next_values = prefetch ? next_value_rows : nullptr,
-                                   .first_key = tile.begin / kTileKeys * kTileKeys,
-                                   .alibi = params.alibi_slopes != nullptr ? work.alibi : nullptr,
-                                   .sums = states.sums,
-                                   .maxima = states.maxima,
-                                   .totals = states.totals};
+      AttentionTile operands =
+          operands_of(tile.begin / kTileKeys * kTileKeys, key_rows, value_rows, work, states);
+      if (as_stored && !next.empty()) {
+        operands.next_keys = next_key_rows;
+        operands.next_values = next_value_rows;
+      }
       update_tile(task, tile, as_stored ? kernels.update_rows : kernels.update_decoded_rows,
                   operands);
       std::swap(key_rows, next_key_rows);
@@ -235,56 +277,38 @@ struct Call {
   void update_tile(const Task& task, KeyRange tile,
                    decltype(AttentionKernels::update_rows) update_rows,
                    const AttentionTile& operands) const {
-    const int64_t group = params.num_q_heads / params.num_kv_heads;
-    const int64_t tile_begin = tile.begin / kTileKeys * kTileKeys;
-    const bool head = tile.begin < params.sink_tokens;
-    const auto visible_keys = [&](int64_t row) {
-      const int64_t query = (task.first_row + row) / group;
-      return tile &
-             (head ? task.seq.head_keys(params, query) : task.seq.visible_keys(params, query));
-    };
-    const bool tree = task.seq.tree_mask != nullptr && tile.end > task.seq.ahead();
     for (int64_t row = 0, next; row < task.num_rows; row = next) {
-      const KeyRange visible = visible_keys(row);
-      if (tree) {
-        const int64_t query = (task.first_row + row) / group;
-        next = std::min((query + 1) * group - task.first_row, task.num_rows);
-        update_path(task, query, visible, row, next - row, update_rows, operands);
-        continue;
-      }
-      for (next = row + 1; next < task.num_rows && visible_keys(next) == visible; ++next) {
+      const KeyRange visible = visible_keys(task, row, tile);
+      for (next = row + 1; next < task.num_rows && visible_keys(task, next, tile) == visible;
+           ++next) {
       }
       if (visible.empty()) continue;
-      update_rows(operands, row, next - row, static_cast<int>(visible.begin - tile_begin),
-                  static_cast<int>(visible.end - tile_begin));
+      update_rows(operands, row, next - row, static_cast<int>(visible.begin - operands.first_key),
+                  static_cast<int>(visible.end - operands.first_key));
     }
   }
 
-  // The rows of one query of a tree meet what it sees of a tile, keys that neighbour together.
-  void update_path(const Task& task, int64_t query, KeyRange keys, int64_t first_row,
-                   int64_t num_rows, decltype(AttentionKernels::update_rows) update_rows,
-                   const AttentionTile& operands) const {
-    const int64_t ahead = task.seq.ahead();
-    const TreePath path = task.seq.path(query);
-    const TreePath visible = path.visible(ahead, params.window, params.sink_tokens);
-    const auto sees = [&](int64_t key) {
-      return key < ahead || visible.has(static_cast<int>(key - ahead));
-    };
-    AlibiRow alibi[kTileRows];
-    AttentionTile of_run = operands;
-    if (operands.alibi != nullptr) of_run.alibi = alibi;
-    for (int64_t begin = keys.begin, end; begin < keys.end; begin = end) {
-      for (end = begin + 1; end < keys.end && sees(end) == sees(begin); ++end) {
+  // The rows of each query of a tree meet the text that ends with it. Tiles are those of that text,
+  // so results are what decoding it token by token would give, to the bit.
+  void attend_paths(const Task& task, KeyRange keys, Workspace& work, RowStates& states) const {
+    for (int64_t row = 0, next; row < task.num_rows; row = next) {
+      const int64_t query = task.query(params, row);
+      for (next = row + 1; next < task.num_rows && task.query(params, next) == query; ++next) {
       }
-      if (!sees(begin)) continue;
-      for (int64_t row = first_row; of_run.alibi != nullptr && row < first_row + num_rows; ++row) {
-        // Keys of a run stand as far before their places in the text as its first one does.
-        const int64_t shift =
-            begin - path.position_of(static_cast<int>(begin), static_cast<int>(ahead));
-        alibi[row] = {operands.alibi[row].slope, operands.alibi[row].position + shift};
+      const KeyRange visible = visible_keys(task, row, keys);
+      const bool as_stored = reads_stored(next - row);
+      for (int64_t first = visible.begin / kTileKeys * kTileKeys; first < visible.end;
+           first += kTileKeys) {
+        const KeyRange tile = visible & KeyRange{first, first + kTileKeys};
+        locate_path(task, query, tile, *work.key_rows, *work.value_rows);
+        if (!as_stored) {
+          decode_rows(tile, work.padded_row, work.keys, *work.key_rows);
+          decode_rows(tile, work.padded_row, work.values, *work.value_rows);
+        }
+        const auto update = as_stored ? kernels.update_rows : kernels.update_decoded_rows;
+        update(operands_of(first, work.key_rows, work.value_rows, work, states), row, next - row,
+               static_cast<int>(tile.begin - first), static_cast<int>(tile.end - first));
       }
-      update_rows(of_run, first_row, num_rows, static_cast<int>(begin - operands.first_key),
-                  static_cast<int>(end - operands.first_key));
     }
   }
 

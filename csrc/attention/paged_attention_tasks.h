@@ -33,37 +33,53 @@ struct Sequence {
   // Keys before those of the queries; negative if there are fewer keys than queries.
   int64_t ahead() const { return num_keys - num_queries; }
 
+  // The first position of a tree's own keys.
+  int64_t base() const { return std::max<int64_t>(ahead(), 0); }
+
+  // Without tokens that have no key, should there be fewer keys than queries.
   TreePath path(int64_t query) const {
-    return TreePath::of(tree_mask[query], static_cast<int>(query));
+    const int64_t missing = base() - ahead();
+    const uint64_t there = missing < kMaxTreeTokens ? ~uint64_t{0} << missing : 0;
+    return {TreePath::of(tree_mask[query], static_cast<int>(query)).tokens & there};
   }
 
+  // In the text that ends with the query; of a tree, where its path follows the keys ahead.
   int64_t position(int64_t query) const {
-    return ahead() + (tree_mask != nullptr ? path(query).depth() : query);
+    return tree_mask != nullptr ? base() + path(query).depth() : ahead() + query;
   }
 
-  // What query `query` of this sequence sees behind the head. Of a tree, the keys of all queries up
-  // to it: which of these, its path says.
+  // How far behind its position in that text a key lies in the cache.
+  int64_t shift(int64_t query, int64_t position) const {
+    const int64_t depth = position - base();
+    return depth < 0 ? 0 : ahead() + path(query).token_at(static_cast<int>(depth)) - position;
+  }
+
+  // What query `query` of this sequence sees behind the head, as positions.
   KeyRange visible_keys(const PagedAttentionParams& params, int64_t query) const {
-    int64_t begin = position(query) - params.window + 1;
-    if (tree_mask != nullptr) begin = std::min(begin, ahead());
-    return {std::max<int64_t>(begin, params.sink_tokens), end(params, query)};
+    return {std::max<int64_t>(position(query) - params.window + 1, params.sink_tokens),
+            end(params, query)};
   }
 
-  // Both ends grow with the query, but that in a tree the first query alone is sure to stand before
-  // all others.
+  // At least what queries `first` to `last` see: both ends grow with the query, but that in a tree
+  // any of them may stand as early as its root, and none later than if all were one path.
   KeyRange visible_keys(const PagedAttentionParams& params, int64_t first, int64_t last) const {
-    return {visible_keys(params, tree_mask != nullptr ? 0 : first).begin,
-            visible_keys(params, last).end};
+    if (tree_mask != nullptr) {
+      return {visible_keys(params, 0).begin, std::min(ahead() + last + 1, num_keys)};
+    }
+    return {visible_keys(params, first).begin, visible_keys(params, last).end};
   }
 
-  // The first keys, which it sees whatever its window.
+  // The first keys, which it sees whatever its window; and at least those of some queries.
   KeyRange head_keys(const PagedAttentionParams& params, int64_t query) const {
     return {0, std::min<int64_t>(params.sink_tokens, end(params, query))};
+  }
+  KeyRange head_keys(const PagedAttentionParams& params, int64_t first, int64_t last) const {
+    return {0, std::min<int64_t>(params.sink_tokens, visible_keys(params, first, last).end)};
   }
 
  private:
   int64_t end(const PagedAttentionParams& params, int64_t query) const {
-    return params.causal ? std::min(ahead() + query + 1, num_keys) : num_keys;
+    return params.causal ? std::min(position(query) + 1, num_keys) : num_keys;
   }
 };
 
@@ -104,7 +120,8 @@ inline void check_values(const PagedAttentionParams& params) {
 
     if (seq.num_queries == 0) continue;
     const int64_t last = seq.num_queries - 1;
-    for (const KeyRange keys : {seq.head_keys(params, last), seq.visible_keys(params, 0, last)}) {
+    for (const KeyRange keys :
+         {seq.head_keys(params, 0, last), seq.visible_keys(params, 0, last)}) {
       if (keys.empty()) continue;
       for (int64_t page = keys.begin / params.page_size; page * params.page_size < keys.end;
            ++page) {
@@ -125,6 +142,11 @@ struct Task {
   Sequence seq;
   int64_t kv_head, first_row, num_rows;
   KeyRange head, keys;
+
+  // Which query of the sequence row `row` of the task is of.
+  int64_t query(const PagedAttentionParams& params, int64_t row) const {
+    return (first_row + row) / (params.num_q_heads / params.num_kv_heads);
+  }
 
   // At least one, so that a task without keys has its rows stored too.
   int64_t num_splits() const {
@@ -155,7 +177,7 @@ inline std::vector<Task> make_tasks(const PagedAttentionParams& params) {
       for (int64_t head = 0; head < params.num_kv_heads; ++head) {
         const Sequence seq = sequence_at(params, idx, head);
         const int64_t last = (row + num_rows - 1) / group;
-        tasks.push_back({seq, head, row, num_rows, seq.head_keys(params, last),
+        tasks.push_back({seq, head, row, num_rows, seq.head_keys(params, row / group, last),
                          seq.visible_keys(params, row / group, last)});
       }
     }

@@ -38,6 +38,15 @@ struct TreePath {
     return token < 64 ? popcount(tokens & ((uint64_t{1} << token) - 1)) : popcount(tokens);
   }
 
+  // The token at a depth of the path, which is as long at least.
+  EFFLLM_HOST_DEVICE int token_at(int depth) const {
+#ifdef __CUDA_ARCH__
+    return __ffsll(static_cast<long long>(from_depth(depth))) - 1;
+#else
+    return std::countr_zero(from_depth(depth));
+#endif
+  }
+
   // Of the query, its last token.
   EFFLLM_HOST_DEVICE int depth() const { return popcount(tokens) - 1; }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import Any
 
 import pytest
@@ -333,3 +334,26 @@ def test_caches_that_hold_codes_have_trees_too(device: str) -> None:
         if device == "cpu":
             assert_equal(other[node], out[node], name=kv_dtype)
         torch.testing.assert_close(other[node], out[node], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "e4m3", "int4"])
+@pytest.mark.parametrize("ahead", [0, 3, 61, 509])
+def test_a_node_has_the_bits_of_its_branch_on_the_cpu(ahead: int, kv_dtype: str | None) -> None:
+    """Across tiles and splits of keys, in the dtype whose weights are rounded: a greedy text must
+    not turn at a tie."""
+    random = Random(ahead)
+    parents = [-1, *(random.randrange(max(0, node - 20), node) for node in range(1, 64))]
+    keys = ((64, ahead + 64),)
+    for options in ({}, {"window": 30, "sink_tokens": 5}, {"alibi": True}):
+        case = PagedAttentionCase(keys, 8, 2, 64, 1, torch.bfloat16, kv_dtype=kv_dtype, **options)
+        args = named(case, "cpu") | {"tree_mask": words_of(parents)}
+        out, lse = paged_attention(**args)
+        for node in (0, 1, 20, 40, 62, 63):
+            last = branch_of(args, node)
+            alone = last | {
+                "q": last["q"][-1:],
+                "cu_seqlens_q": torch.tensor([0, 1], dtype=torch.int32),
+                "max_seqlen_q": 1,
+            }
+            found = (out[node : node + 1], lse[node : node + 1])
+            assert_same_bits(paged_attention(**alone), found)
