@@ -293,6 +293,26 @@ def test_a_draft_of_a_smaller_vocabulary_and_context(llama: Any) -> None:
         assert {len(r.tokens) for r in results} == {24}
 
 
+def test_n_grams_are_chains_up_to_as_many_nodes_as_they_draft() -> None:
+    text = [1, 2, 3, 4, 1, 2, 5, 6, 1, 2]  # two places to go on from
+
+    def tree_of(max_nodes: int, max_depth: int) -> TokenTree:
+        with NGramDraft(max_ngram=2, max_draft=3).session(None, [text]) as propose:
+            request = DraftRequest(0, text, max_nodes, max_depth)
+            return propose([request], torch.zeros(1, 1)).trees[0]
+
+    for max_nodes, max_depth, tokens in (
+        (4, 9, [2, 5, 6, 1]),
+        (3, 9, [2, 5, 6]),
+        (4, 1, [2, 5]),
+        (4, 0, [2]),
+        (1, 9, [2]),
+    ):
+        assert tree_of(max_nodes, max_depth).tokens == tokens
+    wide = tree_of(7, 2)
+    assert (wide.tokens, wide.parents) == ([2, 5, 6, 3, 4], [-1, 0, 1, 0, 3])
+
+
 def test_no_prompts(llama: Any) -> None:
     assert effllm.generate(llama, [], draft=NGramDraft()) == []
 

@@ -109,11 +109,11 @@ class NGramDraft:
     def _propose(self, requests: Sequence[DraftRequest], hidden: Tensor) -> Drafts:
         trees = []
         for request in requests:
-            length = min(self.max_draft, request.max_depth)
+            length, nodes = min(self.max_draft, request.max_depth), request.max_nodes
+            if nodes <= self.max_draft + 1:  # chains stay chains where the text is about to end
+                nodes = min(nodes, length + 1)
             if length:
-                tree = TokenTree.prompt_lookup(
-                    request.text, self.max_ngram, length, request.max_nodes
-                )
+                tree = TokenTree.prompt_lookup(request.text, self.max_ngram, length, nodes)
             else:
                 tree = TokenTree.chain(request.text[-1:])
             trees.append(tree)
