@@ -61,9 +61,7 @@ class PagedDecode {
                                          const Tile& tile, int kv_head,
                                          PagedDecodeStorage<Config>& smem)
       : args_(args),
-        alibi_(smem.alibi),
-        tree_(smem.tree),
-        visible_(smem.keys[threadIdx.x / 32].visible),
+        smem_(smem),
         kv_(args, sequence, kv_head, smem.keys[threadIdx.x / 32]),
         group_lane_(threadIdx.x % 32 / 4),
         quad_lane_(threadIdx.x % 4) {
@@ -77,7 +75,7 @@ class PagedDecode {
     } else {
       visible = sequence.visible_keys(args, query_idx);
     }
-    visible_[row_in_tile] = visible;
+    smem.keys[threadIdx.x / 32].visible[row_in_tile] = visible;
     // Of a tree, all see no more than the keys ahead.
     if (args.tree_mask != nullptr) visible.end = min(visible.end, max(sequence.first_position, 0));
     seen_by_all_ = {__reduce_max_sync(~0u, visible.begin), __reduce_min_sync(~0u, visible.end)};
@@ -146,7 +144,7 @@ class PagedDecode {
         first_key + Config::kTileKeys > min(seen_by_all_.end, end)) {
       for_each_score(scores, [&](float& x, int row, int key) {
         const int idx = first_key + key;
-        const KeyRange visible = visible_[quad_lane_ * 2 + row];
+        const KeyRange visible = smem_.keys[threadIdx.x / 32].visible[quad_lane_ * 2 + row];
         if (idx >= end || idx >= visible.end || (idx < visible.begin && !in_head)) x = kMaskedScore;
       });
       if (args_.tree_mask != nullptr) mask_siblings(scores, first_key);
@@ -181,21 +179,25 @@ class PagedDecode {
   }
 
   __device__ __forceinline__ void add_biases(Scores& scores, int first_key) const {
-    const bool tree =
-        args_.tree_mask != nullptr && first_key + Config::kTileKeys > seen_by_all_.end;
-    for_each_score(scores, [&](float& x, int row, int key) {
-      const int idx = quad_lane_ * 2 + row;
-      int position = first_key + key;
-      if (tree) position = tree_[idx].position_of(position);
-      x = alibi_[idx].biased(x, position);
-    });
+    if (args_.tree_mask != nullptr && first_key + Config::kTileKeys > seen_by_all_.end) {
+      for_each_score(scores, [&](float& x, int row, int key) {
+        const int idx = quad_lane_ * 2 + row;
+        x = smem_.alibi[idx].biased(x, smem_.tree[idx].position_of(first_key + key));
+      });
+    } else {
+      for_each_score(scores, [&](float& x, int row, int key) {
+        x = smem_.alibi[quad_lane_ * 2 + row].biased(x, first_key + key);
+      });
+    }
   }
 
   // In a tree: keys beside the paths of the rows.
   __device__ __forceinline__ void mask_siblings(Scores& scores, int first_key) const {
     static_assert(Config::kTileKeys <= 32);
+    const uint32_t seen[2] = {smem_.tree[quad_lane_ * 2].sees(first_key),
+                              smem_.tree[quad_lane_ * 2 + 1].sees(first_key)};
     for_each_score(scores, [&](float& x, int row, int key) {
-      if (!(tree_[quad_lane_ * 2 + row].sees(first_key) >> key & 1)) x = kMaskedScore;
+      if ((seen[row] >> key & 1) == 0) x = kMaskedScore;
     });
   }
 
@@ -233,9 +235,7 @@ class PagedDecode {
   }
 
   const PagedAttentionArgs& args_;
-  const AlibiRow* const alibi_;  // of the row tile, in shared memory
-  const TreeRow* const tree_;    // likewise
-  KeyRange* const visible_;      // of its rows, in shared memory: asked for rarely
+  PagedDecodeStorage<Config>& smem_;
   Kv kv_;
   const int group_lane_, quad_lane_;
   KeyRange seen_by_all_;

@@ -56,13 +56,6 @@ struct TreePath {
     return key <= ahead ? key : ahead + depth_of(key - ahead);
   }
 
-  // Bit k: whether `first_key + k`, k < 64, is a key ahead of the tokens or that of a token on it.
-  EFFLLM_HOST_DEVICE uint64_t keys_from(int first_key, int ahead) const {
-    const int token = first_key - ahead;
-    if (token >= 0) return token < 64 ? tokens >> token : 0;
-    return token <= -64 ? ~uint64_t{0} : tokens << -token | ((uint64_t{1} << -token) - 1);
-  }
-
   // What the query sees of it: what its window reaches, and the first tokens of the sequence.
   EFFLLM_HOST_DEVICE TreePath visible(int64_t ahead, int64_t window, int64_t sink_tokens) const {
     const uint64_t in_head = sink_tokens > 0 ? tokens & ~from_depth(sink_tokens - ahead) : 0;

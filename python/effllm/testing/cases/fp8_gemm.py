@@ -111,10 +111,11 @@ class Fp8GemmCase(Case):
     def prepare_others(self, *args: Any, **kwargs: Any) -> dict[str, Callable[[], Any]]:
         """torch's matmul of the same codes; where scales come last, both ways to sum."""
         x, x_scales, weight, w_scales, bias = args
-        # Scales of groups cuBLAS has for multiples of four tokens alone.
-        if not x.is_cuda or not self.variant or (self.variant == "block" and self.m % 4 != 0):
-            return {}
         columns = {"tensor": w_scales, "row": w_scales.T.contiguous(), "block": w_scales.T}
+        # Scales of groups cuBLAS has for multiples of four tokens alone.
+        is_taken = self.variant in columns and (self.variant != "block" or self.m % 4 == 0)
+        if not x.is_cuda or not is_taken:
+            return {}
         scaled_mm = partial(
             torch._scaled_mm,
             x,
