@@ -139,8 +139,8 @@ struct SsGemmShared {
 template <class C, class Args>
 __device__ __forceinline__ void produce(const Args& args, const SsGemmShared<C>& smem,
                                         const TileSchedule::Work& work, Ring<C::kStages>& ring) {
-  // Weights that no other CTA wants leave L2 to those that will come: 3 to 10 % faster on an H100.
-  // Other loads go without a hint: with "evict normal" on x, few tokens took up to a third longer.
+  // Weights that no other CTA wants leave L2 to those that will come. Other loads go without a
+  // hint: x takes longer with one, even with the neutral "evict normal" (bench/results/README.md).
   const bool once = (C::kTokenRows ? args.schedule.row_tiles : args.schedule.col_tiles) == 1;
   const uint64_t evict_first = ptx::l2_evict_first();
   const int first_col = work.col_tile * C::kCols + smem.neighbour * C::kLoadCols;
