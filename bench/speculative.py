@@ -120,8 +120,8 @@ def table(result: dict[str, Any]) -> str:
         f"640, of zeros ({result['wide_bytes'] / 1e6:.0f} MB in bf16 where this CPU caches 32 MB):",
         "the text of the small model at the cost of a large one. Chains and trees count nodes, the",
         "last certain token included; tokens per step are of each prompt, its first step included.",
-        f"Made by `bench/speculative.py` with torch {result['torch']} on one thread of a CPU that",
-        "had other work too.",
+        f"Made by `bench/speculative.py` with torch {result['torch']} on one thread of a CPU with",
+        "nothing else to do.",
     ]
     for target in dict.fromkeys(row["target"] for row in result["rows"]):
         for batch in (1, 16):
