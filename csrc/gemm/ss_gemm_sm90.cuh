@@ -426,17 +426,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
 // Of the current device.
 template <class C>
 SsGemmResidency ss_gemm_residency(const char* op) {
-  SsGemmResidency clusters{};
-  for (int slices = 1; slices * C::kNeighbours <= kMaxClusterCtas; ++slices) {
-    clusters[static_cast<size_t>(slices - 1)] = max_resident_clusters(
-        op, ss_gemm_kernel<C>, C::kThreads, C::kSmemBytes, slices * C::kNeighbours);
-  }
-  return clusters;
+  return tile_gemm_residency<C>(op, ss_gemm_kernel<C>);
 }
-
-// What CTAs need first, and can ask for beside the kernel ahead.
-template <class C>
-inline constexpr int kPrefetchBytes = (C::kCtasPerSm > 1 ? 128 : 64) * 1024;
 
 // `weight`: [N, K] with rows `stride_weight_n` elements apart; x and out contiguous. Only tiles
 // that may be split can go out in float32. Of each CTA's first weights, `prefetch_bytes` are asked

@@ -22,8 +22,8 @@ struct SsGemmShape {
   constexpr int tokens() const { return token_rows ? rows() : cols; }
   constexpr int features() const { return token_rows ? cols : rows(); }
 
-  // Whether a cluster may share a tile's K, and float32 go out. Large tiles have no registers left
-  // for that.
+  // Whether a cluster may share a tile's K, and float32 go out. Large tiles have many sums to
+  // exchange.
   constexpr bool splits() const { return row_blocks * cols <= 128; }
 };
 
@@ -35,6 +35,21 @@ struct SsGemmPlan {
 
 // [slices - 1]: clusters of so many slices that run on a device at the same time.
 using SsGemmResidency = std::array<int, kMaxClusterCtas>;
+
+// Of the current device and a kernel over tiles C.
+template <class C, class Params>
+SsGemmResidency tile_gemm_residency(const char* op, void (*kernel)(Params)) {
+  SsGemmResidency clusters{};
+  for (int slices = 1; slices * C::kNeighbours <= kMaxClusterCtas; ++slices) {
+    clusters[static_cast<size_t>(slices - 1)] =
+        max_resident_clusters(op, kernel, C::kThreads, C::kSmemBytes, slices * C::kNeighbours);
+  }
+  return clusters;
+}
+
+// What CTAs need first, and can ask for beside the kernel ahead.
+template <class C>
+inline constexpr int kPrefetchBytes = (C::kCtasPerSm > 1 ? 128 : 64) * 1024;
 
 // A shape that a GEMM of 8-bit operands may take, and in how many nanoseconds it multiplies a stage
 // of K on an H100, as the model of ss_gemm_sm90.cu has it; 0 if it may not.

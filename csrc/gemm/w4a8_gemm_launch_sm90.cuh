@@ -20,9 +20,7 @@ inline constexpr const char* kW4A8Op = "w4a8_gemm";
 
 template <class C>
 void launch_w4a8_tiles(const W4A8GemmParams& params, SsGemmPlan plan, cudaStream_t stream) {
-  // What CTAs need first, and can ask for beside the kernel ahead.
-  constexpr int kPrefetchBytes = (C::kCtasPerSm > 1 ? 128 : 64) * 1024;
-  W4A8GemmArgs args{params, {}, {}, {}, kPrefetchBytes / (C::kStrips * C::kStripBytes)};
+  W4A8GemmArgs args{params, {}, {}, {}, kPrefetchBytes<C> / (C::kStrips * C::kStripBytes)};
   args.x_map =
       make_tensor_map(params.x, params.dtype, params.m, params.k, params.k, C::kCols, kW4A8Op);
   TileSchedule& schedule = args.schedule;
@@ -98,19 +96,9 @@ class W4A8Kernels {
   template <size_t kShape>
   using TileGemm = W4A8Gemm<kGroupUnits, kHasZeros, kShapes[kShape].tile>;
 
-  template <class C>
-  static SsGemmResidency find_residency() {
-    SsGemmResidency clusters{};
-    for (int slices = 1; slices <= kMaxClusterCtas; ++slices) {
-      clusters[static_cast<size_t>(slices - 1)] =
-          max_resident_clusters(kW4A8Op, w4a8_gemm_kernel<C>, C::kThreads, C::kSmemBytes, slices);
-    }
-    return clusters;
-  }
-
   template <size_t... kShape>
   static Residency find_residency(std::index_sequence<kShape...>) {
-    return {find_residency<TileGemm<kShape>>()...};
+    return {tile_gemm_residency<TileGemm<kShape>>(kW4A8Op, w4a8_gemm_kernel<TileGemm<kShape>>)...};
   }
 
   template <size_t... kShape>

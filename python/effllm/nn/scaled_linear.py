@@ -46,6 +46,8 @@ class ScaledLinear(QuantizedLinear):
     """What ``scales_per`` may be."""
     activations_per: ClassVar[tuple[InputsPer | None, ...]]
     """What ``inputs_per`` may be."""
+    static_alone: ClassVar[tuple[InputsPer, ...]] = ()
+    """What of it has no scale that a kernel finds at run time."""
 
     def __init__(
         self,
@@ -70,6 +72,8 @@ class ScaledLinear(QuantizedLinear):
         check_word("inputs_per", inputs_per, self.activations_per)
         if static and inputs_per != "tensor":
             raise ValueError(f"a static scale is of inputs_per='tensor', got {inputs_per!r}")
+        if inputs_per in self.static_alone and not static:
+            raise ValueError(f"inputs_per={inputs_per!r} is of a static scale, got static=False")
         shape = {
             "tensor": (1,),
             "channel": (out_features, 1),

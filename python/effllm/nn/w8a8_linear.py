@@ -20,32 +20,7 @@ class W8A8Linear(ScaledLinear):
     code_dtype = torch.int8
     weights_per = ("tensor", "channel")
     activations_per = ("tensor", "token")
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        scales_per: ScalesPer = "channel",
-        inputs_per: InputsPer | None = "token",
-        static: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """As ``ScaledLinear``; a scale of the tensor is static: no kernel finds it at run time."""
-        super().__init__(
-            in_features,
-            out_features,
-            bias,
-            scales_per=scales_per,
-            inputs_per=inputs_per,
-            static=static,
-            device=device,
-            dtype=dtype,
-        )
-        if inputs_per == "tensor" and not static:
-            raise ValueError("inputs_per='tensor' is of a static scale, got static=False")
+    static_alone = ("tensor",)
 
     @classmethod
     def from_linear(
