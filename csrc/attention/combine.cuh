@@ -1,7 +1,7 @@
 // Merges the parts that CTAs have of one pair (sequence, KV head): the last one to be done does it.
 //
 // Roofline: bytes, but small: 4 * D + 8 per row and part, written shortly before and found in L2.
-// What counts is latency: a row is a warp's, and it has sixteen parts on the way at a time.
+// What counts is latency: a row is a warp's, and it has many parts on the way at a time.
 //
 // The memory is new in each call and holds anything, and nobody clears it beforehand: a counter of
 // arrivals counts only while it bears a mark. The CTA of the first part sets that before it loads
@@ -72,8 +72,9 @@ class PartialResults {
 
   // By a warp: outputs weighted by 2^(maximum - maximum of all) and added in the order of the
   // parts, whichever came last.
+  // `kBatch`: loads of a lane that are on the way together.
+  template <int kBatch>
   __device__ __forceinline__ void merge(int row_in_tile, const OutputRow& out_row) const {
-    constexpr int kBatch = 16;  // loads of a lane that are on the way together
     const int lane_idx = static_cast<int>(threadIdx.x % 32);
     const int head_dim = static_cast<int>(args_.head_dim);
     const int num_parts = part_.num_parts;

@@ -25,6 +25,10 @@ class ScoreMap {
         cap_(kLog2E * params.softcap),
         tanh_slope_(params.softcap > 0.f ? params.scale / params.softcap : 0.f) {}
 
+  // Where x is q.k times a positive number: that number, to be left to who takes powers.
+  __device__ __forceinline__ bool is_positive_factor() const { return cap_ <= 0.f && slope_ > 0.f; }
+  __device__ __forceinline__ float factor() const { return slope_; }
+
   // In place. One branch per tile, not per score.
   template <int kTiles>
   __device__ __forceinline__ void apply(float (&scores)[kTiles][4]) const {

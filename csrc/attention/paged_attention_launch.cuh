@@ -1,6 +1,6 @@
 // Which kernel paged_attention takes, for caches of one dtype. Few rows per KV head go to the
-// decode kernel (bytes-bound, keys split over CTAs), many to the prefill kernel (arithmetic-bound,
-// rows split over CTAs).
+// decode kernel, some more, and trees, to the extend kernel (both bytes-bound, keys split over
+// CTAs), many to the prefill kernel (arithmetic-bound, rows split over CTAs).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,9 +10,10 @@
 #include <functional>
 #include <type_traits>
 
-#include "attention/paged_attention_sm80.cuh"
 #include "attention/paged_decode_sm80.cuh"
+#include "attention/paged_extend.cuh"
 #include "attention/paged_kv.h"
+#include "attention/paged_prefill.cuh"
 #include "common/math.h"
 #include "cuda/launch.h"
 #include "quant/kv_layout.h"
@@ -44,8 +45,9 @@ inline void prepare_args(PagedAttentionArgs& args) {
   args.heads_per_table = static_cast<int32_t>(args.num_kv_heads / args.table_heads);
 }
 
+// How many CTAs share the keys, and memory for what they leave.
 template <class Config>
-void decode(PagedAttentionArgs args, const AttentionContext& context) {
+void share_keys(PagedAttentionArgs& args, const AttentionContext& context) {
   const int num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
   args.early_start = context.attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   const int64_t max_rows = std::min<int64_t>(args.group * args.max_seqlen_q, args.max_rows);
@@ -85,23 +87,49 @@ void decode(PagedAttentionArgs args, const AttentionContext& context) {
 
   const int64_t slots = (fixed ? parts : args.num_shares) * args.num_row_tiles;
   const int64_t rows = slots * (fixed ? 1 : 2) * Config::kRows;
-  args.partial_out = context.allocate(rows * (args.head_dim + 2) + slots * 2);
+  const int64_t tiles = pairs * args.num_row_tiles;
+  args.partial_out = context.allocate(rows * (args.head_dim + 2) + (slots + tiles) * 2);
   args.partial_softmax = args.partial_out + rows * args.head_dim;
   args.arrivals = reinterpret_cast<uint64_t*>(args.partial_softmax + rows * 2);
+  args.pair_parts = reinterpret_cast<int2*>(args.arrivals + slots);
+}
+
+template <class Config>
+void decode(PagedAttentionArgs args, const AttentionContext& context) {
+  share_keys<Config>(args, context);
   launch_paged_decode<Config>(args, context.stream);
+}
+
+template <class Config>
+void extend(PagedAttentionArgs args, const AttentionContext& context) {
+  share_keys<Config>(args, context);
+  launch_paged_extend<Config>(args, context.stream);
 }
 
 template <class Element, class Kv, int kHeadDim>
 void launch_paged_attention(PagedAttentionArgs args, const AttentionContext& context) {
-  // Up to here it pays to read the keys once per 8 rows, from L2 after the first time, and have
-  // splits: the prefill kernel has one CTA for all keys of these rows.
-  // Trees go no other way, however many rows: the prefill kernel has no masks.
-  constexpr int32_t kMaxDecodeRows = 32;
-  if (args.group * args.max_seqlen_q > kMaxDecodeRows && args.tree_mask == nullptr) {
-    // The batch chooses, unless it must not show: then each sequence by its own rows.
-    if (args.split_size > 0) args.min_rows = kMaxDecodeRows + 1;
-    launch_paged_prefill<PagedPrefillConfig<Element, kHeadDim, Kv>>(args, context.stream);
-    if (args.split_size == 0) return;
+  // Up to here it pays to read the keys once per 8 rows, from L2 after the first time.
+  constexpr int32_t kMaxDecodeRows = 16;
+  // More than a tile of rows: keys are split where row tiles are too few for the GPU. The prefill
+  // kernel has a CTA for all keys of a tile, and no masks of trees.
+  using Prefill = PagedPrefillConfig<Element, kHeadDim, Kv>;
+  using Extend = PagedExtendConfig<Element, kHeadDim, Kv>;
+  const int64_t max_rows = args.group * args.max_seqlen_q;
+  const int64_t tiles =
+      args.num_seqs * args.num_kv_heads * ceil_div<int64_t>(max_rows, Prefill::kBlockM);
+  const bool fills_gpu = tiles >= context.attribute(cudaDevAttrMultiProcessorCount);
+  // The batch chooses the kernel, unless it must not show: then each sequence by its own rows.
+  const bool fixed = args.split_size > 0;
+  if (max_rows > Extend::kRows && args.tree_mask == nullptr && (fixed || fills_gpu)) {
+    if (fixed) args.min_rows = Extend::kRows + 1;
+    launch_paged_prefill<Prefill>(args, context.stream);
+    if (!fixed) return;
+    args.max_rows = Extend::kRows;
+  }
+  if (max_rows > kMaxDecodeRows) {
+    args.min_rows = fixed ? kMaxDecodeRows + 1 : 0;
+    extend<Extend>(args, context);
+    if (!fixed) return;
     args.min_rows = 0, args.max_rows = kMaxDecodeRows;
   }
   // Shared memory is for four warps of D = 256.

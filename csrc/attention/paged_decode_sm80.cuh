@@ -24,12 +24,10 @@
 #include "attention/alibi.cuh"
 #include "attention/combine.cuh"
 #include "attention/decode_kv.cuh"
-#include "attention/decode_prefetch.cuh"
-#include "attention/decode_split.cuh"
+#include "attention/decode_share.cuh"
 #include "attention/online_softmax.cuh"
 #include "attention/tree_row.cuh"
 #include "cuda/launch.h"
-#include "ptx/grid.cuh"
 #include "ptx/load.cuh"
 
 namespace effllm {
@@ -37,8 +35,7 @@ namespace effllm {
 // What the CTA works on, and the warps' results, merged after the loop.
 template <class Config>
 struct PagedDecodeStorage {
-  DecodeSchedule<Config> schedule;
-  int row_tile;
+  DecodeShare<Config> share;
   DecodeTileKeys<Config> keys[Config::kWarps];
   // Rows are padded by 16 bytes against bank conflicts.
   alignas(16) float output[Config::kWarps][Config::kRows][Config::kHeadDim + 4];
@@ -271,13 +268,13 @@ template <class Config>
 __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
                                             PagedDecodeStorage<Config>& smem) {
   using Element = typename Config::Element;
-  const DecodePart& part = smem.schedule.part();
+  const DecodePart& part = smem.share.schedule.part();
   const Sequence sequence(args, part.table_idx);
   const int kv_head = sequence.first_kv_head + part.head;
-  const DecodeTile<Config> tile(args, sequence, smem.row_tile);
+  const DecodeTile<Config> tile(args, sequence, smem.share.row_tile);
   if (part.begin == part.end || tile.empty()) return;
   if (part.num_parts > 1 && part.idx == 0 && threadIdx.x == 0) {
-    PartialResults<Config>(args, part, smem.row_tile).open();
+    PartialResults<Config>(args, part, smem.share.row_tile).open();
   }
   if (args.alibi_slopes != nullptr || args.tree_mask != nullptr) {
     if (threadIdx.x < Config::kRows) {
@@ -302,7 +299,7 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   __syncthreads();
 
   const bool whole = part.num_parts == 1;
-  const PartialResults<Config> partial(args, part, smem.row_tile);
+  const PartialResults<Config> partial(args, part, smem.share.row_tile);
   const int num_rows = min(tile.num_rows - tile.first_row, Config::kRows);
   const int dim_quads = static_cast<int>(args.head_dim) / 4;
   for (int i = threadIdx.x; i < num_rows * dim_quads; i += Config::kThreads) {
@@ -330,31 +327,7 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   __syncthreads();
   if (!smem.is_last) return;
   for (int row = threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
-    partial.merge(row, OutputRow(args, sequence, kv_head, tile.first_row + row));
-  }
-}
-
-// Clears the tokens that have no row tile: those that no CTA computes, and all of page tables
-// without a visible key, for their heads. These are dealt out to the CTAs one by one.
-template <class Element>
-__device__ __forceinline__ void clear_keyless_tokens(const PagedAttentionArgs& args) {
-  for (int64_t table_idx = blockIdx.x; table_idx < args.num_tables; table_idx += gridDim.x) {
-    const Sequence sequence(args, static_cast<int>(table_idx));
-    if (!sequence.is_taken(args)) continue;
-    const bool keyless = sequence.seen_keys(args).empty();
-    const bool all_owned =
-        sequence.first_token + sequence.num_queries == sequence.end_token &&
-        (sequence.seq_idx > 0 || sequence.first_token == 0) &&
-        (sequence.seq_idx + 1 < args.num_seqs || sequence.end_token == args.num_tokens);
-    if (!keyless && all_owned) continue;
-    for (int head = 0; head < args.heads_per_table; ++head) {
-      const int kv_head = sequence.first_kv_head + head;
-      clear_unowned_tokens<Element>(args, sequence, kv_head);
-      if (keyless) {
-        clear_tokens<Element>(args, sequence.first_token,
-                              sequence.first_token + sequence.num_queries, kv_head);
-      }
-    }
+    partial.template merge<16>(row, OutputRow(args, sequence, kv_head, tile.first_row + row));
   }
 }
 
@@ -362,49 +335,7 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     paged_decode_kernel(const __grid_constant__ PagedAttentionArgs args) {
   __shared__ PagedDecodeStorage<Config> smem;
-  const auto num_row_tiles = static_cast<unsigned>(args.num_row_tiles);
-  const auto find_share = [&](unsigned of_first) {
-    DecodeSchedule<Config> schedule;
-    schedule.start(args, of_first, static_cast<int>(blockIdx.x / num_row_tiles));
-    if (threadIdx.x == 0) {
-      smem.schedule = schedule;
-      smem.row_tile = static_cast<int>(blockIdx.x % num_row_tiles);
-    }
-  };
-  prefetch_tables<Config>(args);
-  unsigned of_first = 0;  // as warp 0 counts blocks
-  if (args.early_start) {
-    if (threadIdx.x < 32) {
-      of_first = DecodeSchedule<Config>::blocks_of_lane(args);
-      find_share(of_first);
-    }
-    __syncthreads();
-    if (smem.schedule.valid()) prefetch_part<Config>(args, smem.schedule.part());
-    __syncthreads();
-  }
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
-  if (threadIdx.x < 32) {
-    // Nothing but the blocks of 32 tables went into the share that was found: of the same ones it
-    // is the share that all others find, whatever lengths stood there in the meantime. What keys
-    // the blocks hold is looked up for each part.
-    const unsigned blocks = DecodeSchedule<Config>::blocks_of_lane(args);
-    const bool same = __all_sync(~0u, args.num_tables <= 32 && blocks == of_first);
-    if (!args.early_start || !same) find_share(blocks);
-  }
-  clear_keyless_tokens<typename Config::Element>(args);  // by the other warps in the meantime
-  __syncthreads();
-  while (smem.schedule.valid()) {
-    decode_part(args, smem);
-    __syncthreads();  // all have done with shared memory
-    if (threadIdx.x < 32) {
-      DecodeSchedule<Config> schedule = smem.schedule;
-      schedule.advance(args);
-      __syncwarp();
-      if (threadIdx.x == 0) smem.schedule = schedule;
-    }
-    __syncthreads();
-  }
+  for_each_part<Config>(args, smem.share, [&] { decode_part(args, smem); });
 }
 
 // `args` has num_row_tiles and all that is of the decode kernel.

@@ -5,7 +5,13 @@
 
 namespace effllm::ptx {
 
-// Copies 16 bytes past L1, or, if `valid` is false, writes 16 zero bytes and reads nothing.
+// Copies 16 bytes past L1.
+__device__ __forceinline__ void cp_async_16(void* dst_smem, const void* src_gmem) {
+  const auto dst = static_cast<uint32_t>(__cvta_generic_to_shared(dst_smem));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src_gmem) : "memory");
+}
+
+// The same, or, if `valid` is false, writes 16 zero bytes and reads nothing.
 __device__ __forceinline__ void cp_async_16(void* dst_smem, const void* src_gmem, bool valid) {
   const auto dst = static_cast<uint32_t>(__cvta_generic_to_shared(dst_smem));
   const int bytes = valid ? 16 : 0;

@@ -6,7 +6,8 @@ Run it after a change: python csrc/ptx/gen_wgmma.py. Its output is checked in; a
 from pathlib import Path
 
 WIDTHS = (8, 16, 32, 64, 128, 256)
-SHARED_WIDTHS = (128, 256)  # with A in shared memory, of 16-bit types
+SHARED_WIDTHS = (32, 64, 128, 256)  # with A in shared memory, of 16-bit types
+MN_MAJOR_WIDTHS = (64, 128, 256)  # with B the other way round, of 16-bit types
 E4M3_WIDTHS = (8, 16, 32, 64, 128, 192, 256)
 INT8_WIDTHS = (16, 32, 64, 128, 256)
 TYPES = {"float16": "f16", "bfloat16": "bf16"}
@@ -18,7 +19,8 @@ HEADER = """\
 // 16 w ..; with g = lane / 4 and c = lane % 4 the four A registers are those of mma.m16n8k16, or
 // m16n8k32 of int8, and d[4 j ..] are
 // (g, 8 j + 2 c) (g, 8 j + 2 c + 1) (g + 8, 8 j + 2 c) (g + 8, 8 j + 2 c + 1).
-// `b`, and `a` if it is one word, describe K-major tiles in shared memory (wgmma_descriptor).
+// `b`, and `a` if it is one word, describe K-major tiles in shared memory (wgmma_descriptor); that
+// of mma_mn_major is a tile b[K, N] (wgmma_mn_descriptor).
 // Without `accumulate` d starts at zero. Sums of e4m3 products keep some 14 bits; those of int8 are
 // exact, and wrap.
 #pragma once
@@ -36,7 +38,14 @@ struct Wgmma;
 
 
 def function(
-    ptx: str, k: int, width: int, argument: str, a: list[str], flags: str, sums: str = "f32"
+    ptx: str,
+    k: int,
+    width: int,
+    argument: str,
+    a: list[str],
+    flags: str,
+    sums: str = "f32",
+    name: str = "mma",
 ) -> str:
     count = width // 2
     element, register = {"f32": ("float", "f"), "s32": ("int32_t", "r")}[sums]
@@ -45,8 +54,8 @@ def function(
     a_registers = ", ".join(f"%{count + i}" for i in range(len(a)))
     b = count + len(a)
     return f"""\
-  static __device__ __forceinline__ void mma({element} (&d)[{count}], {argument},
-                                             uint64_t b, bool accumulate) {{
+  static __device__ __forceinline__ void {name}({element} (&d)[{count}], {argument},
+                                             {" " * (len(name) - 3)}uint64_t b, bool accumulate) {{
     asm volatile(
         "{{.reg .pred p; setp.ne.b32 p, %{b + 1}, 0;"
         "wgmma.mma_async.sync.aligned.m64n{width}k{k}.{sums}.{ptx}.{ptx} "
@@ -72,6 +81,9 @@ def wrapper_16bit(name: str, ptx: str, width: int) -> str:
     functions = function(ptx, 16, width, "const uint32_t (&a)[4]", registers, ", 1, 1, 0")
     if width in SHARED_WIDTHS:
         functions += function(ptx, 16, width, "uint64_t a", ['"l"(a)'], ", 1, 1, 0, 0")
+    if width in MN_MAJOR_WIDTHS:
+        argument, flags = "const uint32_t (&a)[4]", ", 1, 1, 1"
+        functions += function(ptx, 16, width, argument, registers, flags, name="mma_mn_major")
     return wrapper(name, width, functions)
 
 

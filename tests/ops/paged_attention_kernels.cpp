@@ -1,16 +1,18 @@
-// paged_attention's decode kernels on warps whose lanes take turns; test_paged_attention_kernels.py
-// compiles it, and calls it with tensors.
+// paged_attention's kernels that split keys, on warps whose lanes take turns;
+// test_paged_attention_kernels.py compiles it, and calls it with tensors.
+#include <cuda_runtime.h>
+
+namespace effllm {
+// The dynamic shared memory of a CTA: ahead of the kernels that declare it.
+alignas(1024) thread_local uint4 smem_raw[16 * 1024];
+}  // namespace effllm
+
 #include "attention/paged_attention_launch.cuh"
 
 #include <cstdint>
 #include <vector>
 
 #include "tensor_argument.h"
-
-namespace effllm {
-// The dynamic shared memory of a CTA.
-alignas(128) thread_local uint4 smem_raw[16 * 1024];
-}  // namespace effllm
 
 // For q of bf16. Tensors in the order of the schema, then out and lse. `window`: 0 is none; `num_sms` and
 // `capability`: of the GPU that is played.

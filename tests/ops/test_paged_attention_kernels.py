@@ -1,5 +1,5 @@
-"""paged_attention's decode kernels, proved without a GPU: their own headers, on warps whose lanes
-take turns, against the reference."""
+"""paged_attention's kernels that split keys, proved without a GPU: their own headers, on warps
+whose lanes take turns, against the reference."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def kernels_of(library: ctypes.CDLL, num_sms: int, capability: int) -> Kernels:
 
 
 def is_played(case: PagedAttentionCase) -> bool:
-    """Whether decode kernels are compiled for its dtype, it is theirs, some token is there for
-    them, and lanes that take turns are done with it within seconds."""
+    """Whether the kernels that split keys are compiled for its dtype, it is theirs, some token is
+    there for them, and lanes that take turns are done with it within seconds."""
     rows = max((q for q, _ in case.sequences), default=0) * case.num_q_heads // case.num_kv_heads
     pairs = sum(queries * keys for queries, keys in case.sequences)
     small = pairs * case.num_q_heads * case.head_dim <= 2**23
-    return case.dtype == torch.bfloat16 and (case.tree or rows <= 32) and pairs > 0 and small
+    return case.dtype == torch.bfloat16 and (case.tree or rows <= 64) and pairs > 0 and small
 
 
 @pytest.mark.parametrize(("num_sms", "capability"), [(1, 8), (5, 9)])

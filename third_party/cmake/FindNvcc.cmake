@@ -50,7 +50,9 @@ function(nvcc_objects out)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "SOURCES;FLAGS;ARCHS")
   set(gencode "")
   foreach(arch IN LISTS arg_ARCHS)
-    list(APPEND gencode -gencode "arch=compute_${arch},code=sm_${arch}")
+    # Every GPU of 9.0 has what 90a adds, wgmma for one.
+    string(REGEX REPLACE "^90$" "90a" machine "${arch}")
+    list(APPEND gencode -gencode "arch=compute_${machine},code=sm_${machine}")
   endforeach()
   # Later GPUs compile the PTX of the highest architecture; "90a" code runs on sm_90 alone.
   list(SORT arg_ARCHS COMPARE NATURAL)

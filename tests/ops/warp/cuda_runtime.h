@@ -22,12 +22,16 @@
 #define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __align__(...)
 #define __shared__ thread_local  // of the one thread that all lanes share
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
+struct alignas(8) int2 {
+  int32_t x, y;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
@@ -280,6 +284,7 @@ inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fdividef(float a, float b) { return std::nextafter(a / b, 0.f); }
 
 
+inline int2 make_int2(int32_t x, int32_t y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 

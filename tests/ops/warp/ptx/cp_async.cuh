@@ -32,6 +32,7 @@ inline void cp_async_16(void* dst, const void* src, bool valid) {
   std::memset(dst, 0xff, 16);
   own_groups().back().push_back({dst, valid ? src : nullptr});
 }
+inline void cp_async_16(void* dst, const void* src) { cp_async_16(dst, src, true); }
 
 inline void cp_async_commit() { own_groups().emplace_back(); }
 

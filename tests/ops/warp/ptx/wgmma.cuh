@@ -21,6 +21,9 @@ inline uint64_t wgmma_descriptor(uint32_t smem_address) {
   }
   return smem_address;
 }
+inline uint64_t wgmma_mn_descriptor(uint32_t smem_address, int) {
+  return wgmma_descriptor(smem_address);
+}
 inline uint64_t advance_descriptor(uint64_t descriptor, int bytes) { return descriptor + bytes; }
 
 template <class T, int kWidth>
