@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,8 @@ from .._host import TokenTree
 
 # Index arithmetic on the host is numpy's: torch would start its thread pool for a few integers.
 IntArray = npt.NDArray[np.int32]
+AnyArray = npt.NDArray[Any]
+_DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class PagedBatch:
     seq_lens: Tensor  # int32 [B]; keys per sequence, the new tokens included
     cu_seqlens_q: Tensor  # int32 [B + 1]; tokens of row b are cu_seqlens_q[b] .. cu_seqlens_q[b+1]
     max_seqlen_q: int  # most new tokens of any row
+    num_tokens: int  # new tokens of all rows; those of the T behind them are padding
     slot_mapping: Tensor  # int64 [T]; page * P + offset of each new token, -1 for padding
     positions: Tensor  # int64 [T]; position of each new token in its sequence, 0 for padding
     tree_mask: Tensor | None = None  # int64 [T]; which new tokens each one sees, None: all before
@@ -40,46 +45,64 @@ class PagedBatch:
         Nodes stand at the position of their depth, in slots of their own; which of them stay is
         decided afterwards (`ops.tree_verify`, `ops.kv_compact`, `PagedKVCache.crop`). A row without
         drafts is a tree of one node. ValueError for trees that have not as many nodes as there are
-        tokens; padding rows need none.
+        tokens; padding needs none.
         """
         words = [word for tree in trees for word in tree.mask_bits]
-        moves = [depth - node for tree in trees for node, depth in enumerate(tree.depths)]
-        count = len(self.positions)
-        padding = (len(self.seq_lens) - len(trees)) * (len(trees[0]) if trees else 1)
-        if len(words) + padding != count:
+        if len(words) != self.num_tokens:
             raise ValueError(
-                f"PagedBatch.with_trees: trees must have {count - padding} nodes, as many as the "
+                f"PagedBatch.with_trees: trees must have {self.num_tokens} nodes, as many as the "
                 f"step has tokens, got {len(words)}"
             )
-        of_tokens = torch.tensor([words + [-1] * padding, moves + [0] * padding])
-        tree_mask, moved = of_tokens.to(self.positions.device, non_blocking=True)
+        moves = [depth - node for tree in trees for node, depth in enumerate(tree.depths)]
+        of_tokens = np.zeros((2, len(self.positions)), dtype=np.int64)
+        of_tokens[0, len(words) :] = -1
+        of_tokens[:, : len(words)] = words, moves
+        tree_mask, moved = torch.from_numpy(of_tokens).to(self.positions.device, non_blocking=True)
         return replace(self, tree_mask=tree_mask, positions=self.positions + moved)
 
 
-def index_tensors(
-    page_table: IntArray, page_size: int, starts: list[int], counts: list[int], padding: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """seq_lens [B], cu_seqlens_q [B + 1], slot_mapping [T] and positions [T] of a step, on the CPU.
+def index_arrays(
+    page_table: IntArray,
+    page_size: int,
+    starts: list[int],
+    counts: list[int],
+    num_rows: int,
+    num_tokens: int,
+) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray]:
+    """seq_lens [B], cu_seqlens_q [B + 1], slot_mapping [T] and positions [T] of a step.
 
-    Row b holds `starts[b]` tokens and gets `counts[b]` more; `padding` rows follow, as long as the
-    first one. `page_table`: [>= B, MAXP], the pages of the new tokens included.
+    Row b holds `starts[b]` tokens and gets `counts[b]` more; up to B = `num_rows` rows follow that
+    have none, and up to T = `num_tokens` tokens that belong to no row. `page_table`: [>= B, MAXP],
+    the pages of the new tokens included.
     """
-    per_padding_row = counts[0] if counts else 1
-    n = np.array(counts + [per_padding_row] * padding, dtype=np.int64)
-    first = np.array(starts + [0] * padding, dtype=np.int64)
-    cu_seqlens_q = np.concatenate([[0], n.cumsum()])
+    n, first = np.array(counts, dtype=np.int64), np.array(starts, dtype=np.int64)
+    seq_lens = np.zeros(num_rows, dtype=np.int32)
+    seq_lens[: len(n)] = first + n
+    ends = n.cumsum()
+    total = int(ends[-1]) if counts else 0
+    cu_seqlens_q = np.full(num_rows + 1, total, dtype=np.int32)
+    cu_seqlens_q[: len(n)] = ends - n
     row = np.repeat(np.arange(len(n)), n)
-    positions = np.arange(len(row)) + (first - cu_seqlens_q[:-1])[row]
-    pages = page_table[row, positions // page_size].astype(np.int64)
-    slot_mapping = pages * page_size + positions % page_size
-    seq_lens = first + n
+    positions = np.zeros(num_tokens, dtype=np.int64)
+    positions[:total] = at = np.arange(total) + (first + n - ends)[row]
+    slot_mapping = np.full(num_tokens, -1, dtype=np.int64)
+    slot_mapping[:total] = page_table[row, at // page_size].astype(np.int64) * page_size
+    slot_mapping[:total] += at % page_size
+    return seq_lens, cu_seqlens_q, slot_mapping, positions
 
-    slot_mapping[sum(counts) :] = -1
-    positions[sum(counts) :] = 0
-    seq_lens[len(counts) :] = 0
-    return (
-        torch.from_numpy(seq_lens.astype(np.int32)),
-        torch.from_numpy(cu_seqlens_q.astype(np.int32)),
-        torch.from_numpy(slot_mapping),
-        torch.from_numpy(positions),
-    )
+
+def upload(arrays: Sequence[AnyArray], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors on the device, in one transfer that is not waited for.
+
+    From pageable memory it is safe: the driver has taken its copy when the call returns.
+    """
+    # Multiples of 16 bytes, as kernels like them.
+    starts = [0, *accumulate(-(-array.nbytes // 16) * 16 for array in arrays)]
+    host = np.empty(starts[-1], dtype=np.uint8)
+    for start, array in zip(starts, arrays, strict=False):
+        host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    memory = torch.from_numpy(host).to(device, non_blocking=True)
+    return [
+        memory[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    ]

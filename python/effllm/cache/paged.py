@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import ops
 from .._host import BlockPool
 from ..ops._kv_codes import QUANTIZED_KV, codes_per_row, empty_kv_scale
-from .batch import PagedBatch, index_tensors
+from .batch import PagedBatch, index_arrays, upload
 from .swap import from_host, to_host
 
 
@@ -275,25 +275,33 @@ class PagedKVCache:
         """
         self._reserve([(seq_id, num_tokens)])
 
-    def step(self, items: Sequence[tuple[int, int]], *, num_rows: int | None = None) -> PagedBatch:
-        """Makes room for `num_tokens` >= 1 new tokens of each (seq_id, num_tokens), in this order.
+    def step(
+        self,
+        items: Sequence[tuple[int, int]],
+        *,
+        num_rows: int | None = None,
+        num_tokens: int | None = None,
+    ) -> PagedBatch:
+        """Makes room for n >= 1 new tokens of each (seq_id, n) in `items`, in this order.
 
         Lengths advance at once: the caller now computes these tokens, or takes them back with
-        `crop`. `num_rows` pads the batch to a fixed number of rows (CUDA graphs): all items must
-        then have equally many tokens, and a padding row has as many, with seq_len 0 and slot -1.
+        `crop`. `num_rows` and `num_tokens` pad the step to fixed sizes (CUDA graphs): rows of no
+        tokens with seq_len 0, and tokens of no row, at position 0 with slot -1.
 
         OutOfPages when the pool has too few pages for the whole step; ValueError for a repeated
         sequence, a bad count, or a sequence past max_seq_len; IndexError for an unknown sequence.
         """
         counts = [n for _, n in items]
         rows = len(items) if num_rows is None else num_rows
+        total = sum(counts)
+        padded = total if num_tokens is None else num_tokens
         problem = None
         if not len(items) <= rows <= self.max_batch:
             problem = f"rows must be in [{len(items)}, max_batch={self.max_batch}], got {rows}"
         elif min(counts, default=1) < 1:
             problem = f"token counts must be at least 1, got {counts}"
-        elif num_rows is not None and len(set(counts)) > 1:
-            problem = f"padding needs equal token counts, got {counts}"
+        elif padded < total:
+            problem = f"num_tokens must be at least {total}, got {padded}"
         elif len({seq_id for seq_id, _ in items}) < len(items):
             problem = f"a sequence repeats in {list(items)}"
         if problem:
@@ -303,12 +311,11 @@ class PagedKVCache:
         starts = [self._seqs[seq_id].length for seq_id, _ in items]
         padding = rows - len(items)
         self._write_rows([self._seqs[seq_id].pages for seq_id, _ in items] + [()] * padding)
-        seq_lens, *rest = index_tensors(self._host_table, self.page_size, starts, counts, padding)
-        self.seq_lens[:rows].copy_(seq_lens, non_blocking=True)
-        # Safe from pageable memory: the driver has taken its copy when the call returns.
-        cu_seqlens_q, slot_mapping, positions = (
-            tensor.to(self.seq_lens.device, non_blocking=True) for tensor in rest
+        seq_lens, *rest = index_arrays(
+            self._host_table, self.page_size, starts, counts, rows, padded
         )
+        self.seq_lens[:rows].copy_(torch.from_numpy(seq_lens), non_blocking=True)
+        cu_seqlens_q, slot_mapping, positions = upload(rest, self.seq_lens.device)
         for seq_id, n in items:  # last: what came before may have run out of device memory
             seq = self._seqs[seq_id]
             self._seqs[seq_id] = seq._replace(length=seq.length + n)
@@ -316,7 +323,8 @@ class PagedKVCache:
             page_table=self.page_table[:rows],
             seq_lens=self.seq_lens[:rows],
             cu_seqlens_q=cu_seqlens_q,
-            max_seqlen_q=max(counts, default=min(rows, 1)),
+            max_seqlen_q=max(counts, default=0),
+            num_tokens=total,
             slot_mapping=slot_mapping,
             positions=positions,
         )
@@ -325,10 +333,12 @@ class PagedKVCache:
         """Moves the tokens that `ops.tree_verify` accepted to the front of those of a step.
 
         `batch`: of the last step, whose tokens were one tree of each sequence; `accept_index` int32
-        [B, W] and `num_accepted` int32 [B] as verified. Lengths stay until `crop` is called.
+        [B, W] and `num_accepted` int32 [B] as verified, without padding rows. Lengths stay until
+        `crop` is called.
         """
-        first = batch.seq_lens - batch.cu_seqlens_q.diff()
-        ops.kv_compact(self._caches, batch.page_table, first, accept_index, num_accepted)
+        rows = len(num_accepted)
+        first = batch.seq_lens[:rows] - batch.cu_seqlens_q[: rows + 1].diff()
+        ops.kv_compact(self._caches, batch.page_table[:rows], first, accept_index, num_accepted)
 
     # ---- internals -------------------------------------------------------------------------------
 

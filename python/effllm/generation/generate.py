@@ -20,6 +20,7 @@ from effllm.generation.paged_model import (
 from effllm.generation.request import Prompts, Request, make_requests
 from effllm.generation.sampling import Sampling
 from effllm.generation.speculate import Speculation
+from effllm.generation.step_graph import use_graphs
 
 if TYPE_CHECKING:
     from effllm.speculative import Draft
@@ -63,6 +64,7 @@ def generate(
     kv_dtype: str | None = None,
     draft: Draft | None = None,
     tree: int = 8,
+    cuda_graphs: bool | None = None,
 ) -> list[Generation]:
     """Continues every prompt with a transformers causal language model, over the paged cache.
 
@@ -94,9 +96,16 @@ def generate(
             without a draft; they do not depend on the batch either.
         tree: nodes of a tree, 2 to 64, the last certain token included. A given cache lends them
             the pages that the prompts leave over: trees get smaller where it has none.
+        cuda_graphs: whether steps after the prompts' are replayed as CUDA graphs, each shape of
+            step from its second on, instead of launching kernel by kernel. None: on a GPU where
+            they can be: a model that is all there, of a class that says so
+            (``_can_compile_fullgraph``), without a rotary embedding that looks at lengths. True
+            insists. They hold memory for the time of the call: the logits of each shape of step,
+            and what the largest needs.
 
     Raises:
-        ValueError: bad options, an empty prompt, or one that exceeds the model's context.
+        ValueError: bad options, an empty prompt, or one that exceeds the model's context; or
+            ``cuda_graphs=True`` for a model whose steps cannot be graphs.
         OutOfPages: a given cache is too small; no token was generated.
     """
     if max_new_tokens < 1:
@@ -112,6 +121,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         context=context_of(model),
     )
+    graphs = use_graphs(model, cuda_graphs)
     stops = _stop_tokens(model) if stop_tokens is None else frozenset(stop_tokens)
     spare = 0 if draft is None else tree - 1  # nodes beyond the text, while they are verified
     if cache is None:
@@ -128,7 +138,10 @@ def generate(
         if stream is not None:
             stream(request.index, token, request.new_text(tokenizer))
 
-    paged = PagedModel(model, cache)
+    widest = 1 if draft is None else tree  # tokens of a step after the prompts'
+    paged = PagedModel(
+        model, cache, graph_tokens=widest if graphs else 0, with_hidden=draft is not None
+    )
     try:
         for request in requests:
             request.seq = cache.add(request.prompt)
@@ -167,9 +180,7 @@ def _decode(
     """Without a draft: one token per step and unfinished request."""
     active = requests
     while active:
-        batch = paged.cache.step([(r.seq, len(r.pending)) for r in active])
-        tokens = [token for r in active for token in r.pending]
-        logits = paged.logits(batch, tokens, batch.cu_seqlens_q[1:].long() - 1)
+        logits = paged.step([(r.seq, r.pending) for r in active]).logits
         chosen = sampling.choose(logits, [r.rng.random() for r in active]).tolist()
         for request, token in zip(active, chosen, strict=True):
             request.steps += 1

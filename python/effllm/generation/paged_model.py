@@ -5,48 +5,105 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from effllm._host import TokenTree
 from effllm.cache import PagedBatch, PagedContext, PagedKVCache
+from effllm.cache.batch import upload
+from effllm.generation.step_graph import StepGraphs
 
 _PAGE_SIZE = 16
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a step of a model gave; valid until the next one.
+
+    Attributes:
+        batch: where its tokens are.
+        logits: [R, V] after the tokens that were asked for.
+        hidden: [R, hidden_size] that the model's head made them of, None if it was not asked for.
+    """
+
+    batch: PagedBatch
+    logits: Tensor
+    hidden: Tensor | None
+
+
 class PagedModel:
     """A transformers causal language model and the cache of its sequences."""
 
-    model: Any
-    cache: PagedKVCache
+    def __init__(
+        self, model: Any, cache: PagedKVCache, *, graph_tokens: int = 0, with_hidden: bool = False
+    ) -> None:
+        """``graph_tokens``: steps of at most so many tokens of each sequence are CUDA graphs, 0:
+        none is. ``with_hidden``: steps give hidden states; ValueError for a model without a head.
+        """
+        self.model = model
+        self.cache = cache
+        self._with_hidden = with_hidden
+        if with_hidden and model.get_output_embeddings() is None:
+            raise ValueError(f"effllm.generate: {type(model).__name__} has no output head")
+        self._graphs = StepGraphs(self._forward, cache, graph_tokens) if graph_tokens else None
 
-    def logits(self, batch: PagedBatch, tokens: Sequence[int], rows: Tensor) -> Tensor:
-        """Logits [R, V] after the tokens of a step at the indices ``rows``, int64 [R]."""
-        out: Tensor = self.model(
-            input_ids=torch.tensor([tokens], device=batch.positions.device),
-            position_ids=batch.positions[None],
-            effllm=PagedContext(self.cache, batch),
-            use_cache=False,
-            logits_to_keep=rows,
-        ).logits
-        return out[0]
+    def step(
+        self,
+        fed: Sequence[tuple[int, Sequence[int]]],
+        trees: Sequence[TokenTree] | None = None,
+    ) -> Step:
+        """Feeds each (sequence, tokens).
 
-    def logits_and_hidden(
-        self, batch: PagedBatch, tokens: Sequence[int], rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same, and the hidden states [R, hidden_size] that the model's head made them of."""
-        head = self.model.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"effllm.generate: {type(self.model).__name__} has no output head")
+        Logits are those after the last token of each or, with ``trees``, after every node: the last
+        tokens of each sequence are the nodes of its tree, all of them if any tree has branches.
+        """
+        counts = [len(tokens) for _, tokens in fed]
+        kept = [1] * len(fed) if trees is None else [len(tree) for tree in trees]
+        branching = trees if trees and not all(map(_is_chain, trees)) else None
+        ends = accumulate(counts)
+        rows = [row for end, n in zip(ends, kept, strict=True) for row in range(end - n, end)]
+        if self._graphs is not None and self._graphs.takes(counts):
+            batch, logits, hidden = self._graphs.step(fed, branching)
+            if len(rows) < batch.num_tokens:
+                (index,) = upload([np.array(rows, dtype=np.int64)], logits.device)
+                logits, hidden = logits[index], None if hidden is None else hidden[index]
+            return Step(batch, logits, hidden)
+        batch = self.cache.step([(seq, len(tokens)) for seq, tokens in fed])
+        if branching is not None:
+            batch = batch.with_trees(branching)
+        ids = [token for _, tokens in fed for token in tokens]
+        arrays = [np.array(values, dtype=np.int64) for values in (ids, rows)]
+        return Step(batch, *self._forward(batch, *upload(arrays, batch.positions.device)))
+
+    def _forward(
+        self, batch: PagedBatch, ids: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits, and hidden states, after the tokens at the indices ``rows``, None: all."""
         seen: list[Tensor] = []
-        hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        hook = None
+        if self._with_hidden:
+            head = self.model.get_output_embeddings()
+            hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
-            logits = self.logits(batch, tokens, rows)
+            logits = self.model(
+                input_ids=ids[None],
+                position_ids=batch.positions[None],
+                effllm=PagedContext(self.cache, batch),
+                use_cache=False,
+                logits_to_keep=0 if rows is None else rows,
+            ).logits
         finally:
-            hook.remove()
-        return logits, seen[0].flatten(0, -2)
+            if hook is not None:
+                hook.remove()
+        return logits[0], seen[0].flatten(0, -2) if seen else None
+
+
+def _is_chain(tree: TokenTree) -> bool:
+    """A chain is text as any other."""
+    return tree.parents == list(range(-1, len(tree) - 1))
 
 
 def context_of(model: Any) -> int | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from effllm import ops
 from effllm._host import TokenTree
+from effllm.cache.batch import AnyArray, upload
 from effllm.generation.paged_model import PagedModel
 from effllm.generation.request import Request
 from effllm.generation.sampling import Sampling
@@ -44,11 +46,12 @@ class Speculation:
             active = requests
             drafts = Drafts([TokenTree.chain(request.prompt[-1:]) for request in active])
             while active:
-                hidden = self._step(active, drafts, accept)
+                hidden, rows = self._step(active, drafts, accept)
                 left = [i for i, r in enumerate(active) if r.finish_reason is None]
                 active = [active[i] for i in left]
                 if active:
-                    drafts = self._propose(propose, active, hidden[left])
+                    (last,) = self._upload([rows[i] for i in left])
+                    drafts = self._propose(propose, active, hidden[last])
 
     def _propose(self, propose: Propose, active: list[Request], hidden: Tensor) -> Drafts:
         """What the draft says, checked: a tree beyond its limits would write where it must not."""
@@ -85,25 +88,18 @@ class Speculation:
 
     def _step(
         self, active: list[Request], drafts: Drafts, accept: Callable[[Request, int], None]
-    ) -> Tensor:
-        """Feeds, verifies and accepts; returns the hidden states [B, hidden_size] that the last
-        tokens were chosen from."""
+    ) -> tuple[Tensor, list[int]]:
+        """Feeds, verifies and accepts; returns the hidden states [T, hidden_size] of all nodes, and
+        in which row is that which the last token of each request was chosen from."""
         cache, trees = self.paged.cache, drafts.trees
         # A root is the last of the tokens that are pending, all of which only a first step has.
-        fed = [r.pending[:-1] + tree.tokens for r, tree in zip(active, trees, strict=True)]
+        fed = [(r.seq, r.pending[:-1] + t.tokens) for r, t in zip(active, trees, strict=True)]
         roots = [cache.length(r.seq) + len(r.pending) - 1 for r in active]
-        batch = cache.step([(r.seq, len(tokens)) for r, tokens in zip(active, fed, strict=True)])
-        branching = not all(_is_chain(tree) for tree in trees)  # a chain is text as any other
-        if branching:
-            batch = batch.with_trees(trees)
-        ends = accumulate(len(tokens) for tokens in fed)
-        nodes = [range(end - len(tree), end) for end, tree in zip(ends, trees, strict=True)]
-        logits, hidden = self.paged.logits_and_hidden(
-            batch, list(chain(*fed)), self._tensor(list(chain(*nodes)), torch.int64)
-        )
-        accept_index, num_accepted, next_token = self._verify(logits, drafts, active, roots)
-        if branching:
-            cache.move_path(batch, accept_index, num_accepted)
+        step = self.paged.step(fed, trees)
+        assert step.hidden is not None
+        accept_index, num_accepted, next_token = self._verify(step.logits, drafts, active, roots)
+        if step.batch.tree_mask is not None:
+            cache.move_path(step.batch, accept_index, num_accepted)
 
         # Everything that the host needs, in one transfer.
         answers = torch.cat([accept_index, num_accepted[:, None], next_token[:, None]], 1).tolist()
@@ -120,42 +116,46 @@ class Speculation:
             # Behind the path stands what was rejected, behind a stop token what is not wanted.
             length = min(root + count, len(request.prompt) + len(request.tokens))
             cache.crop(request.seq, length, keep_pages=True)
-        return hidden[self._tensor(chosen_from, torch.int64)]
+        return step.hidden, chosen_from
 
     def _verify(
         self, logits: Tensor, drafts: Drafts, active: list[Request], roots: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         trees, sampling = drafts.trees, self.sampling
-
-        def of_nodes(name: str, dtype: torch.dtype) -> Tensor:
-            return self._tensor([x for tree in trees for x in getattr(tree, name)], dtype)
-
-        def of_trees(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((len(trees),), value, dtype=dtype, device=logits.device)
-
+        num_trees = len(trees)
+        top_p = 1.0 if sampling.top_p is None else sampling.top_p
+        tokens, first_child, next_sibling, cu_nodes, temperature, top_k, top_ps, seed, position = (
+            self._upload(
+                [token for tree in trees for token in tree.tokens],
+                np.array([node for tree in trees for node in tree.first_child], np.int32),
+                np.array([node for tree in trees for node in tree.next_sibling], np.int32),
+                np.array([0, *accumulate(len(tree) for tree in trees)], np.int32),
+                np.full(num_trees, sampling.temperature or 0.0, np.float32),
+                np.full(num_trees, min(sampling.top_k or 0, logits.shape[1]), np.int32),
+                np.full(num_trees, top_p, np.float32),
+                [_int64(request.seed) for request in active],
+                roots,
+            )
+        )
         return ops.tree_verify(
             logits,
-            of_nodes("tokens", torch.int64),
-            of_nodes("first_child", torch.int32),
-            of_nodes("next_sibling", torch.int32),
-            self._tensor([0, *accumulate(len(tree) for tree in trees)], torch.int32),
-            of_trees(sampling.temperature or 0.0, torch.float32),
-            of_trees(min(sampling.top_k or 0, logits.shape[1]), torch.int32),
-            of_trees(1.0 if sampling.top_p is None else sampling.top_p, torch.float32),
-            self._tensor([_int64(request.seed) for request in active], torch.int64),
-            self._tensor(roots, torch.int64),
+            tokens,
+            first_child,
+            next_sibling,
+            cu_nodes,
+            temperature,
+            top_k,
+            top_ps,
+            seed,
+            position,
             drafts.probs,
             max_nodes=max(len(tree) for tree in trees),
         )
 
-    def _tensor(self, values: list[int], dtype: torch.dtype) -> Tensor:
-        """On the device of the cache; nothing is waited for."""
-        host = torch.tensor(values, dtype=dtype)
-        return host.to(self.paged.cache.page_table.device, non_blocking=True)
-
-
-def _is_chain(tree: TokenTree) -> bool:
-    return tree.parents == list(range(-1, len(tree) - 1))
+    def _upload(self, *values: list[int] | AnyArray) -> list[Tensor]:
+        """Lists as int64, arrays as they are, on the device of the cache."""
+        arrays = [np.asarray(v, np.int64) if isinstance(v, list) else v for v in values]
+        return upload(arrays, self.paged.cache.page_table.device)
 
 
 def _int64(seed: int) -> int:

@@ -161,12 +161,8 @@ class _Session:
                 pending.append(tree.request.text[len(text.fed) :])
                 text.certain = len(tree.request.text)
             text.fed += pending[-1]
-        cache = self.paged.cache
-        batch = cache.step(
-            [(tree.text.seq, len(tokens)) for tree, tokens in zip(live, pending, strict=True)]
-        )
-        fed = [token for tokens in pending for token in tokens]
-        return self.paged.logits(batch, fed, batch.cu_seqlens_q[1:].long() - 1)
+        fed = [(tree.text.seq, tokens) for tree, tokens in zip(live, pending, strict=True)]
+        return self.paged.step(fed).logits
 
     def _draw(self, law: Tensor, rngs: list[random.Random]) -> Tensor:
         """Distinct tokens of each row, int64 [B, candidates], -1 where the law has no more."""

@@ -1,0 +1,184 @@
+"""Steps of few tokens over fixed memory, which a GPU replays as CUDA graphs.
+
+Launching the kernels of a step one by one takes a host longer than the kernels of a small batch
+run; a graph is one launch. It is recorded with addresses and shapes, so steps are padded to few
+shapes and copied to where the graph of theirs reads. Lengths and page tables are data on the
+device: what was recorded over short texts holds for long ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effllm._host import TokenTree
+from effllm.cache import PagedBatch, PagedKVCache
+
+Output = tuple[Tensor, Tensor | None]
+"""Logits [T, V] and hidden states [T, hidden_size]; the latter may be left out."""
+
+Forward = Callable[[PagedBatch, Tensor], Output]
+"""The model over the tokens [T] of a step; it must not look at values on the device."""
+
+
+def graph_problem(model: Any) -> str | None:
+    """Why steps of the model cannot be graphs, None if they can.
+
+    The class says so itself, by the attribute that transformers asks before it compiles a model as
+    one graph; what a rotary embedding does with lengths it leaves out.
+    """
+    device = model.device
+    if device.type != "cuda":
+        return f"it is on {device}"
+    if any(tensor.device != device for tensor in model.parameters()):
+        return f"not all of it is on {device}"
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return "its class does not say _can_compile_fullgraph"
+    for module in model.modules():
+        types = getattr(module, "rope_type", None)
+        for kind in types.values() if isinstance(types, dict) else [types]:
+            if kind is not None and ("dynamic" in kind or kind == "longrope"):
+                return f"its rotary embedding, {kind!r}, looks at lengths"
+    return None
+
+
+def use_graphs(model: Any, cuda_graphs: bool | None) -> bool:
+    """What ``generate(cuda_graphs=)`` comes to; ValueError for True where they cannot be."""
+    if cuda_graphs is False:
+        return False
+    problem = graph_problem(model)
+    if problem and cuda_graphs:
+        raise ValueError(
+            f"effllm.generate: cuda_graphs must be False or None for this {type(model).__name__}: "
+            f"{problem}"
+        )
+    return problem is None
+
+
+def record(run: Callable[[], Output], stream: torch.cuda.Stream, pool: Any) -> Callable[[], Output]:
+    """What replays ``run`` and returns the memory that it wrote its results to."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on allocating meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        out = run()
+
+    def replay() -> Output:
+        graph.replay()
+        return out
+
+    return replay
+
+
+@dataclass
+class _Bucket:
+    """Memory of the steps of one shape, and what runs them over it."""
+
+    ids: Tensor
+    batch: PagedBatch
+    run: Callable[[], Output]
+    steps: int = 0
+
+    def load(self, ids: Tensor, batch: PagedBatch) -> None:
+        """The page table and the lengths are the cache's own and in their place already."""
+        self.batch.cu_seqlens_q.copy_(batch.cu_seqlens_q)
+        targets = [self.ids, self.batch.slot_mapping, self.batch.positions]
+        sources = [ids, batch.slot_mapping, batch.positions]
+        if self.batch.tree_mask is not None and batch.tree_mask is not None:
+            targets.append(self.batch.tree_mask)
+            sources.append(batch.tree_mask)
+        torch._foreach_copy_(targets, sources)
+
+
+class StepGraphs:
+    """Graphs of the steps of one cache, by shape.
+
+    The shape of a step is its number of sequences and the most tokens of any of them, both rounded
+    up to a power of two, and whether there are branches. The first step of a shape only runs, over
+    the memory that the graph will have: what is done once in a process is done then. The second is
+    recorded. So a shape that comes once costs nothing, and all graphs share the memory of what
+    lives no longer than their run.
+    """
+
+    def __init__(self, forward: Forward, cache: PagedKVCache, max_tokens: int) -> None:
+        """``max_tokens``: of any sequence, of the steps that ``takes`` says yes to."""
+        self._forward = forward
+        self._cache = cache
+        self._max_tokens = max_tokens
+        self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
+    def takes(self, counts: Sequence[int]) -> bool:
+        """Whether a step with so many tokens of each sequence is one of few."""
+        return max(counts, default=0) in range(1, self._max_tokens + 1)
+
+    def step(
+        self,
+        fed: Sequence[tuple[int, Sequence[int]]],
+        trees: Sequence[TokenTree] | None = None,
+    ) -> tuple[PagedBatch, Tensor, Tensor | None]:
+        """Feeds tokens to sequences; returns the step, logits and hidden states of all T tokens.
+
+        The results are overwritten by the next step.
+        """
+        counts = [len(tokens) for _, tokens in fed]
+        rows = min(_power_of_two(len(fed)), self._cache.max_batch)
+        per_row = _power_of_two(max(counts))
+        batch = self._cache.step(
+            [(seq, len(tokens)) for seq, tokens in fed], num_rows=rows, num_tokens=rows * per_row
+        )
+        if trees is not None:
+            batch = batch.with_trees(trees)
+        key = (rows, per_row, trees is not None)
+        if key not in self._buckets:
+            self._buckets[key] = self._make_bucket(batch, per_row)
+        bucket = self._buckets[key]
+        ids = np.zeros(rows * per_row, dtype=np.int64)
+        ids[: batch.num_tokens] = [token for _, tokens in fed for token in tokens]
+        bucket.load(torch.from_numpy(ids).to(bucket.ids.device, non_blocking=True), batch)
+        bucket.steps += 1
+        if bucket.steps == 2:
+            bucket.run = self._record(bucket.run)
+        logits, hidden = bucket.run()
+        total = batch.num_tokens
+        return batch, logits[:total], None if hidden is None else hidden[:total]
+
+    def _make_bucket(self, batch: PagedBatch, per_row: int) -> _Bucket:
+        ids = torch.empty_like(batch.positions)
+        fixed = PagedBatch(
+            page_table=batch.page_table,
+            seq_lens=batch.seq_lens,
+            cu_seqlens_q=torch.empty_like(batch.cu_seqlens_q),
+            max_seqlen_q=per_row,
+            num_tokens=len(ids),
+            slot_mapping=torch.empty_like(batch.slot_mapping),
+            positions=torch.empty_like(batch.positions),
+            tree_mask=None if batch.tree_mask is None else torch.empty_like(batch.tree_mask),
+        )
+        return _Bucket(ids, fixed, lambda: self._forward(fixed, ids))
+
+    def _record(self, run: Callable[[], Output]) -> Callable[[], Output]:
+        device = self._cache.page_table.device
+        if device.type != "cuda":
+            return run  # the same steps over the same memory, to be looked at without a GPU
+        with torch.cuda.device(device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+                self._pool = torch.cuda.graph_pool_handle()
+            try:
+                return record(run, self._stream, self._pool)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "effllm.generate: a step of the model cannot be recorded as a CUDA graph; "
+                    "cuda_graphs=False runs it without"
+                ) from error
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
