@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from scripted_draft import Scripted, random_tree
+from tiny_models import TINY
+from torch.overrides import TorchFunctionMode
 
 import effllm
 from effllm.cache import PagedKVCache
@@ -176,6 +178,85 @@ def test_a_shape_is_recorded_when_it_comes_again(
         (result,) = effllm.generate(llama, PROMPTS[:1], max_new_tokens=new_tokens)
         assert result.tokens == plain[0].tokens[:new_tokens]
         assert (len(recorded), len(replayed)) == (min(replays, 1), replays)
+
+
+class Capturing(TorchFunctionMode):
+    """What a stream that is capturing refuses: to tell the host values, or to take some of its."""
+
+    REFUSED = frozenset(
+        [
+            "item",
+            "tolist",
+            "cpu",
+            "numpy",
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+            "nonzero",
+            "masked_select",
+            "unique",
+            "equal",
+            "allclose",
+            "tensor",
+            "as_tensor",
+            "repeat_interleave",
+        ]
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        assert name not in self.REFUSED, f"{name} during capture"
+        masks = [x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+        assert name != "__getitem__" or not masks, "a mask as an index during capture"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x == 0).all()),
+        lambda x: x.max() > 2 or x,
+        lambda x: x[x > 1],
+        lambda x: torch.tensor([1]),
+    ],
+)
+def test_looks_are_noticed(look: Callable[[torch.Tensor], object]) -> None:
+    with pytest.raises(AssertionError, match="during capture"), Capturing():
+        look(torch.arange(3))
+
+
+@pytest.mark.usefixtures("fixed_memory")
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Gemma3", "Mixtral", "GptOss"])
+def test_what_is_recorded_looks_at_no_values(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So does transformers when it knows, as it does of a capturing stream."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
+    options = TINY | {"sliding_window": 8, "max_position_embeddings": 64}
+    if family in ("Mixtral", "GptOss"):
+        options |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    name = f"{family}Text" if family == "Gemma3" else family
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**options)
+    ).eval()
+    assert model._can_compile_fullgraph
+    recorded = []
+
+    def record(self: Any, run: Callable[[], Any]) -> Callable[[], Any]:
+        with monkeypatch.context() as patch, Capturing():
+            patch.setattr(transformers.utils.import_utils, "is_cuda_stream_capturing", lambda: True)
+            recorded.append(run())
+        return run
+
+    monkeypatch.setattr(step_graph.StepGraphs, "_record", record)
+    eager = effllm.generate(model, PROMPTS, max_new_tokens=16, cuda_graphs=False)
+    assert effllm.generate(model, PROMPTS, max_new_tokens=16) == eager
+    assert len(recorded) == 1
+    draft = scripted_trees(eager)
+    effllm.generate(model, PROMPTS, max_new_tokens=16, draft=draft, tree=4)
+    assert len(recorded) > 1
 
 
 def model_like(**changes: Any) -> Any:
