@@ -51,10 +51,10 @@ def targets() -> Iterator[tuple[str, Any]]:
         yield name, model
 
 
-def drafts() -> list[tuple[str, Any, int]]:
+def drafts(device: str = "cpu") -> list[tuple[str, Any, int]]:
     """Names for the table, drafts, and nodes of their trees."""
-    small, _ = demo.load(demo.draft_path())
-    heads = MedusaHeads.from_pretrained(demo.medusa_path(), dtype=torch.bfloat16)
+    small, _ = demo.load(demo.draft_path(), device=device)
+    heads = MedusaHeads.from_pretrained(demo.medusa_path(), device=device, dtype=torch.bfloat16)
     return [
         ("none", None, 8),
         ("n-gram, chains of 5", NGramDraft(max_draft=4), 5),
