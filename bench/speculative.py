@@ -51,7 +51,7 @@ def targets() -> Iterator[tuple[str, Any]]:
         yield name, model
 
 
-def drafts(device: str = "cpu") -> list[tuple[str, Any, int]]:
+def drafts(device: str = "cpu", graphs: bool | None = None) -> list[tuple[str, Any, int]]:
     """Names for the table, drafts, and nodes of their trees."""
     small, _ = demo.load(demo.draft_path(), device=device)
     heads = MedusaHeads.from_pretrained(demo.medusa_path(), device=device, dtype=torch.bfloat16)
@@ -59,8 +59,12 @@ def drafts(device: str = "cpu") -> list[tuple[str, Any, int]]:
         ("none", None, 8),
         ("n-gram, chains of 5", NGramDraft(max_draft=4), 5),
         ("n-gram, trees of 12", NGramDraft(max_draft=4), 12),
-        ("draft model, chains of 4", ModelDraft(small, depth=3), 4),
-        ("draft model, trees of 8", ModelDraft(small, depth=3, candidates=3), 8),
+        ("draft model, chains of 4", ModelDraft(small, depth=3, cuda_graphs=graphs), 4),
+        (
+            "draft model, trees of 8",
+            ModelDraft(small, depth=3, candidates=3, cuda_graphs=graphs),
+            8,
+        ),
         ("Medusa heads, chains of 3", MedusaDraft(heads, candidates=1), 3),
         ("Medusa heads, trees of 8", MedusaDraft(heads), 8),
     ]

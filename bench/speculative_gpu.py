@@ -185,7 +185,6 @@ def shaped_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def demo_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The demo model and its drafts, with graphs and without; greedy and sampled."""
-    kinds = speculative.drafts(args.device)
     _, tokenizer = demo.load(demo.draft_path())
     held_out = demo.held_out_tokens(tokenizer).flatten()
     for target in args.targets:
@@ -195,6 +194,7 @@ def demo_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for batch in (1, 16):
             prompts = speculative.spread(held_out, batch)
             for graphs in (None,) if args.device == "cpu" else (None, False):
+                kinds = speculative.drafts(args.device, graphs)
                 for temperature in (None,) if args.quick else (None, 0.7):
                     options = {"max_new_tokens": DEMO_NEW, "temperature": temperature}
                     plain: Any = None

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filled_cache import HKV, LAYERS, D, contents, feed, make_cache, state, write
@@ -13,6 +14,7 @@ from filled_cache import HKV, LAYERS, D, contents, feed, make_cache, state, writ
 from effllm import ops
 from effllm._host import TokenTree
 from effllm.cache import OutOfPages, PagedKVCache, paged
+from effllm.cache.batch import upload
 from effllm.testing import hostile
 
 # ---- the step ------------------------------------------------------------------------------------
@@ -421,3 +423,26 @@ def test_other_errors_state_what_is_wrong() -> None:
 def test_constructor_checks(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_cache(**sizes)
+
+
+# ---- what a step sends ---------------------------------------------------------------------------
+
+
+def test_upload_keeps_values_and_aligns_them(device: str) -> None:
+    """Arrays of any dtype and size, empty ones and slices among them, share one allocation."""
+    random = np.random.default_rng(0)
+    arrays = [
+        random.integers(-9, 9, 3).astype(np.int32),
+        np.empty(0, np.int64),
+        random.integers(-(2**62), 2**62, 5),
+        random.random(1).astype(np.float32),
+        random.random(7)[::2],
+    ]
+    tensors = upload(arrays, torch.device(device))
+    for array, tensor in zip(arrays, tensors, strict=True):
+        assert tensor.device.type == device
+        assert torch.equal(tensor.cpu(), torch.from_numpy(array.copy()))
+    starts = [tensor.data_ptr() for tensor in tensors if len(tensor)]
+    assert all(start % 16 == 0 for start in starts)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert upload([], torch.device(device)) == []

@@ -5,6 +5,7 @@ On the CPU a graph is the call that it would record: it reads and writes the sam
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from random import Random
 from types import SimpleNamespace
@@ -113,13 +114,36 @@ def test_drafts_of_a_quantised_target(
     torch.manual_seed(1)
     small = type(llama)(llama.config).eval()
     effllm.quantize_(llama, effllm.Int4Config(group_size=32))
-    for draft in (ModelDraft(small, depth=3, candidates=candidates), NGramDraft(2, 3)):
-        options: dict[str, Any] = {
-            "max_new_tokens": 20, "draft": draft, "tree": 6, "temperature": temperature,
-            "kv_dtype": "int8",
-        }  # fmt: skip
-        eager = effllm.generate(llama, PROMPTS, cuda_graphs=False, **options)
-        assert effllm.generate(llama, PROMPTS, **options) == eager
+    options: dict[str, Any] = {
+        "max_new_tokens": 20, "tree": 6, "temperature": temperature, "kv_dtype": "int8"
+    }  # fmt: skip
+    sizes = {"depth": 3, "candidates": candidates}
+    for draft, eager_draft in (
+        (ModelDraft(small, **sizes), ModelDraft(small, cuda_graphs=False, **sizes)),
+        (NGramDraft(2, 3), NGramDraft(2, 3)),
+    ):
+        eager = effllm.generate(llama, PROMPTS, draft=eager_draft, cuda_graphs=False, **options)
+        assert effllm.generate(llama, PROMPTS, draft=draft, **options) == eager
+
+
+@pytest.mark.usefixtures("fixed_memory")
+@pytest.mark.parametrize("right", [True, False])
+def test_steps_of_a_draft_model_have_few_shapes(llama: Any, right: bool) -> None:
+    """Where all its drafts came true, it is fed the last of them and the target's token; else one
+    token at a time."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(llama) if right else type(llama)(llama.config).eval()
+    plain = effllm.generate(llama, PROMPTS, max_new_tokens=24, cuda_graphs=False)
+    fed = seen_ids(model)
+    draft = ModelDraft(model, depth=3)
+    results = effllm.generate(llama, PROMPTS, max_new_tokens=24, draft=draft, tree=4)
+    assert tokens_of(results) == tokens_of(plain)
+    sizes = [ids.shape[1] for ids in fed]
+    assert sizes[0] == sum(map(len, PROMPTS)) + len(PROMPTS)
+    if right:
+        assert set(sizes[1:]) == {5, 10}
+    assert set(sizes[1:]) <= {rows * n for rows in (1, 2, 4, 5) for n in (1, 2)}
+    assert len({ids.data_ptr() for ids in fed[1:]}) < len(fed) / 2
 
 
 def given_cache(device: str = "cpu", dtype: torch.dtype = torch.float32) -> PagedKVCache:

@@ -20,7 +20,12 @@ from .._host import TokenTree
 # Index arithmetic on the host is numpy's: torch would start its thread pool for a few integers.
 IntArray = npt.NDArray[np.int32]
 AnyArray = npt.NDArray[Any]
-_DTYPES = {"int32": torch.int32, "int64": torch.int64, "float32": torch.float32}
+_DTYPES = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def index_arrays(
 
 
 def upload(arrays: Sequence[AnyArray], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors on the device, in one transfer that is not waited for.
+    """Arrays of one dimension as tensors on the device, in one transfer that is not waited for.
 
     From pageable memory it is safe: the driver has taken its copy when the call returns.
     """
@@ -100,9 +105,9 @@ def upload(arrays: Sequence[AnyArray], device: torch.device) -> list[Tensor]:
     starts = [0, *accumulate(-(-array.nbytes // 16) * 16 for array in arrays)]
     host = np.empty(starts[-1], dtype=np.uint8)
     for start, array in zip(starts, arrays, strict=False):
-        host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        host[start : start + array.nbytes].view(array.dtype)[:] = array
     memory = torch.from_numpy(host).to(device, non_blocking=True)
     return [
-        memory[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
+        memory[start : start + array.nbytes].view(_DTYPES[array.dtype])
         for start, array in zip(starts, arrays, strict=False)
     ]

@@ -197,8 +197,12 @@ class PagedKVCache:
                 f"PagedKVCache.crop: length must be in [0, {seq.length}], got {length}"
             )
         keep = self._pages_for(length)
-        while keep_pages and keep < len(seq.pages) and not self._is_visible(seq.pages[keep]):
-            keep += 1
+        if keep_pages:
+            used = self._pages_for(seq.length)
+            while keep < used and not self._is_visible(seq.pages[keep]):
+                keep += 1
+            if keep == used:  # those behind have one owner by design
+                keep = len(seq.pages)
         self.pool.release(seq.pages[keep:])
         self._seqs[seq_id] = seq._replace(
             pages=seq.pages[:keep],

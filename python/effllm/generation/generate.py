@@ -7,10 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from effllm.cache import OutOfPages, PagedKVCache
+from effllm.cache.batch import upload
 from effllm.generation.paged_model import (
     PagedModel,
     context_of,
@@ -180,8 +182,11 @@ def _decode(
     """Without a draft: one token per step and unfinished request."""
     active = requests
     while active:
+        # On their way before the model runs: nothing waits between it and the choice.
+        draws = np.array([r.rng.random() for r in active])
+        (sent,) = upload([draws], paged.cache.page_table.device)
         logits = paged.step([(r.seq, r.pending) for r in active]).logits
-        chosen = sampling.choose(logits, [r.rng.random() for r in active]).tolist()
+        chosen = sampling.choose(logits, sent).tolist()
         for request, token in zip(active, chosen, strict=True):
             request.steps += 1
             accept(request, token)

@@ -31,8 +31,9 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"effllm.generate: top_p must be in (0, 1], got {self.top_p}")
 
-    def choose(self, logits: Tensor, draws: Sequence[float]) -> Tensor:
-        """One token per row, int64 [B], from logits [B, V] and a draw in [0, 1) per row.
+    def choose(self, logits: Tensor, draws: Sequence[float] | Tensor) -> Tensor:
+        """One token per row, int64 [B], from logits [B, V] and a draw in [0, 1) per row; those may
+        be on the device already, in fp64.
 
         Inverts the cumulative distribution. A row's token depends on its own logits and draw only,
         never on the rest of the batch.
@@ -41,7 +42,7 @@ class Sampling:
             return logits.argmax(-1)
         probs, tokens = self._sorted_law(logits)
         cumulative = probs.cumsum(-1)
-        draw = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
+        draw = torch.as_tensor(draws, dtype=torch.float64, device=logits.device)[:, None]
         # Strictly above the threshold, so that a token of probability 0 is never chosen; the bound
         # matters when draw * total rounds up to the total.
         index = (cumulative <= draw * cumulative[:, -1:]).sum(-1, keepdim=True)

@@ -50,7 +50,7 @@ class Speculation:
                 left = [i for i, r in enumerate(active) if r.finish_reason is None]
                 active = [active[i] for i in left]
                 if active:
-                    (last,) = self._upload([rows[i] for i in left])
+                    (last,) = self._upload(np.array([rows[i] for i in left], np.int64))
                     drafts = self._propose(propose, active, hidden[last])
 
     def _propose(self, propose: Propose, active: list[Request], hidden: Tensor) -> Drafts:
@@ -70,19 +70,20 @@ class Speculation:
             )
         drafts = propose(asked, hidden)
         name = type(self.draft).__name__
-        vocab = self.paged.model.config.get_text_config(decoder=True).vocab_size
+        vocab = self._vocab_size
         for want, tree in zip(asked, drafts.trees, strict=True):
-            nodes, depth = len(tree), max(tree.depths)
-            if nodes > want.max_nodes or depth > want.max_depth or tree.tokens[0] != want.text[-1]:
+            tokens, depth = tree.tokens, max(tree.depths)
+            nodes = len(tokens)
+            if nodes > want.max_nodes or depth > want.max_depth or tokens[0] != want.text[-1]:
                 raise ValueError(
                     f"effllm.generate: {name} must propose a tree on token {want.text[-1]} of at "
                     f"most {want.max_nodes} nodes and depth {want.max_depth}, got {nodes} nodes "
-                    f"and depth {depth} on token {tree.tokens[0]}"
+                    f"and depth {depth} on token {tokens[0]}"
                 )
-            if not 0 <= min(tree.tokens) <= max(tree.tokens) < vocab:
+            if not 0 <= min(tokens) <= max(tokens) < vocab:
                 raise ValueError(
                     f"effllm.generate: {name} must propose tokens in [0, {vocab}), got "
-                    f"{min(tree.tokens)} to {max(tree.tokens)}"
+                    f"{min(tokens)} to {max(tokens)}"
                 )
         return drafts
 
@@ -95,9 +96,16 @@ class Speculation:
         # A root is the last of the tokens that are pending, all of which only a first step has.
         fed = [(r.seq, r.pending[:-1] + t.tokens) for r, t in zip(active, trees, strict=True)]
         roots = [cache.length(r.seq) + len(r.pending) - 1 for r in active]
+        # On its way before the model runs: nothing waits between it and the verification.
+        to_verify = self._send(trees, active, roots)
         step = self.paged.step(fed, trees)
         assert step.hidden is not None
-        accept_index, num_accepted, next_token = self._verify(step.logits, drafts, active, roots)
+        accept_index, num_accepted, next_token = ops.tree_verify(
+            step.logits,
+            **to_verify,
+            draft_probs=drafts.probs,
+            max_nodes=max(map(len, trees)),
+        )
         if step.batch.tree_mask is not None:
             cache.move_path(step.batch, accept_index, num_accepted)
 
@@ -118,43 +126,33 @@ class Speculation:
             cache.crop(request.seq, length, keep_pages=True)
         return step.hidden, chosen_from
 
-    def _verify(
-        self, logits: Tensor, drafts: Drafts, active: list[Request], roots: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        trees, sampling = drafts.trees, self.sampling
-        num_trees = len(trees)
+    def _send(
+        self, trees: list[TokenTree], active: list[Request], roots: list[int]
+    ) -> dict[str, Tensor]:
+        """What ``tree_verify`` takes beside logits and draft_probs, on the device."""
+        sampling, num_trees = self.sampling, len(trees)
+        top_k = sampling.top_k or 0
         top_p = 1.0 if sampling.top_p is None else sampling.top_p
-        tokens, first_child, next_sibling, cu_nodes, temperature, top_k, top_ps, seed, position = (
-            self._upload(
-                [token for tree in trees for token in tree.tokens],
-                np.array([node for tree in trees for node in tree.first_child], np.int32),
-                np.array([node for tree in trees for node in tree.next_sibling], np.int32),
-                np.array([0, *accumulate(len(tree) for tree in trees)], np.int32),
-                np.full(num_trees, sampling.temperature or 0.0, np.float32),
-                np.full(num_trees, min(sampling.top_k or 0, logits.shape[1]), np.int32),
-                np.full(num_trees, top_p, np.float32),
-                [_int64(request.seed) for request in active],
-                roots,
-            )
-        )
-        return ops.tree_verify(
-            logits,
-            tokens,
-            first_child,
-            next_sibling,
-            cu_nodes,
-            temperature,
-            top_k,
-            top_ps,
-            seed,
-            position,
-            drafts.probs,
-            max_nodes=max(len(tree) for tree in trees),
-        )
+        arrays: dict[str, AnyArray] = {
+            "tokens": np.array([token for tree in trees for token in tree.tokens], np.int64),
+            "first_child": np.array([i for tree in trees for i in tree.first_child], np.int32),
+            "next_sibling": np.array([i for tree in trees for i in tree.next_sibling], np.int32),
+            "cu_nodes": np.array([0, *accumulate(map(len, trees))], np.int32),
+            "temperature": np.full(num_trees, sampling.temperature or 0.0, np.float32),
+            # All tokens are no cut, and more are not allowed.
+            "top_k": np.full(num_trees, top_k if top_k < self._vocab_size else 0, np.int32),
+            "top_p": np.full(num_trees, top_p, np.float32),
+            "seed": np.array([_int64(request.seed) for request in active], np.int64),
+            "position": np.array(roots, np.int64),
+        }
+        return dict(zip(arrays, self._upload(*arrays.values()), strict=True))
 
-    def _upload(self, *values: list[int] | AnyArray) -> list[Tensor]:
-        """Lists as int64, arrays as they are, on the device of the cache."""
-        arrays = [np.asarray(v, np.int64) if isinstance(v, list) else v for v in values]
+    @property
+    def _vocab_size(self) -> int:
+        size: int = self.paged.model.config.get_text_config(decoder=True).vocab_size
+        return size
+
+    def _upload(self, *arrays: AnyArray) -> list[Tensor]:
         return upload(arrays, self.paged.cache.page_table.device)
 
 

@@ -47,15 +47,14 @@ def graph_problem(model: Any) -> str | None:
     return None
 
 
-def use_graphs(model: Any, cuda_graphs: bool | None) -> bool:
-    """What ``generate(cuda_graphs=)`` comes to; ValueError for True where they cannot be."""
+def use_graphs(model: Any, cuda_graphs: bool | None, owner: str = "effllm.generate") -> bool:
+    """What the keyword of ``owner`` comes to; ValueError for True where graphs cannot be."""
     if cuda_graphs is False:
         return False
     problem = graph_problem(model)
     if problem and cuda_graphs:
         raise ValueError(
-            f"effllm.generate: cuda_graphs must be False or None for this {type(model).__name__}: "
-            f"{problem}"
+            f"{owner}: cuda_graphs must be False or None for this {type(model).__name__}: {problem}"
         )
     return problem is None
 

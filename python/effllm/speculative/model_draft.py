@@ -14,8 +14,12 @@ from torch import Tensor
 from effllm._host import TokenTree
 from effllm.generation.paged_model import PagedModel, context_of, effllm_attention, fitting_cache
 from effllm.generation.sampling import Sampling
+from effllm.generation.step_graph import use_graphs
 
 from .draft import DraftRequest, Drafts, Propose
+
+# Fed to a text at once after its prompt: a root, in front of it the last draft if all came true.
+_GRAPH_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class ModelDraft:
         model: a transformers causal language model, on the target's device.
         depth: tokens along the path: calls of the model for each tree.
         candidates: tokens at each depth, the path's included; 1 makes chains.
+        cuda_graphs: of the draft's own steps, as in ``effllm.generate``.
 
     Source:
         Leviathan et al. (arXiv:2211.17192); alternatives as in SpecInfer (arXiv:2305.09781).
@@ -38,6 +43,7 @@ class ModelDraft:
     model: Any
     depth: int = 4
     candidates: int = 1
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("depth", self.depth), ("candidates", self.candidates)):
@@ -58,9 +64,10 @@ class ModelDraft:
         limit = context_of(self.model)
         longest = [len(prompt) + max_new_tokens for prompt in prompts]
         cache = fitting_cache(self.model, [min(n, limit or n) for n in longest])
+        graphs = use_graphs(self.model, self.cuda_graphs, "ModelDraft")
         with effllm_attention(self.model):
             yield _Session(
-                PagedModel(self.model, cache),
+                PagedModel(self.model, cache, graph_tokens=_GRAPH_TOKENS if graphs else 0),
                 _vocab_size(model),
                 limit,
                 self.depth,
@@ -171,7 +178,7 @@ class _Session:
         for _ in range(self.candidates):
             cumulative = rest.cumsum(-1)
             draws = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64)
-            threshold = draws.to(law.device)[:, None] * cumulative[:, -1:]
+            threshold = draws.to(law.device, non_blocking=True)[:, None] * cumulative[:, -1:]
             index = (cumulative <= threshold).sum(-1, keepdim=True)
             # The last that is possible, should the threshold have been rounded up to the sum.
             possible = (rest > 0).long()
