@@ -48,7 +48,7 @@ class PagedModel:
         self._with_hidden = with_hidden
         if with_hidden and model.get_output_embeddings() is None:
             raise ValueError(f"effllm.generate: {type(model).__name__} has no output head")
-        self._graphs = StepGraphs(self._forward, cache, graph_tokens) if graph_tokens else None
+        self._graphs = StepGraphs(cache, graph_tokens) if graph_tokens else None
 
     def step(
         self,
@@ -66,7 +66,7 @@ class PagedModel:
         ends = accumulate(counts)
         rows = [row for end, n in zip(ends, kept, strict=True) for row in range(end - n, end)]
         if self._graphs is not None and self._graphs.takes(counts):
-            batch, logits, hidden = self._graphs.step(fed, branching)
+            batch, logits, hidden = self._graphs.step(self._forward, fed, branching)
             if len(rows) < batch.num_tokens:
                 (index,) = upload([np.array(rows, dtype=np.int64)], logits.device)
                 logits, hidden = logits[index], None if hidden is None else hidden[index]

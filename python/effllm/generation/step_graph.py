@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,11 +76,11 @@ def record(run: Callable[[], Output], stream: torch.cuda.Stream, pool: Any) -> C
 
 @dataclass
 class _Bucket:
-    """Memory of the steps of one shape, and what runs them over it."""
+    """Memory of the steps of one shape, and their graph once it is recorded."""
 
     ids: Tensor
     batch: PagedBatch
-    run: Callable[[], Output]
+    replay: Callable[[], Output] | None = None
     steps: int = 0
 
     def load(self, ids: Tensor, batch: PagedBatch) -> None:
@@ -100,12 +101,11 @@ class StepGraphs:
     up to a power of two, and whether there are branches. The first step of a shape only runs, over
     the memory that the graph will have: what is done once in a process is done then. The second is
     recorded. So a shape that comes once costs nothing, and all graphs share the memory of what
-    lives no longer than their run.
+    lives no longer than their run. They and their memory go with the last reference to this.
     """
 
-    def __init__(self, forward: Forward, cache: PagedKVCache, max_tokens: int) -> None:
+    def __init__(self, cache: PagedKVCache, max_tokens: int) -> None:
         """``max_tokens``: of any sequence, of the steps that ``takes`` says yes to."""
-        self._forward = forward
         self._cache = cache
         self._max_tokens = max_tokens
         self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
@@ -118,12 +118,14 @@ class StepGraphs:
 
     def step(
         self,
+        forward: Forward,
         fed: Sequence[tuple[int, Sequence[int]]],
         trees: Sequence[TokenTree] | None = None,
     ) -> tuple[PagedBatch, Tensor, Tensor | None]:
         """Feeds tokens to sequences; returns the step, logits and hidden states of all T tokens.
 
-        The results are overwritten by the next step.
+        ``forward`` is always the same; it is not kept, as it may well hold this object. The results
+        are overwritten by the next step.
         """
         counts = [len(tokens) for _, tokens in fed]
         rows = min(_power_of_two(len(fed)), self._cache.max_batch)
@@ -142,8 +144,9 @@ class StepGraphs:
         bucket.load(torch.from_numpy(ids).to(bucket.ids.device, non_blocking=True), batch)
         bucket.steps += 1
         if bucket.steps == 2:
-            bucket.run = self._record(bucket.run)
-        logits, hidden = bucket.run()
+            bucket.replay = self._record(forward, bucket)
+        run = bucket.replay or partial(forward, bucket.batch, bucket.ids)
+        logits, hidden = run()
         total = batch.num_tokens
         return batch, logits[:total], None if hidden is None else hidden[:total]
 
@@ -159,17 +162,18 @@ class StepGraphs:
             positions=torch.empty_like(batch.positions),
             tree_mask=None if batch.tree_mask is None else torch.empty_like(batch.tree_mask),
         )
-        return _Bucket(ids, fixed, lambda: self._forward(fixed, ids))
+        return _Bucket(ids, fixed)
 
-    def _record(self, run: Callable[[], Output]) -> Callable[[], Output]:
+    def _record(self, forward: Forward, bucket: _Bucket) -> Callable[[], Output] | None:
         device = self._cache.page_table.device
         if device.type != "cuda":
-            return run  # the same steps over the same memory, to be looked at without a GPU
+            return None  # the same steps over the same memory, to be looked at without a GPU
         with torch.cuda.device(device):
             if self._stream is None:
                 self._stream = torch.cuda.Stream()
                 self._pool = torch.cuda.graph_pool_handle()
             try:
+                run = partial(forward, bucket.batch, bucket.ids)
                 return record(run, self._stream, self._pool)
             except RuntimeError as error:
                 raise RuntimeError(
