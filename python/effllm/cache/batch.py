@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -52,16 +52,18 @@ class PagedBatch:
         drafts is a tree of one node. ValueError for trees that have not as many nodes as there are
         tokens; padding needs none.
         """
-        words = [word for tree in trees for word in tree.mask_bits]
+        words = list(chain.from_iterable(tree.mask_bits for tree in trees))
         if len(words) != self.num_tokens:
             raise ValueError(
                 f"PagedBatch.with_trees: trees must have {self.num_tokens} nodes, as many as the "
                 f"step has tokens, got {len(words)}"
             )
-        moves = [depth - node for tree in trees for node, depth in enumerate(tree.depths)]
+        numbers = chain.from_iterable(range(len(tree)) for tree in trees)
         of_tokens = np.zeros((2, len(self.positions)), dtype=np.int64)
         of_tokens[0, len(words) :] = -1
-        of_tokens[:, : len(words)] = words, moves
+        of_tokens[0, : len(words)] = words
+        of_tokens[1, : len(words)] = list(chain.from_iterable(tree.depths for tree in trees))
+        of_tokens[1, : len(words)] -= np.array(list(numbers), dtype=np.int64)
         tree_mask, moved = torch.from_numpy(of_tokens).to(self.positions.device, non_blocking=True)
         return replace(self, tree_mask=tree_mask, positions=self.positions + moved)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -133,10 +134,14 @@ class Speculation:
         sampling, num_trees = self.sampling, len(trees)
         top_k = sampling.top_k or 0
         top_p = 1.0 if sampling.top_p is None else sampling.top_p
+
+        def of_nodes(name: str, dtype: npt.DTypeLike) -> AnyArray:
+            return np.array(list(chain.from_iterable(getattr(t, name) for t in trees)), dtype)
+
         arrays: dict[str, AnyArray] = {
-            "tokens": np.array([token for tree in trees for token in tree.tokens], np.int64),
-            "first_child": np.array([i for tree in trees for i in tree.first_child], np.int32),
-            "next_sibling": np.array([i for tree in trees for i in tree.next_sibling], np.int32),
+            "tokens": of_nodes("tokens", np.int64),
+            "first_child": of_nodes("first_child", np.int32),
+            "next_sibling": of_nodes("next_sibling", np.int32),
             "cu_nodes": np.array([0, *accumulate(map(len, trees))], np.int32),
             "temperature": np.full(num_trees, sampling.temperature or 0.0, np.float32),
             # All tokens are no cut, and more are not allowed.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -140,7 +141,7 @@ class StepGraphs:
             self._buckets[key] = self._make_bucket(batch, per_row)
         bucket = self._buckets[key]
         ids = np.zeros(rows * per_row, dtype=np.int64)
-        ids[: batch.num_tokens] = [token for _, tokens in fed for token in tokens]
+        ids[: batch.num_tokens] = list(chain.from_iterable(tokens for _, tokens in fed))
         bucket.load(torch.from_numpy(ids).to(bucket.ids.device, non_blocking=True), batch)
         bucket.steps += 1
         if bucket.steps == 2:
