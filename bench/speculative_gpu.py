@@ -53,15 +53,18 @@ class Known:
     children: int
     vocab: int
     times: list[tuple[float, int]] = field(default_factory=list)  # of each step, its sequences
+    seconds: list[float] = field(default_factory=list)  # that its trees took
 
     @contextmanager
     def session(self, model: Any, prompts: Any, **options: Any) -> Iterator[Any]:
-        self.times = []
+        self.times, self.seconds = [], []
         yield self._propose
 
     def _propose(self, requests: Sequence[DraftRequest], hidden: Tensor) -> Drafts:
         self.times.append((time.perf_counter(), len(requests)))
-        return Drafts([self._tree(request) for request in requests])
+        drafts = Drafts([self._tree(request) for request in requests])
+        self.seconds.append(time.perf_counter() - self.times[-1][0])
+        return drafts
 
     def _tree(self, request: DraftRequest) -> TokenTree:
         start = len(request.text)
@@ -111,7 +114,8 @@ def timed(model: Any, prompts: list[list[int]], draft: Any, **options: Any) -> d
         "tokens_per_s": (new - len(prompts)) / (clock.last - clock.first),
         # A step of a sequence, the prompts' left out.
         "tokens_per_step": (new - len(prompts)) / max(sum(r.steps - 1 for r in results), 1),
-        "ms_per_step": 1e3 * median(steps) if steps else None,
+        "ms_per_step": 1e3 * median(steps) if steps else 0.0,
+        "draft_ms": 1e3 * median(getattr(draft, "seconds", None) or [0.0]),
     }
 
 
@@ -150,7 +154,8 @@ def shaped_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             options = {"max_new_tokens": args.new}
 
             def row(name: str, rate: float | None, nodes: int, run: Any, plain: Any) -> Any:
-                per_s = 1e3 * run["tokens_per_step"] * batch / run["ms_per_step"]  # noqa: B023
+                steady = run["ms_per_step"] or float("inf")
+                per_s = 1e3 * run["tokens_per_step"] * batch / steady  # noqa: B023
                 return {
                     "model": args.shape,
                     "target": target,  # noqa: B023
@@ -162,6 +167,7 @@ def shaped_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "speedup": round(run["tokens_per_s"] / plain["tokens_per_s"], 3),
                     "tokens_per_step": round(run["tokens_per_step"], 3),
                     "ms_per_step": round(run["ms_per_step"], 3),
+                    "draft_ms": round(run["draft_ms"], 3),
                     "tokens_per_s_full": round(per_s, 1),
                     "equal_tokens": round(equal_share(run["texts"], plain["texts"]), 4),
                 }
@@ -228,12 +234,12 @@ def table(result: dict[str, Any]) -> str:
         f"# Speculative decoding on {card}",
         "",
         f"Made by `bench/speculative_gpu.py` with torch {result['torch']} "
-        f"(CUDA {result['cuda']}); each row is the quickest of {result['turns']}. Tokens per",
-        "second are of a whole call but for the prompts' step: recording graphs, and steps at the",
-        'end in which few sequences are left, are part of them. "Full" counts steps of the whole',
-        "batch alone, by their median time, as of a server that has always more to do. Tokens per",
-        "step are of each sequence. Nodes count the last certain token. Equal tokens: the share of",
-        "greedy text before its first difference from plain decoding in the same run.",
+        f"(CUDA {result['cuda']}); each row is the quickest of so many calls: {result['turns']}.",
+        "Tokens per second are of a whole call but for the prompts' step: recording graphs, and",
+        'steps at the end with few sequences left, are part of them. "Full" counts the steps of',
+        "the whole batch alone, by their median time, as of a server that has always more to do.",
+        "Tokens per step are of each sequence. Nodes count the last certain token. Equal tokens:",
+        "the share of greedy text before its first difference from plain decoding in the same run.",
         "",
         "## The shape of Llama 3.1 8B, random weights",
         "",
@@ -241,7 +247,7 @@ def table(result: dict[str, Any]) -> str:
         "right token with a set probability at each depth: a chain as its next token, a tree among",
         f"{', '.join(f'{c} children (of {n} nodes)' for n, (_, c) in TREES.items())}.",
         "The head follows a permutation, so that greedy text hangs on no ties",
-        "(`bench/llama_shaped.py`).",
+        "(`bench/llama_shaped.py`). What such a draft takes, Python, is part of a step.",
     ]
     shaped = [row for row in rows if row["model"] != "demo"]
     for target, batch in dict.fromkeys((row["target"], row["batch"]) for row in shaped):
@@ -249,14 +255,14 @@ def table(result: dict[str, Any]) -> str:
             "",
             f"### {target}, batch {batch}",
             "",
-            "| draft | nodes | right | tokens/s | x plain | tokens/step | ms/step | full: tokens/s "
-            "| equal tokens |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+            "| draft | nodes | right | tokens/s | x plain | tokens/step | ms/step | of it draft "
+            "| full: tokens/s | equal tokens |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         lines += [
             f"| {r['draft']} | {r['nodes']} | {r['rate'] or ''} | {r['tokens_per_s']:.0f} "
             f"| {r['speedup']:.2f} | {r['tokens_per_step']:.2f} | {r['ms_per_step']:.2f} "
-            f"| {r['tokens_per_s_full']:.0f} | {r['equal_tokens']:.3f} |"
+            f"| {r['draft_ms']:.2f} | {r['tokens_per_s_full']:.0f} | {r['equal_tokens']:.3f} |"
             for r in shaped
             if (r["target"], r["batch"]) == (target, batch)
         ]
