@@ -17,6 +17,7 @@ import pytest
 import torch
 from scripted_draft import Scripted, random_tree
 from tiny_models import TINY
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import effllm
@@ -280,7 +281,8 @@ def test_looks_are_noticed(look: Callable[[torch.Tensor], object]) -> None:
 @pytest.mark.usefixtures("fixed_memory")
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Gemma3", "Mixtral", "GptOss"])
 def test_what_is_recorded_looks_at_no_values(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So does transformers when it knows, as it does of a capturing stream."""
+    """And its replay, of operations alone with the numbers that Python had when it was recorded,
+    says the same. transformers knows of a capturing stream."""
     transformers = pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
     options = TINY | {"sliding_window": 8, "max_position_embeddings": 64}
     if family in ("Mixtral", "GptOss"):
@@ -292,17 +294,19 @@ def test_what_is_recorded_looks_at_no_values(family: str, monkeypatch: pytest.Mo
     assert model._can_compile_fullgraph
     recorded = []
 
-    def record(self: Any, forward: Any, bucket: Any) -> None:
+    def record(self: Any, forward: Any, bucket: Any) -> Callable[[], Any]:
         with monkeypatch.context() as patch, Capturing():
             patch.setattr(transformers.utils.import_utils, "is_cuda_stream_capturing", lambda: True)
-            recorded.append(forward(bucket.batch, bucket.ids))
+            recorded.append(make_fx(lambda: forward(bucket.batch, bucket.ids))())
+        return recorded[-1]
 
     monkeypatch.setattr(step_graph.StepGraphs, "_record", record)
     eager = effllm.generate(model, PROMPTS, max_new_tokens=16, cuda_graphs=False)
     assert effllm.generate(model, PROMPTS, max_new_tokens=16) == eager
     assert len(recorded) == 1
     draft = scripted_trees(eager)
-    effllm.generate(model, PROMPTS, max_new_tokens=16, draft=draft, tree=4)
+    results = effllm.generate(model, PROMPTS, max_new_tokens=16, draft=draft, tree=4)
+    assert tokens_of(results) == tokens_of(eager)
     assert len(recorded) > 1
 
 
