@@ -149,10 +149,8 @@ def test_steps_of_a_draft_model_have_few_shapes(llama: Any, right: bool) -> None
     assert len({ids.data_ptr() for ids in fed[1:]}) < len(fed) / 2
 
 
-def given_cache(device: str = "cpu", dtype: torch.dtype = torch.float32) -> PagedKVCache:
-    return PagedKVCache(
-        3, 2, 16, max_batch=7, max_seq_len=100, page_size=4, dtype=dtype, device=device
-    )
+def given_cache() -> PagedKVCache:
+    return PagedKVCache(3, 2, 16, max_batch=7, max_seq_len=100, page_size=4, dtype=torch.float32)
 
 
 @pytest.mark.usefixtures("fixed_memory")
@@ -227,6 +225,49 @@ def test_graphs_go_with_the_call(llama: Any, monkeypatch: pytest.MonkeyPatch) ->
     finally:
         gc.enable()
     assert left == [None] * 4
+
+
+@pytest.mark.usefixtures("fixed_memory")
+def test_a_larger_graph_takes_the_first_steps_of_a_shape(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        step_graph.StepGraphs,
+        "_record",
+        lambda self, forward, bucket: lambda: forward(bucket.batch, bucket.ids),
+    )
+    free = effllm.generate(llama, PROMPTS, max_new_tokens=60, cuda_graphs=False)
+    # All but one end early, none of them at the second step, which is the first that is recorded.
+    stop = next(
+        token for token in free[3].tokens[4:] if all(token not in r.tokens[:4] for r in free)
+    )
+    options: dict[str, Any] = {"max_new_tokens": 60, "stop_tokens": [stop]}
+    plain = effllm.generate(llama, PROMPTS, cuda_graphs=False, **options)
+    lengths = sorted(len(r.tokens) for r in plain)
+    assert lengths[0] < lengths[-1] == 60
+    fed = seen_ids(llama)
+    assert effllm.generate(llama, PROMPTS, **options) == plain
+    sizes = [ids.shape[1] for ids in fed][1:]
+    live = [sum(n > step for n in lengths) for step in range(1, 60)]
+    came: dict[int, int] = {}
+    for size, rows in zip(sizes, live, strict=True):
+        own = next(n for n in (1, 2, 4, 5) if n >= rows)
+        came[own] = came.get(own, 0) + 1
+        larger = [n for n in set(sizes) if n > own]
+        assert size == own if came[own] > 16 or own == 5 else size in larger
+    assert any(own < 5 and n > 16 for own, n in came.items())
+
+
+def test_which_graphs_take_the_steps_of_others() -> None:
+    shape = step_graph._Shape
+    large = shape(16, 64, True)
+    assert large.may_replace(shape(16, 32, True))
+    assert large.may_replace(shape(4, 64, True))
+    assert not large.may_replace(shape(2, 64, True))  # 8 times the tokens, and they are many
+    assert not large.may_replace(shape(16, 32, False))
+    assert shape(16, 4, False).may_replace(shape(1, 1, False))
+    assert not shape(16, 4, False).may_replace(shape(1, 8, False))
+    assert not shape(1, 64, False).may_replace(shape(2, 1, False))
 
 
 class Capturing(TorchFunctionMode):
@@ -352,101 +393,3 @@ def test_which_models_have_graphs(changes: dict[str, Any], problem: str | None) 
 def test_graphs_cannot_be_insisted_on_without_a_gpu(llama: Any) -> None:
     with pytest.raises(ValueError, match=r"generate: cuda_graphs .* LlamaFor.*: it is on cpu"):
         effllm.generate(llama, PROMPTS, cuda_graphs=True)
-
-
-# ---- on a GPU ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unrecorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From its call on, graphs are the calls that they would record: kernels and bits as theirs."""
-    return lambda: monkeypatch.setattr(step_graph, "record", lambda run, stream, pool: run)
-
-
-def gpu_options(name: str, llama: Any) -> dict[str, Any]:
-    torch.manual_seed(1)
-    small = type(llama)(llama.config).eval().to("cuda", torch.bfloat16)
-    drafts: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "sampled": {"temperature": 1.2, "top_k": 40},
-        "chains": {"draft": NGramDraft(2, 7), "tree": 8},
-        "trees": {"draft": ModelDraft(small, depth=3, candidates=3), "tree": 9},
-        "sampled trees": {
-            "draft": ModelDraft(small, depth=3, candidates=3), "tree": 9, "temperature": 1.2
-        },
-    }  # fmt: skip
-    return drafts[name]
-
-
-GPU_CASES = [
-    (name, batch, kv_dtype)
-    for name in ("plain", "sampled", "chains", "trees", "sampled trees")
-    for batch in (1, 16)
-    for kv_dtype in (None, "int4")
-] + [(name, 16, kv_dtype) for name in ("plain", "trees") for kv_dtype in ("e4m3", "int8")]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("name", "batch", "kv_dtype"), GPU_CASES)
-def test_gpu_graphs_replay_what_runs_without_them(
-    llama: Any, unrecorded: Callable[[], None], name: str, batch: int, kv_dtype: str | None
-) -> None:
-    """Recorded over one page, replayed over several; batches shrink at stop tokens."""
-    model = llama.to("cuda", torch.bfloat16)
-    if kv_dtype == "int4":
-        effllm.quantize_(model, effllm.Int4Config(group_size=32))
-    prompts = (PROMPTS * 4)[:batch]
-    options = {"max_new_tokens": 70, "kv_dtype": kv_dtype, **gpu_options(name, llama)}
-    free = effllm.generate(model, prompts, cuda_graphs=False, **options)
-    options["stop_tokens"] = [free[0].tokens[40], free[-1].tokens[60]]
-    graphed = effllm.generate(model, prompts, cuda_graphs=True, **options)
-    assert effllm.generate(model, prompts, cuda_graphs=True, **options) == graphed
-    unrecorded()
-    assert effllm.generate(model, prompts, **options) == graphed
-
-
-@pytest.mark.gpu
-def test_gpu_graphs_say_the_likeliest_tokens(llama: Any) -> None:
-    """Each token is within rounding of the best in fp32 on the CPU, whatever was padded: of 1000
-    tokens of this model in bf16 the worst is 0.13 of the logits' deviation below, a random one 3.
-    """
-    model = llama.to("cuda", torch.bfloat16)
-    plain = effllm.generate(model, PROMPTS, max_new_tokens=60, cuda_graphs=False)
-    cache = given_cache("cuda", torch.bfloat16)
-    runs = [
-        effllm.generate(model, PROMPTS, max_new_tokens=60, cuda_graphs=True, **options)
-        for options in (
-            {},
-            {"cache": cache},
-            {"cache": cache},  # over the pages that the first one left
-            {"draft": scripted_trees(plain), "tree": 7},
-        )
-    ]
-    exact = llama.float().cpu()
-    for results in runs:
-        for prompt, result in zip(PROMPTS, results, strict=True):
-            with torch.no_grad():
-                logits = exact(torch.tensor([prompt + result.tokens])).logits[0]
-            logits = logits[len(prompt) - 1 : -1]
-            chosen = logits.gather(1, torch.tensor(result.tokens)[:, None])[:, 0]
-            assert ((logits.amax(1) - chosen) <= 0.25 * logits.std(1)).all()
-
-
-@pytest.mark.gpu
-def test_gpu_graphs_on_a_side_stream(llama: Any) -> None:
-    model = llama.to("cuda", torch.bfloat16)
-    plain = effllm.generate(model, PROMPTS, max_new_tokens=30, cuda_graphs=True)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        assert effllm.generate(model, PROMPTS, max_new_tokens=30, cuda_graphs=True) == plain
-
-
-@pytest.mark.gpu
-def test_gpu_steps_that_cannot_be_recorded(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(step_graph, "record", fail)
-    model = llama.to("cuda", torch.bfloat16)
-    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph; cuda_graphs=False"):
-        effllm.generate(model, PROMPTS, max_new_tokens=4)
-    assert len(effllm.generate(model, PROMPTS, max_new_tokens=4, cuda_graphs=False)) == 5

@@ -98,12 +98,12 @@ def generate(
             without a draft; they do not depend on the batch either.
         tree: nodes of a tree, 2 to 64, the last certain token included. A given cache lends them
             the pages that the prompts leave over: trees get smaller where it has none.
-        cuda_graphs: whether steps after the prompts' are replayed as CUDA graphs, each shape of
-            step from its second on, instead of launching kernel by kernel. None: on a GPU where
-            they can be: a model that is all there, of a class that says so
-            (``_can_compile_fullgraph``), without a rotary embedding that looks at lengths. True
-            insists. They hold memory for the time of the call: the logits of each shape of step,
-            and what the largest needs.
+        cuda_graphs: whether steps after the prompts' are padded to few shapes and replayed as CUDA
+            graphs, each of which is recorded when its shape comes again, instead of launching
+            kernel by kernel. None: on a GPU where they can be: a model that is all there, of a
+            class that says so (``_can_compile_fullgraph``), without a rotary embedding that looks
+            at lengths. True insists. They hold memory for the time of the call: the logits of each
+            shape, and what the largest needs.
 
     Raises:
         ValueError: bad options, an empty prompt, or one that exceeds the model's context; or

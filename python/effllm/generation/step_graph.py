@@ -8,11 +8,12 @@ device: what was recorded over short texts holds for long ones.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ Output = tuple[Tensor, Tensor | None]
 
 Forward = Callable[[PagedBatch, Tensor], Output]
 """The model over the tokens [T] of a step; it must not look at values on the device."""
+
+_PATIENCE = 16  # steps of a shape that a larger graph takes before it has one of its own
+_CHEAP_TOKENS = 64  # padding up to here costs little: weights are read once for all tokens
 
 
 def graph_problem(model: Any) -> str | None:
@@ -75,6 +79,24 @@ def record(run: Callable[[], Output], stream: torch.cuda.Stream, pool: Any) -> C
     return replay
 
 
+class _Shape(NamedTuple):
+    """Of a step: sequences, tokens for each, and whether there are branches."""
+
+    rows: int
+    per_row: int
+    branching: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.per_row
+
+    def may_replace(self, other: _Shape) -> bool:
+        """Whether a step of the other fits in, at a price that may be paid some times."""
+        fits = self.rows >= other.rows and self.per_row >= other.per_row
+        alike = self.branching == other.branching
+        return fits and alike and self.tokens <= max(_CHEAP_TOKENS, 4 * other.tokens)
+
+
 @dataclass
 class _Bucket:
     """Memory of the steps of one shape, and their graph once it is recorded."""
@@ -82,7 +104,7 @@ class _Bucket:
     ids: Tensor
     batch: PagedBatch
     replay: Callable[[], Output] | None = None
-    steps: int = 0
+    ran: bool = False
 
     def load(self, ids: Tensor, batch: PagedBatch) -> None:
         """The page table and the lengths are the cache's own and in their place already."""
@@ -101,15 +123,18 @@ class StepGraphs:
     The shape of a step is its number of sequences and the most tokens of any of them, both rounded
     up to a power of two, and whether there are branches. The first step of a shape only runs, over
     the memory that the graph will have: what is done once in a process is done then. The second is
-    recorded. So a shape that comes once costs nothing, and all graphs share the memory of what
-    lives no longer than their run. They and their memory go with the last reference to this.
+    recorded. Until a shape has come some times, a larger graph takes its steps if there is one:
+    batches that end, and trees that get smaller at the end of a text, pass through many shapes. All
+    graphs share the memory of what lives no longer than their run. They and their memory go with
+    the last reference to this.
     """
 
     def __init__(self, cache: PagedKVCache, max_tokens: int) -> None:
         """``max_tokens``: of any sequence, of the steps that ``takes`` says yes to."""
         self._cache = cache
         self._max_tokens = max_tokens
-        self._buckets: dict[tuple[int, int, bool], _Bucket] = {}
+        self._buckets: dict[_Shape, _Bucket] = {}
+        self._came: Counter[_Shape] = Counter()
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
@@ -130,26 +155,36 @@ class StepGraphs:
         """
         counts = [len(tokens) for _, tokens in fed]
         rows = min(_power_of_two(len(fed)), self._cache.max_batch)
-        per_row = _power_of_two(max(counts))
+        shape = self._choose(_Shape(rows, _power_of_two(max(counts)), trees is not None))
         batch = self._cache.step(
-            [(seq, len(tokens)) for seq, tokens in fed], num_rows=rows, num_tokens=rows * per_row
+            [(seq, len(tokens)) for seq, tokens in fed],
+            num_rows=shape.rows,
+            num_tokens=shape.tokens,
         )
         if trees is not None:
             batch = batch.with_trees(trees)
-        key = (rows, per_row, trees is not None)
-        if key not in self._buckets:
-            self._buckets[key] = self._make_bucket(batch, per_row)
-        bucket = self._buckets[key]
-        ids = np.zeros(rows * per_row, dtype=np.int64)
+        if shape not in self._buckets:
+            self._buckets[shape] = self._make_bucket(batch, shape.per_row)
+        bucket = self._buckets[shape]
+        ids = np.zeros(shape.tokens, dtype=np.int64)
         ids[: batch.num_tokens] = list(chain.from_iterable(tokens for _, tokens in fed))
         bucket.load(torch.from_numpy(ids).to(bucket.ids.device, non_blocking=True), batch)
-        bucket.steps += 1
-        if bucket.steps == 2:
+        if bucket.ran and bucket.replay is None:
             bucket.replay = self._record(forward, bucket)
+        bucket.ran = True
         run = bucket.replay or partial(forward, bucket.batch, bucket.ids)
         logits, hidden = run()
         total = batch.num_tokens
         return batch, logits[:total], None if hidden is None else hidden[:total]
+
+    def _choose(self, shape: _Shape) -> _Shape:
+        """The shape itself, or that of the smallest graph that takes its steps for now."""
+        self._came[shape] += 1
+        graphs = [other for other, bucket in self._buckets.items() if bucket.replay is not None]
+        if shape in graphs or self._came[shape] > _PATIENCE:
+            return shape
+        larger = [other for other in graphs if other.may_replace(shape)]
+        return min(larger, key=lambda other: other.tokens, default=shape)
 
     def _make_bucket(self, batch: PagedBatch, per_row: int) -> _Bucket:
         ids = torch.empty_like(batch.positions)
