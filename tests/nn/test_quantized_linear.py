@@ -13,7 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from effllm.nn import Fp8Linear, Int4Linear, Int8Linear, Lut4Linear, W4A8Linear, W8A8Linear
+from effllm.nn import (
+    Fp8Linear,
+    GgufLinear,
+    Int4Linear,
+    Int8Linear,
+    Lut4Linear,
+    W4A8Linear,
+    W8A8Linear,
+)
+from effllm.nn.gguf_linear import LAYOUTS, BlockType
 from effllm.nn.packed_linear import PackedLinear
 from effllm.nn.quantized_linear import QuantizedLinear
 
@@ -28,12 +37,13 @@ class Kind:
     layer: type[QuantizedLinear]
     options: dict[str, object]
     convert: Callable[[nn.Linear], QuantizedLinear]
+    k: int = K
 
     def empty(self) -> QuantizedLinear:
-        return self.layer(K, N, **self.options)
+        return self.layer(self.k, N, **self.options)
 
     def make(self, dtype: torch.dtype = torch.float32) -> QuantizedLinear:
-        return self.convert(nn.Linear(K, N, dtype=dtype))
+        return self.convert(nn.Linear(self.k, N, dtype=dtype))
 
 
 def permuted(linear: nn.Linear) -> PackedLinear:
@@ -85,6 +95,13 @@ def int8(scales_per: str) -> Kind:
     return Kind(f"int8-{scales_per}", Int8Linear, {"scales_per": scales_per}, convert)
 
 
+def gguf(tensor_type: BlockType) -> Kind:
+    def convert(linear: nn.Linear) -> QuantizedLinear:
+        return GgufLinear.from_linear(linear, tensor_type)
+
+    return Kind(f"gguf-{tensor_type}", GgufLinear, {"tensor_type": tensor_type}, convert, k=256)
+
+
 INT4 = Kind(
     "int4",
     Int4Linear,
@@ -109,6 +126,7 @@ KINDS = [
     w8a8("channel", static=False),
     w8a8("tensor", static=True),
     *(int8(per) for per in ("tensor", "channel", "group")),
+    *(gguf(tensor_type) for tensor_type in LAYOUTS),
 ]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -132,10 +150,10 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
 @pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 0, 3), (2, 3, 4)])
 def test_any_leading_dimensions(kind: Kind, leading: tuple[int, ...]) -> None:
     layer = kind.make()
-    x = torch.randn(*leading, K)
+    x = torch.randn(*leading, kind.k)
     out = layer(x)
     assert out.shape == (*leading, N)
-    rows = [layer(row) for row in x.reshape(-1, K)]
+    rows = [layer(row) for row in x.reshape(-1, kind.k)]
     expected = torch.stack(rows) if rows else torch.empty(0, N)
     torch.testing.assert_close(out.reshape(-1, N), expected)
 
@@ -144,13 +162,13 @@ def test_any_leading_dimensions(kind: Kind, leading: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bias_is_added_once(kind: Kind, dtype: torch.dtype) -> None:
     layer = kind.make(dtype)
-    assert torch.equal(layer(torch.zeros(4, K, dtype=dtype)), layer.bias.expand(4, -1))
+    assert torch.equal(layer(torch.zeros(4, kind.k, dtype=dtype)), layer.bias.expand(4, -1))
 
 
 @each_kind
 def test_gradient_flows_to_the_input_only(kind: Kind) -> None:
     layer = kind.make()
-    x = torch.randn(3, K, requires_grad=True)
+    x = torch.randn(3, kind.k, requires_grad=True)
     layer(x).sum().backward()
     expected = layer.weight.double().sum(0).float().expand(3, -1)
     torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=1e-5)
@@ -159,8 +177,8 @@ def test_gradient_flows_to_the_input_only(kind: Kind) -> None:
 
 @each_kind
 def test_what_comes_before_a_frozen_weight_trains(kind: Kind) -> None:
-    model = nn.Sequential(nn.Linear(K, K), kind.make())
-    x, target = torch.randn(16, K), torch.randn(16, N)
+    model = nn.Sequential(nn.Linear(kind.k, kind.k), kind.make())
+    x, target = torch.randn(16, kind.k), torch.randn(16, N)
     optimizer = torch.optim.Adam(model[0].parameters(), lr=0.02)
     losses = []
     for _ in range(20):
@@ -210,7 +228,7 @@ def test_state_dict_deepcopy_and_pickle_are_exact(kind: Kind, tmp_path: Path) ->
     fresh = kind.empty()
     fresh.load_state_dict(load_file(tmp_path / "layer.safetensors"))
     assert_same_state(layer, fresh)
-    x = torch.randn(3, K)
+    x = torch.randn(3, kind.k)
     assert torch.equal(layer(x), fresh(x))
 
 
@@ -219,12 +237,12 @@ def test_meta_round_trip(kind: Kind) -> None:
     layer = kind.make()
     with torch.device("meta"):
         skeleton = kind.empty()
-    assert skeleton.weight.shape == (N, K)
-    assert skeleton(torch.empty(4, K, device="meta")).shape == (4, N)
+    assert skeleton.weight.shape == (N, kind.k)
+    assert skeleton(torch.empty(4, kind.k, device="meta")).shape == (4, N)
     floats = {name: p.dtype for name, p in skeleton.named_parameters() if p.is_floating_point()}
     skeleton.to(torch.bfloat16)
     assert floats.pop("bias") == torch.float32
-    assert floats
+    assert floats or kind.layer is GgufLinear  # whose numbers are bytes
     for name, dtype in floats.items():
         assert getattr(skeleton, name).dtype == dtype
     assigned = copy.deepcopy(skeleton)
@@ -240,7 +258,7 @@ def test_meta_round_trip(kind: Kind) -> None:
 def test_cuda_round_trip_is_exact(kind: Kind) -> None:
     layer = kind.make(torch.bfloat16)
     moved = copy.deepcopy(layer).cuda()
-    x = torch.randn(5, K, dtype=torch.bfloat16)
+    x = torch.randn(5, kind.k, dtype=torch.bfloat16)
     torch.testing.assert_close(moved(x.cuda()).cpu(), layer(x), rtol=2e-2, atol=2e-2)
     assert_same_state(layer, moved.cpu())
 
@@ -277,11 +295,11 @@ def test_wrong_group_sizes(layer: type[PackedLinear], group_size: int) -> None:
 def test_options_make_a_layer_of_the_kind(kind: Kind) -> None:
     """As a run that goes on makes it, from what it has stored; tensors tell the rest."""
     layer = kind.make()
-    again = kind.layer(K, N, bias=False, device="meta", **layer.options)
+    again = kind.layer(kind.k, N, bias=False, device="meta", **layer.options)
     for name in (*kind.layer.quantised, "bias"):
         again.register_parameter(name, getattr(layer, name))
     assert repr(again) == repr(layer)
-    x = torch.randn(3, K)
+    x = torch.randn(3, kind.k)
     assert torch.equal(again(x), layer(x))
 
 

@@ -13,8 +13,9 @@ from effllm import formats
 from effllm.cli.tokenizer import TOKENIZER_FILES, read_tokenizer
 from effllm.formats.gguf_model import GGUF_FORMATS, is_gguf
 from effllm.formats.saving import SaveFormat
+from effllm.nn import GgufLinear
 from effllm.nn.quantized_linear import QuantizedLinear
-from effllm.quantization import Method
+from effllm.quantization import Method, dequantize_
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert and print the report of the target; 1 and one line on stderr if that fails.
 
-    Codes are carried over as they are. An unquantised model is rounded to nearest, into int4 or,
-    for those formats, FP8 or W8A8, its head left as it is; for GGUF all is rounded by the format
-    itself.
+    Codes are carried over as they are; those of Q8_0, Q4_K and Q6_K only between GGUF files of such
+    types, for folders these layers count as not quantised. An unquantised model is rounded to
+    nearest, into int4 or, for those formats, FP8 or W8A8, its head left as it is; for GGUF all is
+    rounded by the format itself.
     """
     source, target = Path(args.source), Path(args.target)
     to_gguf = args.format in GGUF_FORMATS
@@ -65,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
             config = effllm.Int8Config()
         # From one GGUF file to another, values pass through the model: no dtype of less bits.
         model = effllm.load(source, dtype=torch.float32 if to_gguf and is_gguf(source) else None)
+        if not to_gguf:
+            dequantize_(model, model.dtype, GgufLinear)  # the blocks of GGUF alone are these
         packed = any(isinstance(module, QuantizedLinear) for module in model.modules())
         if not packed and not to_gguf and args.format != "bitsandbytes":
             head = model.get_output_embeddings()

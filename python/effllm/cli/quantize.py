@@ -16,6 +16,7 @@ from effllm import formats
 from effllm.cli.tokenizer import read_tokenizer, read_tokens
 from effllm.formats.gguf_model import GGUF_FORMATS
 from effllm.formats.saving import SaveFormat
+from effllm.nn import GgufLinear
 from effllm.nn.scaled_linear import BLOCK
 from effllm.quantization import (
     AwqConfig,
@@ -174,6 +175,7 @@ def run(args: argparse.Namespace) -> int:
         calibration = _calibration(args, configs, tokenizer)
         device = usable_device(args.device)
         model = effllm.load(source)
+        dequantize_(model, model.dtype, GgufLinear)
         head = model.get_output_embeddings()
 
         def chosen(module: nn.Module, name: str) -> bool:

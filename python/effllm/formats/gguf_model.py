@@ -25,8 +25,11 @@ from effllm.formats.gguf import (
 )
 from effllm.formats.gguf.architecture import Slot, slots
 from effllm.formats.gguf.config import end_tokens
+from effllm.formats.gguf.layout import BLOCK_TYPES
 from effllm.formats.report import LayerReport, LoadReport, model_report
-from effllm.nn import Int4Linear
+from effllm.nn import GgufLinear, Int4Linear
+from effllm.nn.gguf_linear import LAYOUTS
+from effllm.nn.quantized_linear import QuantizedLinear
 
 GGUF_FORMATS = {
     f"gguf-{kind.name.lower()}": kind
@@ -34,6 +37,8 @@ GGUF_FORMATS = {
         TensorType.Q4_0,
         TensorType.Q4_1,
         TensorType.Q8_0,
+        TensorType.Q4_K,
+        TensorType.Q6_K,
         TensorType.F16,
         TensorType.BF16,
         TensorType.F32,
@@ -65,7 +70,8 @@ def load_gguf(
     entries = read_state_dict(file, dtype=dtype)
     first = next(entries)  # all checks of the file come before it, and so before the model
     model = empty_model(config, str(path), dtype, options)
-    int4 = set()
+    kinds = {slot.module: file.tensors[slot.gguf].type for slot in _quantised(file)}
+    packed = set()
     bar = tqdm(
         chain([first], entries),
         total=len(file.tensors),
@@ -76,9 +82,9 @@ def load_gguf(
     )
     for key, tensor in bar:
         owner, _, attribute = key.rpartition(".")
-        if attribute == "qweight":  # the first entry of an int4 layer
-            model.set_submodule(owner, _empty_int4(model.get_submodule(owner)))
-            int4.add(owner)
+        if attribute == "qweight":  # the first entry of a packed layer
+            model.set_submodule(owner, _empty(model.get_submodule(owner), kinds[owner]))
+            packed.add(owner)
         module = model.get_submodule(owner)
         old = getattr(module, attribute)  # None: zero points, where there are any
         trains = old is not None and old.requires_grad
@@ -86,7 +92,9 @@ def load_gguf(
     model.tie_weights()
     model.to(device)  # the buffers
     rows = [
-        _row(file, slot, int4, sum(p.nbytes for p in model.get_submodule(slot.module).parameters()))
+        _row(
+            file, slot, packed, sum(p.nbytes for p in model.get_submodule(slot.module).parameters())
+        )
         for slot in _quantised(file)
     ]
     if len(ends) > 1:
@@ -112,13 +120,15 @@ def save_gguf(
 def inspect_gguf(path: str | Path) -> LoadReport:
     """See ``effllm.formats.inspect``."""
     file = GgufFile(path)
-    int4 = int4_layers(file)
+    wanted = list(slots(read_config(file)))
+    packed = set(int4_layers(file))
+    packed |= {s.module for s in wanted if s.linear and file.tensors[s.gguf].type in BLOCK_TYPES}
     rows, other_bytes = [], 0
-    for slot in slots(read_config(file)):
+    for slot in wanted:
         info = file.tensors[slot.gguf]
         size = info.end - info.start
         if len(slot.shape) == 2:
-            rows.append(_row(file, slot, int4, size))
+            rows.append(_row(file, slot, packed, size))
         else:
             other_bytes += size
     return LoadReport(tuple(rows), other_bytes)
@@ -136,14 +146,13 @@ def _config(file: GgufFile) -> Any:
         ) from error
 
 
-def _empty_int4(linear: nn.Linear) -> Int4Linear:
-    return Int4Linear(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        group_size=_GROUP_SIZE,
-        device="meta",
-    )
+def _empty(linear: nn.Linear, kind: TensorType) -> QuantizedLinear:
+    """The layer for codes of the type."""
+    sizes = (linear.in_features, linear.out_features)
+    bias = linear.bias is not None
+    if kind in BLOCK_TYPES:
+        return GgufLinear(*sizes, bias=bias, tensor_type=BLOCK_TYPES[kind], device="meta")
+    return Int4Linear(*sizes, bias=bias, group_size=_GROUP_SIZE, device="meta")
 
 
 def _quantised(file: GgufFile) -> Iterator[Slot]:
@@ -153,14 +162,16 @@ def _quantised(file: GgufFile) -> Iterator[Slot]:
             yield slot
 
 
-def _row(file: GgufFile, slot: Slot, int4: Container[str], size: int) -> LayerReport:
+def _row(file: GgufFile, slot: Slot, packed: Container[str], size: int) -> LayerReport:
     kind = file.tensors[slot.gguf].type
     digits = re.search(r"\d+", kind.name)
     assert digits is not None  # of every type that can be decoded
     block = kind.block_values
-    if slot.module in int4:
+    if slot.module in packed:
         kernel = "int4_gemm"
     else:
         kernel = "dense" if block == 1 else f"dense ({kind.name})"
-    group_size = None if block == 1 else _GROUP_SIZE if slot.module in int4 else block
+    group_size = None if block == 1 else _GROUP_SIZE if slot.module in packed else block
+    if slot.module in packed and kind in BLOCK_TYPES:
+        group_size = LAYOUTS[BLOCK_TYPES[kind]].run
     return LayerReport(slot.module, kind.name.lower(), int(digits[0]), group_size, kernel, size)

@@ -37,6 +37,8 @@ SaveFormat = Literal[
     "gguf-q4_0",
     "gguf-q4_1",
     "gguf-q8_0",
+    "gguf-q4_k",
+    "gguf-q6_k",
     "gguf-f16",
     "gguf-bf16",
     "gguf-f32",
@@ -72,7 +74,10 @@ def save(
             input channels, with the codebook in fp32. "gguf-..." is one file for llama.cpp, with
             all matrices of the type that it names: "gguf-q4_0" and "gguf-q4_1" hold those
             4-bit layers that they can hold exactly (see ``formats.gguf.write_model``), the others
-            round them. Matrices that are not quantised are rounded as llama.cpp does it.
+            round them. "gguf-q8_0", "gguf-q4_k" and "gguf-q6_k" hold ``GgufLinear`` layers of any
+            of these types; rows that are no multiple of 256 are Q4_1 instead of Q4_K, and Q8_0
+            instead of Q6_K. Matrices that are not quantised are rounded as llama.cpp does it,
+            those of Q4_K and Q6_K with less error.
         tokenizer: of transformers; put into the folder or, as far as ``tokenizer_metadata`` of
             ``formats.gguf`` can express it, into the file, which llama.cpp does not run without.
         max_shard_bytes: start another file rather than exceed it, except by a single layer. A GGUF

@@ -16,6 +16,11 @@ _WORDS_PER_TILE = 512
 GROUP_SIZES = (32, 64, 128)
 
 
+def packed_shape(n: int, k: int) -> tuple[int, int]:
+    """Of the int32 words that ``int4_pack`` makes of codes ``[n, k]``."""
+    return ceil_div(n, _TILE), ceil_div(k, _TILE) * _WORDS_PER_TILE
+
+
 def resolve_group_size(group_size: int, in_features: int) -> int:
     """The group size that the ops get: -1 stands for one group over all input channels.
 
@@ -49,10 +54,8 @@ class PackedLinear(QuantizedLinear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.group_size = resolve_group_size(group_size, in_features)
         self.num_groups = ceil_div(in_features, self.group_size)
-        words = ceil_div(in_features, _TILE) * _WORDS_PER_TILE
-        self.qweight = frozen(
-            torch.zeros(ceil_div(out_features, _TILE), words, device=device, dtype=torch.int32)
-        )
+        shape = packed_shape(out_features, in_features)
+        self.qweight = frozen(torch.zeros(shape, device=device, dtype=torch.int32))
 
     @property
     def options(self) -> dict[str, Any]:

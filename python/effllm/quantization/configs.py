@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 from torch import Tensor
 
 from effllm.nn.packed_linear import GROUP_SIZES
 from effllm.quantization.awq import quantise_clipped, search_scales
 from effllm.quantization.folding import Fold
-from effllm.quantization.gguf_blocks import BLOCK, quantise_blocks
+from effllm.quantization.gguf_blocks import GgufType, quantise_gguf
 from effllm.quantization.gptq import quantise_gptq
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.kmeans import quantise_kmeans
-from effllm.quantization.method import CHANNEL, CodebookCodes, Method, UniformCodes, UniformMethod
+from effllm.quantization.method import (
+    CHANNEL,
+    CodebookCodes,
+    GgufCodes,
+    Method,
+    UniformCodes,
+    UniformMethod,
+)
 from effllm.quantization.round_to_nearest import round_to_nearest
 from effllm.quantization.statistics import InputStatistics
 
@@ -177,19 +184,34 @@ class AwqConfig(UniformMethod):
         return plain.quantise(weight, inputs)
 
 
-GgufType = Literal["q4_0", "q4_1"]
+_GGUF_TYPES: dict[GgufType, tuple[int, int]] = {
+    "q4_0": (4, 32),
+    "q4_1": (4, 32),
+    "q8_0": (8, 32),
+    "q4_k": (4, 32),
+    "q6_k": (6, 16),
+}
+"""Bits of a code, and weights of a scale."""
 
 
 @dataclass(frozen=True, init=False)
 class GgufConfig(Method):
-    """Blocks of 32 as GGUF holds them, with scales found by search: ``effllm.save`` writes such
-    layers as "gguf-q4_0" or "gguf-q4_1" without loss.
+    """Blocks as GGUF holds them, with scales found by search: ``effllm.save`` writes such layers as
+    "gguf-q4_k" and the like without loss, and ``effllm.load`` gives the same layers back.
 
     With calibration, errors count by the mean square of the inputs, as with llama.cpp's importance
     matrix; no calibration is needed.
 
     Attributes:
-        tensor_type: "q4_0" has no zero points, and scales of either sign; "q4_1" has zero points.
+        tensor_type: Q4_0 and Q4_1 become ``Int4Linear``, all others ``GgufLinear``.
+
+            - "q4_0": 4.5 bits per weight; no zero points, and scales of either sign.
+            - "q4_1": 5 bits; zero points.
+            - "q8_0": 8.5 bits; blocks of 32 as those two.
+            - "q4_k": 4.5 bits; scales and minima of 32 weights, which themselves have 6 bits, in
+              blocks of 256. Layers whose inputs are no multiple of 256 become Q4_1.
+            - "q6_k": 6.6 bits; scales of 16 weights, of 8 bits, in blocks of 256. Layers whose
+              inputs are no multiple of 256 become Q8_0.
     """
 
     name: ClassVar[str] = "gguf"
@@ -197,17 +219,23 @@ class GgufConfig(Method):
 
     def __init__(self, tensor_type: GgufType = "q4_0") -> None:
         """Raises ValueError for another type."""
-        if tensor_type not in get_args(GgufType):
+        if tensor_type not in _GGUF_TYPES:
             raise ValueError(
-                f"GgufConfig: tensor_type must be one of {get_args(GgufType)}, got {tensor_type!r}"
+                f"GgufConfig: tensor_type must be one of {tuple(_GGUF_TYPES)}, got {tensor_type!r}"
             )
-        super().__init__(4, Granularity.group(BLOCK))
-        object.__setattr__(self, "tensor_type", tensor_type)
+        bits, run = _GGUF_TYPES[tensor_type]
+        # Beside the checks of Method, which are for the groups of other kernels.
+        for name, value in (
+            ("bits", bits),
+            ("granularity", Granularity.group(run)),
+            ("tensor_type", tensor_type),
+        ):
+            object.__setattr__(self, name, value)
 
-    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> UniformCodes:
+    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> UniformCodes | GgufCodes:
         """See ``Method.quantise``; scales are fp16 whatever the weight is."""
         importance = None if inputs is None or not inputs.tokens else inputs.diagonal
-        return quantise_blocks(weight, self.tensor_type == "q4_1", importance)
+        return quantise_gguf(weight, self.tensor_type, importance)
 
 
 class Int4Config(LinearConfig):

@@ -10,7 +10,11 @@ from torch import nn
 from effllm.nn.quantized_linear import QuantizedLinear, frozen
 
 
-def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize_(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    kind: type[QuantizedLinear] = QuantizedLinear,
+) -> nn.Module:
     """Replaces quantised layers by ``nn.Linear`` with their weights, in place.
 
     The model is as large as before it was quantised, and as good as the quantised one: for products
@@ -20,22 +24,25 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     Args:
         model: with quantised layers inside; is returned. Those that round their inputs as well
             (``ScaledLinear``) do not any more.
-        dtype: of the weights; that of each layer's scales or codebook if None.
+        dtype: of the weights; that of each layer's scales or codebook if None (``GgufLinear``:
+            fp32).
+        kind: of the layers to replace; others stay as they are.
 
     Raises ValueError if the model itself is such a layer.
     """
-    if isinstance(model, QuantizedLinear):
+    if isinstance(model, kind):
         raise ValueError(
             "effllm.dequantize_: the model itself is a quantised layer; use its .weight"
         )
     found: dict[QuantizedLinear, nn.Linear] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, kind):
             if layer not in found:
                 found[layer] = _dense(layer, dtype)
             model.set_submodule(name, found[layer])
     # Set by quantize_, so that nobody writes packed tensors that no config tells how to read.
-    if hasattr(model, "hf_quantizer"):
+    packed = any(isinstance(layer, QuantizedLinear) for layer in model.modules())
+    if hasattr(model, "hf_quantizer") and not packed:
         cast(Any, model).hf_quantizer = None
     return model
 

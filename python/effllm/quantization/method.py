@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from effllm.nn import Int4Linear, Int8Linear, Lut4Linear, W4A8Linear
+from effllm.nn import GgufLinear, Int4Linear, Int8Linear, Lut4Linear, W4A8Linear
+from effllm.nn.gguf_linear import BlockType, dequantize_blocks
 from effllm.nn.packed_linear import GROUP_SIZES
 from effllm.nn.quantized_linear import QuantizedLinear
 from effllm.nn.scaled_linear import BLOCK, InputsPer, ScaledLinear
@@ -101,7 +102,24 @@ class ScaledCodes:
         )
 
 
-Codes = UniformCodes | CodebookCodes | ScaledCodes
+@dataclass(frozen=True)
+class GgufCodes:
+    """Blocks of GGUF's Q8_0, Q4_K or Q6_K; see ``GgufLinear``."""
+
+    codes: Tensor
+    headers: Tensor
+    tensor_type: BlockType
+
+    def dense(self) -> Tensor:
+        """The weight that the codes stand for, fp32 ``[N, K]``."""
+        return dequantize_blocks(self.codes, self.headers, self.tensor_type)
+
+    def layer(self, linear: nn.Linear) -> QuantizedLinear:
+        """The layer that takes the place of ``linear``."""
+        return GgufLinear.from_codes(linear, self.codes, self.headers, self.tensor_type)
+
+
+Codes = UniformCodes | CodebookCodes | ScaledCodes | GgufCodes
 
 
 @dataclass(frozen=True)

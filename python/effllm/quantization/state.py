@@ -13,7 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from effllm.nn import Fp8Linear, Int4Linear, Int8Linear, Lut4Linear, W4A8Linear, W8A8Linear
+from effllm.nn import (
+    Fp8Linear,
+    GgufLinear,
+    Int4Linear,
+    Int8Linear,
+    Lut4Linear,
+    W4A8Linear,
+    W8A8Linear,
+)
 from effllm.nn.quantized_linear import QuantizedLinear, frozen
 from effllm.quantization.calibration import update_digest
 from effllm.quantization.report import LayerResult
@@ -21,7 +29,7 @@ from effllm.quantization.targets import Target
 
 _KINDS: dict[str, type[QuantizedLinear]] = {
     kind.__name__: kind
-    for kind in (Fp8Linear, Int4Linear, Int8Linear, Lut4Linear, W4A8Linear, W8A8Linear)
+    for kind in (Fp8Linear, GgufLinear, Int4Linear, Int8Linear, Lut4Linear, W4A8Linear, W8A8Linear)
 }
 
 

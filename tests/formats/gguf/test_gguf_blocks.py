@@ -10,7 +10,9 @@ from gguf_bytes import BLOCKS, decode, random_blocks
 from effllm import ops
 from effllm.formats.gguf import GgufError, TensorType, dequantize, quantize
 from effllm.formats.gguf import blocks as blocks_module
-from effllm.formats.gguf.blocks import DECODED, ENCODED, from_int4, to_int4
+from effllm.formats.gguf.blocks import DECODED, ENCODED, from_blocks, from_int4, to_blocks, to_int4
+from effllm.formats.gguf.layout import BLOCK_TYPES
+from effllm.nn import GgufLinear
 
 NEEDS_GGUF = "needs the extra effllm[formats] (gguf)"
 
@@ -78,14 +80,14 @@ def test_encoders_agree_with_the_gguf_package(kind: str) -> None:
     assert torch.equal(found, torch.from_numpy(expected.copy()).view(torch.uint8).flatten())
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
 def test_large_tensors_are_converted_in_pieces(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = torch.from_numpy(random_blocks(kind, 100)).flatten()
     size = 100 * TensorType[kind].block_values
     whole = dequantize(raw, TensorType[kind], (size,))
     monkeypatch.setattr(blocks_module, "_PIECE", 7)
     assert torch.equal(dequantize(raw, TensorType[kind], (size,)), whole)
-    if kind != "Q6_K":
+    if TensorType[kind] in ENCODED:
         in_pieces = quantize(whole, TensorType[kind])
         monkeypatch.undo()
         assert torch.equal(in_pieces, quantize(whole, TensorType[kind]))
@@ -218,6 +220,21 @@ def test_int4_becomes_q4_1_where_a_block_is_one_value() -> None:
         from_int4(codes, torch.full((1, 1), 60000.0).half(), zeros + 1)  # beyond fp16
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q6_K"])
+def test_blocks_become_layers_and_back_without_loss(kind: str, seed: int) -> None:
+    """Of any bytes, codes that no quantiser makes among them."""
+    n, k = 70, 512
+    raw = torch.from_numpy(random_blocks(kind, n * k // BLOCKS[kind][1], seed)).flatten()
+    codes, headers = to_blocks(raw, TensorType[kind], (n, k))
+    assert torch.equal(from_blocks(codes, headers, TensorType[kind]), raw)
+    linear = torch.nn.Linear(k, n, bias=False)
+    layer = GgufLinear.from_codes(linear, codes, headers, BLOCK_TYPES[TensorType[kind]])
+    assert torch.equal(layer.codes, codes)
+    assert torch.equal(layer.weight, dequantize(raw, TensorType[kind], (n, k)))
+    assert torch.equal(from_blocks(layer.codes, layer.headers, TensorType[kind]), raw)
+
+
 def test_other_types_have_no_int4_form() -> None:
     raw = torch.from_numpy(random_blocks("Q5_0", 1))
     assert to_int4(raw, TensorType.Q5_0, (1, 32)) is None
@@ -233,11 +250,11 @@ def test_results_share_no_memory_with_the_file() -> None:
     assert all(torch.equal(a, b) for a, b in zip((*converted[:2], floats), before, strict=True))
 
 
-NAN, INFINITE = torch.full((32,), float("nan")), torch.full((32,), float("-inf"))
+NAN, INFINITE = torch.full((256,), float("nan")), torch.full((256,), float("-inf"))
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
-@pytest.mark.parametrize("weight", [NAN, INFINITE, torch.full((32,), 1e9)])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("weight", [NAN, INFINITE, torch.full((256,), 1e9)])
 def test_weights_without_a_scale_are_refused(kind: str, weight: torch.Tensor) -> None:
     with pytest.raises(GgufError, match=f"not finite, or too large for a scale of {kind}"):
         quantize(weight, TensorType[kind])
@@ -251,9 +268,9 @@ def test_errors_name_found_and_needed() -> None:
     with pytest.raises(GgufError, match=r"got 9 of torch.float32"):
         dequantize(torch.zeros(9), TensorType.F32, (9,))
     with pytest.raises(
-        GgufError, match="type Q6_K has no encoder, only F32, F16, BF16, Q4_0, Q4_1, Q8"
+        GgufError, match="type Q5_K has no encoder, only F32, F16, BF16, Q4_0, Q4_1, Q8"
     ):
-        quantize(torch.zeros(256), TensorType.Q6_K)
+        quantize(torch.zeros(256), TensorType.Q5_K)
     with pytest.raises(GgufError, match=r"rows of 48 values .* Q8_0, which needs a multiple of 32"):
         quantize(torch.zeros(2, 48), TensorType.Q8_0)
     with pytest.raises(GgufError, match="only float tensors"):

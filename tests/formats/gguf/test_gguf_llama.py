@@ -28,8 +28,9 @@ from effllm.formats.gguf import (
     write_model,
 )
 from effllm.formats.gguf.architecture import slots, to_gguf_rows, to_hf_rows
+from effllm.formats.gguf.layout import BLOCK_TYPES
 from effllm.formats.gguf.rope import rope_freqs
-from effllm.nn import Int4Linear
+from effllm.nn import GgufLinear, Int4Linear
 
 NEEDS_GGUF = "needs the extra effllm[formats] (gguf)"
 MakeLlama = Callable[..., Any]
@@ -68,7 +69,7 @@ def save(model: Any, path: Path, kind: TensorType = TensorType.F32, **metadata: 
 
 
 def load(make: MakeLlama, file: GgufFile, **options: Any) -> Any:
-    """As a loader would: the model of the file's config, its int4 layers, then the entries."""
+    """As a loader would: the model of the file's config, its packed layers, then the entries."""
     config = read_config(file)
     assert config.pop("model_type") == "llama"
     model = make(**config)
@@ -84,6 +85,13 @@ def load(make: MakeLlama, file: GgufFile, **options: Any) -> Any:
                 dtype=torch.float16,
             )
             model.set_submodule(name, new)
+        for slot in slots(config | {"model_type": "llama"}):
+            kind = file.tensors[slot.gguf].type
+            if slot.linear and kind in BLOCK_TYPES:
+                old = model.get_submodule(slot.module)
+                sizes = (old.in_features, old.out_features, old.bias is not None)
+                new = GgufLinear(*sizes, tensor_type=BLOCK_TYPES[kind])
+                model.set_submodule(slot.module, new)
     entries = dict(read_state_dict(file, **options))
     # Assigned, or the biases of int4 layers would take the dtype of the scales.
     missing, unexpected = model.load_state_dict(entries, strict=False, assign=True)

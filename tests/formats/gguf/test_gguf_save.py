@@ -33,7 +33,7 @@ def equal(a: Any, b: Any) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0", "f16", "bf16", "f32"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0", "q4_k", "q6_k", "f16", "bf16", "f32"])
 def test_what_is_saved_loads_equal_again(name: str, make_llama: MakeModel, tmp_path: Path) -> None:
     format: Any = f"gguf-{name}"
     effllm.save(make_llama(), tmp_path / "new" / "a.gguf", format, progress=False)

@@ -176,7 +176,7 @@ BAD: list[tuple[dict[str, Any], list[TensorSource], str]] = [
     ({}, [source("n" * 64)], "64 bytes, at most 63"),
     ({}, [source(shape=(1,) * 5)], "tensor 't' has 5 dimensions"),
     ({}, [source(shape=(2, 48), kind="Q8_0")], "'t' has rows of 48 values, Q8_0 needs"),
-    ({}, [source(), source("u", (256,), "Q6_K")], "tensor 'u': type Q6_K has no encoder"),
+    ({}, [source(), source("u", (256,), "Q5_K")], "tensor 'u': type Q5_K has no encoder"),
     (
         {},
         [TensorSource("t", (4,), TensorType.F32, lambda: torch.zeros(5))],

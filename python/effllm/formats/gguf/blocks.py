@@ -11,15 +11,23 @@ Source: the block structs and reference quantisers of ggml (ggml-common.h, ggml-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
+from effllm.formats.gguf.layout import BLOCK_TYPES, join, nibble_runs, nibbles, split
 from effllm.formats.gguf.spec import GgufError, TensorType
+from effllm.nn.gguf_linear import BlockType, dequantize_blocks, k_scales
+from effllm.quantization.k_blocks import search_blocks
 
 # Blocks that are converted at once.
 _PIECE = 1 << 13
+
+_NO_SCALE = "values are not finite, or too large for a scale of {}"
+# Where blocks have numbers that values too large for them make infinite.
+_CHECKED = {TensorType.Q4_0: (0,), TensorType.Q4_1: (0, 2), TensorType.Q8_0: (0,)}
 
 _FLOATS = {
     TensorType.F32: torch.float32,
@@ -64,7 +72,8 @@ def quantize(weight: Tensor, tensor_type: TensorType) -> Tensor:
     """The bytes of a tensor, the inverse of ``dequantize`` as far as the type allows.
 
     Q4_0, Q4_1 and Q8_0 round as ggml's reference does, to the bit (but for the codes of a scale so
-    small that it is stored as 0, which ggml leaves to chance); F16 and BF16 round to nearest.
+    small that it is stored as 0, which ggml leaves to chance); Q4_K and Q6_K search for scales of
+    less error than ggml's (see ``quantization.k_blocks``); F16 and BF16 round to nearest.
 
     Args:
         weight: float, any shape; its last dimension a multiple of the type's block.
@@ -97,9 +106,9 @@ def quantize(weight: Tensor, tensor_type: TensorType) -> Tensor:
     out = rows.new_empty((rows.shape[0], tensor_type.block_bytes), dtype=torch.uint8)
     for source, target in _pieces(rows, out):
         target.copy_(_ENCODERS[tensor_type](source.float()))
-    starts = (0, 2) if tensor_type == TensorType.Q4_1 else (0,)
+    starts = _CHECKED.get(tensor_type, ())
     if not all(torch.isfinite(_float(out, start, torch.float16)).all() for start in starts):
-        raise GgufError(f"values are not finite, or too large for a scale of {tensor_type.name}")
+        raise GgufError(_NO_SCALE.format(tensor_type.name))
     return out.flatten()
 
 
@@ -148,8 +157,8 @@ def to_int4(
     groups = (shape[0], shape[1] // 32)
     scales = blocks[:, 0:2].clone(memory_format=torch.contiguous_format).view(torch.float16)
     if tensor_type == TensorType.Q4_0:
-        return _nibbles(blocks[:, 2:18]).view(shape), scales.view(groups), None
-    codes = _nibbles(blocks[:, 4:20])
+        return nibbles(blocks[:, 2:18]).view(shape), scales.view(groups), None
+    codes = nibbles(blocks[:, 4:20])
     d, m = scales.float(), _float(blocks, 2, torch.float16)
     constant = d == 0
     zeros = torch.where(constant, 7.0, torch.round(-m / d))
@@ -160,6 +169,24 @@ def to_int4(
     codes = torch.where(constant, 8, codes)
     scales = torch.where(constant, m.half(), scales)
     return codes.view(shape), scales.view(groups), zeros.to(torch.uint8).view(groups)
+
+
+def to_blocks(
+    raw: Tensor, tensor_type: TensorType, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Codes and headers of Q8_0, Q4_K or Q6_K, as ``GgufLinear.from_codes`` takes them.
+
+    Both have memory of their own; see ``dequantize`` for arguments and errors.
+    """
+    parts = split(as_blocks(raw, tensor_type, shape), BLOCK_TYPES[tensor_type])
+    codes, headers = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return codes.view(shape), headers.view(shape[0], -1)
+
+
+def from_blocks(codes: Tensor, headers: Tensor, tensor_type: TensorType) -> Tensor:
+    """The bytes of Q8_0, Q4_K or Q6_K: the inverse of ``to_blocks``."""
+    values = codes.view(-1, tensor_type.block_values)
+    return join(values, headers.view(len(values), -1), BLOCK_TYPES[tensor_type]).flatten()
 
 
 def from_int4(codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -213,11 +240,6 @@ def _float(blocks: Tensor, start: int, dtype: torch.dtype) -> Tensor:
     return blocks[:, start : start + dtype.itemsize].contiguous().view(dtype).float()
 
 
-def _nibbles(packed: Tensor) -> Tensor:
-    """``[..., n]`` bytes -> ``[..., 2n]`` codes: all low nibbles, then all high ones."""
-    return torch.cat([packed & 15, packed >> 4], -1)
-
-
 def _bits(packed: Tensor) -> Tensor:
     """``[..., n]`` bytes -> ``[..., 8n]`` bits, the lowest of each byte first."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
@@ -230,7 +252,7 @@ def _q4_0(blocks: Tensor) -> Tensor:
     0    2                                            18
     | d  | codes 0..15 low, codes 16..31 high nibbles |
     """
-    return (_nibbles(blocks[:, 2:18]).float() - 8) * _float(blocks, 0, torch.float16)
+    return (nibbles(blocks[:, 2:18]).float() - 8) * _float(blocks, 0, torch.float16)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
@@ -240,7 +262,7 @@ def _q4_1(blocks: Tensor) -> Tensor:
     | d  | m  | codes as in Q4_0 |
     """
     d, m = _float(blocks, 0, torch.float16), _float(blocks, 2, torch.float16)
-    return _nibbles(blocks[:, 4:20]).float() * d + m
+    return nibbles(blocks[:, 4:20]).float() * d + m
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
@@ -249,7 +271,7 @@ def _q5_0(blocks: Tensor) -> Tensor:
     0    2      6                      22
     | d  | high | low bits as in Q4_0  |
     """
-    codes = _nibbles(blocks[:, 6:22]) | (_bits(blocks[:, 2:6]) << 4)
+    codes = nibbles(blocks[:, 6:22]) | (_bits(blocks[:, 2:6]) << 4)
     return (codes.float() - 16) * _float(blocks, 0, torch.float16)
 
 
@@ -259,81 +281,32 @@ def _q5_1(blocks: Tensor) -> Tensor:
     0    2    4      8                      24
     | d  | m  | high | low bits as in Q4_0  |
     """
-    codes = _nibbles(blocks[:, 8:24]) | (_bits(blocks[:, 4:8]) << 4)
+    codes = nibbles(blocks[:, 8:24]) | (_bits(blocks[:, 4:8]) << 4)
     d, m = _float(blocks, 0, torch.float16), _float(blocks, 2, torch.float16)
     return codes.float() * d + m
-
-
-def _q8_0(blocks: Tensor) -> Tensor:
-    """34 bytes, 32 values ``code * d``:
-
-    0    2                 34
-    | d  | 32 signed codes |
-    """
-    codes = blocks[:, 2:34].contiguous().view(torch.int8)
-    return codes.float() * _float(blocks, 0, torch.float16)
-
-
-def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and minima, fp32 ``[blocks, 8, 1]``, that Q4_K and Q5_K start with:
-
-        0    2    4                                     16
-        | d  |dmin| s0 s1 s2 s3 m0 m1 m2 m3 r0 r1 r2 r3 |
-
-    Scale j < 4 is the low 6 bits of s_j. Scale 4 + j has its low 4 bits in those of r_j, and its
-    high 2 in those of s_j. Minima are the same with m_j and the high nibble of r_j.
-    """
-    s, m, r = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scales = torch.cat([s & 63, (r & 15) | (s >> 6 << 4)], -1)
-    minima = torch.cat([m & 63, (r >> 4) | (m >> 6 << 4)], -1)
-    d, dmin = _float(blocks, 0, torch.float16), _float(blocks, 2, torch.float16)
-    return (scales.float() * d).unsqueeze(-1), (minima.float() * dmin).unsqueeze(-1)
-
-
-def _k_nibbles(packed: Tensor) -> Tensor:
-    """128 bytes -> ``[blocks, 8, 32]``: each run of 32 bytes has the low nibbles of one sub-block
-    and the high nibbles of the next."""
-    return _nibbles(packed.unflatten(-1, (4, 32))).view(-1, 8, 32)
-
-
-def _q4_k(blocks: Tensor) -> Tensor:
-    """144 bytes, 8 sub-blocks of 32 values ``code * scale_j - minimum_j``:
-
-    0                  16                            144
-    | see _k_scales    | codes, see _k_nibbles       |
-    """
-    scales, minima = _k_scales(blocks)
-    return (_k_nibbles(blocks[:, 16:144]).float() * scales - minima).flatten(1)
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
     """176 bytes, as Q4_K; bit j of ``high[l]`` is the fifth bit of value l in sub-block j:
 
     0                  16            48                            176
-    | see _k_scales    | high[0..31] | low bits, see _k_nibbles    |
+    | see k_scales     | high[0..31] | low bits, see nibble_runs   |
     """
-    scales, minima = _k_scales(blocks)
+    scales, minima = (part.unsqueeze(-1) for part in k_scales(blocks))
     high = _bits(blocks[:, 16:48]).view(-1, 32, 8).transpose(1, 2)
-    codes = _k_nibbles(blocks[:, 48:176]) | (high << 4)
+    codes = nibble_runs(blocks[:, 48:176]) | (high << 4)
     return (codes.float() * scales - minima).flatten(1)
 
 
-def _q6_k(blocks: Tensor) -> Tensor:
-    """210 bytes, 256 values ``(code - 32) * scale * d`` with a signed scale for each 16 of them:
+def _block_values(blocks: Tensor, tensor_type: BlockType) -> Tensor:
+    return dequantize_blocks(*split(blocks, tensor_type), tensor_type)
 
-        0                  128            192         208  210
-        | low 4 bits       | high 2 bits  | 16 scales | d  |
 
-    Each half of 128 values has 64 bytes of low bits: values 0..63 in the low nibbles, 64..127 in
-    the high ones; and 32 bytes of high bits: bits 2i and 2i + 1 are those of values 32i..32i + 31.
-    """
-    low = _nibbles(blocks[:, 0:128].unflatten(-1, (2, 64)))
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device).unsqueeze(-1)
-    high = (blocks[:, 128:192].unflatten(-1, (2, 1, 32)) >> shifts) & 3
-    codes = low.view(-1, 16, 16) | (high.reshape(-1, 16, 16) << 4)
-    scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
-    scales = scales * _float(blocks, 208, torch.float16)
-    return ((codes.float() - 32) * scales.unsqueeze(-1)).flatten(1)
+def _searched(values: Tensor, tensor_type: BlockType) -> Tensor:
+    """Scales as ``GgufConfig`` finds them where no inputs are known; see ``quantize``."""
+    if not (values.abs() <= torch.finfo(torch.float16).max).all():
+        raise GgufError(_NO_SCALE.format(tensor_type.upper()))
+    return join(*search_blocks(values, tensor_type), tensor_type)
 
 
 def _to_q4_0(values: Tensor) -> Tensor:
@@ -379,15 +352,17 @@ _DECODERS: dict[TensorType, Callable[[Tensor], Tensor]] = {
     TensorType.Q4_1: _q4_1,
     TensorType.Q5_0: _q5_0,
     TensorType.Q5_1: _q5_1,
-    TensorType.Q8_0: _q8_0,
-    TensorType.Q4_K: _q4_k,
+    TensorType.Q8_0: partial(_block_values, tensor_type="q8_0"),
+    TensorType.Q4_K: partial(_block_values, tensor_type="q4_k"),
     TensorType.Q5_K: _q5_k,
-    TensorType.Q6_K: _q6_k,
+    TensorType.Q6_K: partial(_block_values, tensor_type="q6_k"),
 }
 _ENCODERS: dict[TensorType, Callable[[Tensor], Tensor]] = {
     TensorType.Q4_0: _to_q4_0,
     TensorType.Q4_1: _to_q4_1,
     TensorType.Q8_0: _to_q8_0,
+    TensorType.Q4_K: partial(_searched, tensor_type="q4_k"),
+    TensorType.Q6_K: partial(_searched, tensor_type="q6_k"),
 }
 
 DECODED: tuple[TensorType, ...] = (*_FLOATS, *_DECODERS)

@@ -12,15 +12,27 @@ from torch import Tensor
 
 from effllm import ops
 from effllm.formats.gguf.architecture import Slot, slots, to_gguf_rows, to_hf_rows
-from effllm.formats.gguf.blocks import DECODED, dequantize, from_int4, names, quantize, to_int4
+from effllm.formats.gguf.blocks import (
+    DECODED,
+    dequantize,
+    from_blocks,
+    from_int4,
+    names,
+    quantize,
+    to_blocks,
+    to_int4,
+)
 from effllm.formats.gguf.config import config_metadata, head_dim_of, more_ends, read_config
+from effllm.formats.gguf.layout import BLOCK_TYPES
 from effllm.formats.gguf.reader import GgufFile
 from effllm.formats.gguf.rope import ROPE_FREQS, rope_freqs
 from effllm.formats.gguf.spec import GgufError, TensorType, quote
 from effllm.formats.gguf.writer import TensorSource, write_gguf
-from effllm.nn import Int4Linear
+from effllm.nn import GgufLinear, Int4Linear
+from effllm.nn.gguf_linear import to_planes
 from effllm.nn.quantized_linear import QuantizedLinear
 from effllm.ops.int4_gemm import dequantize as int4_dequantize
+from effllm.quantization.gguf_blocks import fitting_type
 
 _GROUP = 32
 # Of 64 rows each, as int4_pack has them, that are converted at once.
@@ -33,6 +45,8 @@ _FILE_TYPES = {
     TensorType.Q4_0: 2,
     TensorType.Q4_1: 3,
     TensorType.Q8_0: 7,
+    TensorType.Q4_K: 14,
+    TensorType.Q6_K: 18,
     TensorType.BF16: 32,
 }
 _QUANTIZATION_VERSION = 2
@@ -51,7 +65,9 @@ def read_state_dict(
         file: its ``read_config`` is the model's config.
         int4: linear layers that ``int4_layers`` names come as the parameters of an ``Int4Linear``
             with groups of 32: ``<layer>.qweight`` int32, ``.scales`` fp16 and, where the zero point
-            is not 8, ``.zeros`` uint8. Without, or for other layers, ``<layer>.weight``.
+            is not 8, ``.zeros`` uint8; those of ``layout.BLOCK_TYPES`` as those of a
+            ``GgufLinear``: ``.qweight`` int32 and ``.headers`` uint8. Without, or for other layers,
+            ``<layer>.weight``.
         dtype: of dense tensors. None keeps F32, F16 and BF16 as they are stored, and gives fp32,
             which is exact, for quantised types.
 
@@ -65,15 +81,12 @@ def read_state_dict(
     for slot in _checked_slots(file):
         info = file.tensors[slot.gguf]
         raw = _hf_raw(file, slot)
-        converted = to_int4(raw, info.type, slot.shape) if int4 and slot.linear else None
-        if converted is not None:
+        parameters = _packed(raw, info.type, slot) if int4 else None
+        if parameters is not None:
             del raw
             file.release(slot.gguf)
-            codes, scales, zeros = converted
-            yield f"{slot.module}.qweight", ops.int4_pack(codes)
-            yield f"{slot.module}.scales", scales
-            if zeros is not None:
-                yield f"{slot.module}.zeros", zeros
+            for name, tensor in parameters.items():
+                yield f"{slot.module}.{name}", tensor
             continue
         to = dtype or _STORED.get(info.type, torch.float32)
         if slot.offset:
@@ -86,8 +99,24 @@ def read_state_dict(
         yield f"{slot.module}.{slot.parameter}", weight
 
 
+def _packed(raw: Tensor, kind: TensorType, slot: Slot) -> dict[str, Tensor] | None:
+    """Parameters of the layer over a slot's codes, ``qweight`` first; None where it is dense."""
+    if not slot.linear:
+        return None
+    n, k = slot.shape
+    if kind in BLOCK_TYPES:
+        codes, headers = to_blocks(raw, kind, (n, k))
+        return {"qweight": ops.int4_pack(to_planes(codes, BLOCK_TYPES[kind])), "headers": headers}
+    converted = to_int4(raw, kind, (n, k))
+    if converted is None:
+        return None
+    codes, scales, zeros = converted
+    parameters = {"qweight": ops.int4_pack(codes), "scales": scales}
+    return parameters if zeros is None else parameters | {"zeros": zeros}
+
+
 def int4_layers(file: GgufFile) -> dict[str, bool]:
-    """The linear layers that ``read_state_dict`` gives as int4, and whether they have no zeros.
+    """The linear layers that become ``Int4Linear``, and whether they have no zeros.
 
     Those stored as Q4_0, and those stored as Q4_1 if every block allows it (see
     ``blocks.to_int4``), for which the tensor is read. Raises as ``read_state_dict`` does.
@@ -119,8 +148,10 @@ def write_model(
             config are kept. Layers replaced by ``Int4Linear`` are stored as Q4_0 without loss, if
             they have groups that 32 divides, scales that are fp16 numbers, and no zero points but
             8; as Q4_1 with any zero points whose products with the scales are fp16 numbers; as any
-            other type, their values are rounded to it.
-        tensor_type: of all matrices: F32, F16, BF16, Q4_0, Q4_1 or Q8_0. Vectors are F32.
+            other type, their values are rounded to it. Those by ``GgufLinear`` keep their blocks,
+            of whatever type they are, in files of Q8_0, Q4_K and Q6_K.
+        tensor_type: of all other matrices: F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K or Q6_K; where
+            rows are no multiple of 256, Q4_1 for Q4_K and Q8_0 for Q6_K. Vectors are F32.
         metadata: more of it, such as ``tokenizer_metadata``; it wins over what follows from the
             config.
         progress: show a progress bar.
@@ -146,12 +177,32 @@ def write_model(
     wanted = list(slots(config))
     _refuse_unexpected(model, wanted, config["tie_word_embeddings"])
     for slot in wanted:
-        kind = tensor_type if len(slot.shape) == 2 else TensorType.F32
+        kind = _stored_type(model, slot, tensor_type)
         sources.append(TensorSource(slot.gguf, slot.shape, kind, _reader(model, slot, kind)))
     all_metadata |= metadata or {}
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     all_metadata |= more_ends(all_metadata.get("tokenizer.ggml.eos_token_id"), ends)
     write_gguf(path, all_metadata, sources, progress)
+
+
+def _stored_type(model: Any, slot: Slot, tensor_type: TensorType) -> TensorType:
+    """Of a slot, in a file of ``tensor_type``."""
+    if len(slot.shape) != 2:
+        return TensorType.F32
+    if tensor_type not in BLOCK_TYPES:
+        return tensor_type
+    module = _submodule(model, slot.module)
+    if slot.linear and isinstance(module, GgufLinear):
+        return TensorType[module.tensor_type.upper()]
+    return TensorType[fitting_type(BLOCK_TYPES[tensor_type], slot.shape[-1]).upper()]
+
+
+def _submodule(model: Any, name: str) -> Any:
+    """None where the model has none of the name."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _checked_slots(file: GgufFile) -> list[Slot]:
@@ -207,10 +258,7 @@ def _refuse_unexpected(model: Any, wanted: list[Slot], tied: bool) -> None:
 def _reader(model: Any, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
     """A function that gives a slot's values, or blocks, in the order of the file."""
     key = f"{slot.module}.{slot.parameter}"
-    try:
-        module = model.get_submodule(slot.module)
-    except AttributeError:
-        module = None
+    module = _submodule(model, slot.module)
     if slot.linear and isinstance(module, QuantizedLinear):
         shape: tuple[int, ...] = (module.out_features, module.in_features)
         tensor: Tensor | None = module.qweight
@@ -237,6 +285,8 @@ def _gguf_values(values: Tensor, slot: Slot) -> Tensor:
 def _packed_reader(module: QuantizedLinear, slot: Slot, kind: TensorType) -> Callable[[], Tensor]:
     if kind in (TensorType.Q4_0, TensorType.Q4_1):
         return _int4_reader(module, slot, kind)
+    if isinstance(module, GgufLinear) and kind in BLOCK_TYPES:
+        return lambda: _blocks(module, slot, kind)
     if isinstance(module, Int4Linear):
         return lambda: _rounded_int4(module, slot, kind)
     return lambda: _gguf_values(module.weight, slot)
@@ -263,6 +313,11 @@ def _int4_reader(module: QuantizedLinear, slot: Slot, kind: TensorType) -> Calla
             f"{problem}; Q8_0 and the float types round it"
         )
     return partial(_int4_blocks, module, slot, kind)
+
+
+def _blocks(module: GgufLinear, slot: Slot, kind: TensorType) -> Tensor:
+    raw = from_blocks(module.codes, module.headers, kind).view(module.out_features, -1)
+    return (to_gguf_rows(raw, slot.heads) if slot.heads else raw).flatten()
 
 
 def _fits_q4_1(module: Int4Linear, slot: Slot) -> bool:

@@ -1,0 +1,272 @@
+"""GgufLinear: a linear layer over blocks of GGUF, on the int4 kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from effllm import ops
+from effllm.nn.packed_linear import packed_shape
+from effllm.nn.quantized_linear import QuantizedLinear, frozen
+
+BlockType = Literal["q8_0", "q4_k", "q6_k"]
+"""Types of GGUF that the layer holds, as ggml calls them."""
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A type of GGUF.
+
+    Attributes:
+        values: of a block.
+        header_bytes: of a block beside its codes.
+        run: values that share a scale.
+        planes: 4-bit codes that a value is made of.
+        middle: the code of 0 before minima are taken away.
+    """
+
+    values: int
+    header_bytes: int
+    run: int
+    planes: int
+    middle: int
+
+
+LAYOUTS: dict[BlockType, BlockLayout] = {
+    "q8_0": BlockLayout(32, 2, 32, 2, 128),
+    "q4_k": BlockLayout(256, 16, 32, 1, 0),
+    "q6_k": BlockLayout(256, 18, 16, 2, 32),
+}
+
+
+class GgufLinear(QuantizedLinear):
+    """``y = x @ W.T + bias``, W in blocks of Q8_0, Q4_K or Q6_K, to the bit what GGUF files hold.
+
+    Stands in for ``nn.Linear`` (N = out_features, K = in_features, a multiple of the block: 32,
+    or 256 for K-quants). ``int4_gemm`` multiplies, and in exact arithmetic would give just
+    ``x @ W.T``:
+
+    - Q8_0, in two planes: a code is ``16 h + l``, so 32 columns are a group of h with the scale
+      ``16 d``, and one of l with the scale d, of the same inputs.
+    - Q6_K, whose scales are of 16 columns: a code is ``8 h + l``, and a group holds 16 columns of h
+      and the same of l, whose inputs are divided by 8.
+    - Q4_K: the minimum of 32 columns is a whole number of steps, which is a zero point, and a rest.
+      Rests are multiplied by the sums of 32 inputs.
+
+    So Q8_0 and Q6_K take twice the arithmetic of 4-bit layers and, as Q4_K does, read 8.5, 8.6 and
+    4.5 bits of memory per weight. All tensors are plain parameters without gradient; gradients flow
+    to ``x`` (LoRA), never to the weight.
+
+    Parameters:
+        qweight: int32 ``[ceil(N/64), ceil(P/64) * 512]``, the planes of the codes packed by
+            ``int4_pack``; P = K for Q4_K, else 2 K.
+        headers: uint8 ``[N, K / block * bytes]``, what a block of the file has beside its codes:
+            fp16 d (Q8_0); fp16 d and dmin, and eight scales and minima of 6 bits (Q4_K); 16 int8
+            scales and fp16 d (Q6_K).
+        bias: float ``[N]`` or None.
+
+    A dtype cast (``.half()``, ``.to(torch.bfloat16)``) touches only the bias.
+    """
+
+    quantised = ("qweight", "headers")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        tensor_type: BlockType,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An all-zero layer, to be filled by ``load_state_dict``; see ``from_codes`` as well.
+
+        ``dtype`` is that of the bias. Raises ValueError on sizes < 1, another type, or input
+        channels that are no multiple of its block.
+        """
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if tensor_type not in get_args(BlockType):
+            raise ValueError(
+                f"tensor_type must be one of {get_args(BlockType)}, got {tensor_type!r}"
+            )
+        self.tensor_type = tensor_type
+        layout = self.layout
+        if in_features % layout.values:
+            raise ValueError(
+                f"in_features of {tensor_type} must be a multiple of {layout.values}, "
+                f"got {in_features}"
+            )
+        packed = packed_shape(out_features, layout.planes * in_features)
+        self.qweight = frozen(torch.zeros(packed, device=device, dtype=torch.int32))
+        shape = (out_features, in_features // layout.values * layout.header_bytes)
+        self.headers = frozen(torch.zeros(shape, device=device, dtype=torch.uint8))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, tensor_type: BlockType = "q4_k") -> Self:
+        """Quantises ``linear`` by ``GgufConfig``'s search, on the device of its weight.
+
+        The bias keeps its own tensor. Raises ValueError as ``__init__`` does, and for a meta,
+        non-float or non-finite weight, or one beyond the range of fp16.
+        """
+        # Imported here because the quantisation package imports this module.
+        from effllm.quantization.gguf_blocks import quantise_fitting
+
+        sizes = (linear.in_features, linear.out_features)
+        cls(*sizes, bias=False, tensor_type=tensor_type, device="meta")  # checks both
+        found = quantise_fitting(linear.weight.detach(), tensor_type, None)
+        return cls.from_codes(linear, found.codes, found.headers, tensor_type)
+
+    @classmethod
+    def from_codes(
+        cls, linear: nn.Linear, codes: Tensor, headers: Tensor, tensor_type: BlockType
+    ) -> Self:
+        """Takes the place of ``linear``, with blocks that a method has found for its weight.
+
+        Args:
+            linear: gives the sizes, the bias (its own tensor) and the training mode.
+            codes: uint8 ``[N, K]``, of Q8_0 plus 128; headers and tensor_type as in the class.
+
+        Raises ValueError as ``__init__`` does, or for headers of another shape.
+        """
+        sizes = (linear.in_features, linear.out_features)
+        module = cls(*sizes, bias=False, tensor_type=tensor_type, device="meta")
+        if headers.shape != module.headers.shape or headers.dtype != torch.uint8:
+            raise ValueError(
+                f"headers must be uint8 {list(module.headers.shape)}, got {headers.dtype} "
+                f"{list(headers.shape)}"
+            )
+        module.qweight = frozen(ops.int4_pack(to_planes(codes, tensor_type)))
+        module.headers = frozen(headers)
+        if linear.bias is not None:
+            module.bias = frozen(linear.bias.detach())
+        return module.train(linear.training)
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Of the type."""
+        return LAYOUTS[self.tensor_type]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"tensor_type": self.tensor_type}
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 ``[N, K]`` as ``from_codes`` takes them, unpacked anew each time."""
+        columns = self.layout.planes * self.in_features
+        planes = ops.int4_unpack(self.qweight, self.out_features, columns)
+        return from_planes(planes, self.tensor_type)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight ``[N, K]`` that the file's blocks stand for, fp32, computed anew each time."""
+        return dequantize_blocks(self.codes, self.headers, self.tensor_type)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[..., K]`` fp16 or bf16 (fp32 too on the CPU) -> ``[..., N]`` of x's dtype."""
+        if x.shape[-1:] != (self.in_features,):
+            raise RuntimeError(
+                f"GgufLinear: x must be [..., {self.in_features}], got {list(x.shape)}"
+            )
+        scales, minima = scales_of(self.headers, self.tensor_type)
+        count = self.in_features // self.layout.run
+        if self.tensor_type == "q4_k":
+            zeros = torch.round(minima / scales).nan_to_num(0).clamp(0, 255)
+            rests = zeros * scales - minima
+            sums = x.unflatten(-1, (count, 32)).sum(-1, dtype=torch.float32).to(x.dtype)
+            out = ops.int4_gemm(
+                x, self.qweight, scales, zeros.to(torch.uint8), self.bias, group_size=32
+            )
+            return out + nn.functional.linear(sums, rests.to(x.dtype)).to(x.dtype)
+        if self.tensor_type == "q8_0":
+            runs = x.unflatten(-1, (count, 1, 32)).expand(*x.shape[:-1], -1, 2, -1)
+            scales = torch.stack([16 * scales, scales], -1).flatten(-2)
+            middles = scales.new_tensor([8, 0], dtype=torch.uint8)
+            zeros = middles.repeat(count).expand(self.out_features, -1)
+            planes = runs.flatten(-3)
+            return ops.int4_gemm(planes, self.qweight, scales, zeros, self.bias, group_size=32)
+        runs = x.unflatten(-1, (count, 1, 16))
+        planes = torch.cat([runs, runs / 8], -2).flatten(-3)
+        return ops.int4_gemm(planes, self.qweight, 8 * scales, None, self.bias, group_size=32)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, tensor_type={self.tensor_type!r}"
+        )
+
+    def _kind(self) -> str:
+        return f"a GgufLinear of {self.tensor_type}"
+
+
+def to_planes(codes: Tensor, tensor_type: BlockType) -> Tensor:
+    """Codes of blocks, uint8 ``[N, K]``, as 4-bit codes ``[N, P]`` in the order of the kernel."""
+    if tensor_type == "q4_k":
+        return codes
+    runs = codes.unflatten(-1, (-1, LAYOUTS[tensor_type].run))
+    # Of Q6_K both are around 8, which stands for 0: 8 (h - 8) + (l - 8) = code - 32.
+    parts = [runs >> 4, runs & 15] if tensor_type == "q8_0" else [(runs >> 3) + 4, (runs & 7) + 8]
+    return torch.stack(parts, -2).flatten(-3)
+
+
+def from_planes(planes: Tensor, tensor_type: BlockType) -> Tensor:
+    """The inverse of ``to_planes``."""
+    if tensor_type == "q4_k":
+        return planes
+    high, low = planes.unflatten(-1, (-1, 2, LAYOUTS[tensor_type].run)).unbind(-2)
+    codes = (high << 4) | low if tensor_type == "q8_0" else (high - 4 << 3) | (low - 8)
+    return codes.flatten(-2)
+
+
+def scales_of(headers: Tensor, tensor_type: BlockType) -> tuple[Tensor, Tensor]:
+    """Scales and minima fp32 ``[N, K / run]`` of headers, exact; minima are 0 but for Q4_K."""
+    layout = LAYOUTS[tensor_type]
+    blocks = headers.unflatten(-1, (-1, layout.header_bytes))
+    if tensor_type == "q4_k":
+        scales, minima = k_scales(blocks)
+        return scales.flatten(-2), minima.flatten(-2)
+    scales = _half(blocks, layout.header_bytes - 2)
+    if tensor_type == "q6_k":
+        scales = blocks[..., :16].contiguous().view(torch.int8).float() * scales
+    scales = scales.flatten(-2)
+    return scales, torch.zeros_like(scales)
+
+
+def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales and minima, fp32 ``[..., 8]``, that Q4_K and Q5_K start with, ``[..., 16]`` bytes:
+
+        0    2    4                                     16
+        | d  |dmin| s0 s1 s2 s3 m0 m1 m2 m3 r0 r1 r2 r3 |
+
+    Scale j < 4 is the low 6 bits of s_j. Scale 4 + j has its low 4 bits in those of r_j, and its
+    high 2 in those of s_j. Minima are the same with m_j and the high nibble of r_j.
+    """
+    s, m, r = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
+    scales = torch.cat([s & 63, (r & 15) | (s >> 6 << 4)], -1)
+    minima = torch.cat([m & 63, (r >> 4) | (m >> 6 << 4)], -1)
+    return scales.float() * _half(blocks, 0), minima.float() * _half(blocks, 2)
+
+
+def k_header(d: Tensor, dmin: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
+    """uint8 ``[..., 16]``, the inverse of ``k_scales``: fp16 d and dmin ``[..., 1]``, and whole
+    scales and minima ``[..., 8]`` in 0..63, uint8."""
+    s, m = scales.split(4, -1), minima.split(4, -1)
+    parts = [s[0] | (s[1] >> 4 << 6), m[0] | (m[1] >> 4 << 6), (s[1] & 15) | (m[1] << 4)]
+    return torch.cat([*(x.contiguous().view(torch.uint8) for x in (d, dmin)), *parts], -1)
+
+
+def dequantize_blocks(codes: Tensor, headers: Tensor, tensor_type: BlockType) -> Tensor:
+    """The values fp32 ``[N, K]`` of codes and headers, rounded at most once."""
+    layout = LAYOUTS[tensor_type]
+    scales, minima = (part.unsqueeze(-1) for part in scales_of(headers, tensor_type))
+    runs = codes.unflatten(-1, (-1, layout.run)).float() - layout.middle
+    return (runs * scales - minima).flatten(-2)
+
+
+def _half(blocks: Tensor, start: int) -> Tensor:
+    """The fp16 number from byte ``start`` on, as fp32 ``[..., 1]``."""
+    return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
