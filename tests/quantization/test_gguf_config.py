@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import IDS, llama_config
 from torch import Tensor, nn
 
 import effllm
-from effllm.formats.gguf import TensorType
+from effllm import demo
+from effllm.formats.gguf import GgufFile, TensorType
 from effllm.formats.gguf.blocks import dequantize, from_int4, quantize
-from effllm.nn import Int4Linear
-from effllm.quantization import GgufConfig, LinearConfig
-from effllm.quantization.configs import GgufType
+from effllm.nn import GgufLinear, Int4Linear
+from effllm.nn.gguf_linear import LAYOUTS, BlockType
+from effllm.nn.quantized_linear import QuantizedLinear
+from effllm.quantization import GgufConfig, LinearConfig, dequantize_
+from effllm.quantization.gguf_blocks import GgufType
+from effllm.quantization.method import GgufCodes
 from effllm.quantization.statistics import InputStatistics
 
 TYPES: list[GgufType] = ["q4_0", "q4_1"]
+BLOCK_KINDS: list[BlockType] = list(LAYOUTS)
 STORED = {"q4_0": TensorType.Q4_0, "q4_1": TensorType.Q4_1}
 
 
@@ -134,11 +141,168 @@ def test_a_model_there_and_back(tensor_type: GgufType, llama: Any, tmp_path: Pat
             assert torch.equal(loaded.get_submodule(name).weight, layer.weight), name
 
 
+def blocks_of(exact: Tensor, tensor_type: GgufType, inputs: Any = None) -> GgufCodes:
+    found = GgufConfig(tensor_type).quantise(exact, inputs)
+    assert isinstance(found, GgufCodes)
+    return found
+
+
+@pytest.mark.parametrize("tensor_type", BLOCK_KINDS)
+def test_inputs_decide_which_errors_of_blocks_count(tensor_type: BlockType) -> None:
+    exact = weight(40, 512)
+    inputs = InputStatistics(512, dtype=torch.float64)
+    none = blocks_of(exact, tensor_type, inputs).dense()
+    x = torch.randn(600, 512) * torch.randn(512).mul(1.5).exp()
+    x[:, 100:300] = 0  # channels that nothing reaches
+    inputs.add(x)
+    plain = blocks_of(exact, tensor_type).dense()
+    weighted = blocks_of(exact, tensor_type, inputs).dense()
+    assert error(weighted, exact, inputs.diagonal) < 0.9 * error(plain, exact, inputs.diagonal)
+    assert error(plain, exact) < error(weighted, exact)
+    assert torch.equal(none, plain)
+    # Where nothing counts for the output, all weights still count alike.
+    assert error(weighted[:, 100:256], exact[:, 100:256]) < 0.1 * error(
+        torch.zeros(40, 156), exact[:, 100:256]
+    )
+
+
+@pytest.mark.parametrize(("tensor_type", "kind"), [("q4_k", "q4_1"), ("q6_k", "q8_0")])
+def test_rows_of_no_whole_blocks_fall_back(tensor_type: GgufType, kind: GgufType) -> None:
+    exact = weight(8, 512)[:, :320]
+    found, expected = (GgufConfig(t).quantise(exact, None) for t in (tensor_type, kind))
+    assert type(found) is type(expected)
+    assert torch.equal(found.dense(), expected.dense())
+
+
+@pytest.fixture
+def wide() -> Any:
+    """Rows of 256, but 320 into ``down_proj``."""
+    config = llama_config(hidden_size=256, intermediate_size=320, head_dim=64, num_hidden_layers=1)
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("tensor_type", BLOCK_KINDS)
+def test_a_model_of_blocks_there_and_back(
+    tensor_type: BlockType, wide: Any, tmp_path: Path
+) -> None:
+    report = effllm.quantize_(wide, GgufConfig(tensor_type), progress=False)
+    bits = {"q8_0": 8, "q4_k": 4, "q6_k": 6}[tensor_type]
+    down = "model.layers.0.mlp.down_proj"
+    for row in report.layers:
+        assert row.bits == (8 if tensor_type == "q6_k" and row.name == down else bits)
+    path = tmp_path / "a.gguf"
+    effllm.save(wide, path, f"gguf-{tensor_type}", progress=False)
+    loaded = effllm.load(path, dtype=torch.float32, progress=False)
+    kinds = []
+    for name, layer in wide.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            again = loaded.get_submodule(name)
+            assert repr(again) == repr(layer)
+            for parameter, value in layer.state_dict().items():
+                assert torch.equal(again.state_dict()[parameter], value), (name, parameter)
+            kinds.append(getattr(layer, "tensor_type", "q4_1"))
+    fallback = {"q8_0": "q8_0", "q4_k": "q4_1", "q6_k": "q8_0"}[tensor_type]
+    assert kinds == [tensor_type] * 6 + [fallback, tensor_type]
+    rows = {row.name: row for row in effllm.formats.inspect(path).layers}
+    run = LAYOUTS[tensor_type].run
+    query = rows["model.layers.0.self_attn.q_proj"]
+    assert (query.format, query.bits, query.group_size) == (tensor_type, bits, run)
+    assert (query.kernel, rows[down].kernel) == ("int4_gemm", "int4_gemm")
+    assert rows["model.embed_tokens"].kernel == f"dense ({tensor_type.upper()})"
+    again = {row.name: row for row in loaded.effllm_report.layers}[query.name]
+    assert (again.format, again.kernel) == (query.format, query.kernel)
+    # Linear layers are on the kernel, the embedding has the file's values: all is computed alike.
+    wide.model.embed_tokens.weight.data = loaded.model.embed_tokens.weight.data
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, wide(IDS).logits)
+    effllm.save(loaded, tmp_path / "b.gguf", f"gguf-{tensor_type}", progress=False)
+    a, b = GgufFile(path), GgufFile(tmp_path / "b.gguf")
+    for name in a.tensors:
+        same = torch.equal(a.raw(name), b.raw(name))
+        assert same or name == "token_embd.weight", name
+
+
+def test_a_mixture_as_llama_cpp_makes_it(wide: Any, tmp_path: Path) -> None:
+    """Q4_K with values and the head in Q6_K: each layer's type is kept."""
+    mixture = {
+        "*.v_proj": GgufConfig("q6_k"),
+        "lm_head": GgufConfig("q6_k"),
+        "*": GgufConfig("q4_k"),
+    }
+    effllm.quantize_(wide, mixture, progress=False)
+    effllm.save(wide, tmp_path / "a.gguf", "gguf-q4_k", progress=False)
+    tensors = GgufFile(tmp_path / "a.gguf").tensors
+    assert tensors["blk.0.attn_v.weight"].type == tensors["output.weight"].type == TensorType.Q6_K
+    assert tensors["blk.0.attn_q.weight"].type == TensorType.Q4_K
+    loaded = effllm.load(tmp_path / "a.gguf", dtype=torch.float32, progress=False)
+    assert torch.equal(loaded.lm_head.weight, wide.lm_head.weight)
+    with pytest.raises(ValueError, match=r"cannot be stored as Q4_0 .* it is a GgufLinear"):
+        effllm.save(wide, tmp_path / "b.gguf", "gguf-q4_0", progress=False)
+    effllm.save(wide, tmp_path / "c.gguf", "gguf-f32", progress=False)
+    floats = effllm.load(tmp_path / "c.gguf", progress=False, dtype=torch.float32)
+    assert torch.equal(floats.lm_head.weight, wide.lm_head.weight)
+    with pytest.raises(ValueError, match=r"compressed-tensors holds no GgufLinear"):
+        effllm.save(wide, tmp_path / "d", progress=False)
+
+
+def test_layers_can_be_dense_again(wide: Any) -> None:
+    effllm.quantize_(
+        wide, {"*.q_proj": GgufConfig("q4_k"), "*.up_proj": LinearConfig()}, progress=False
+    )
+    exact = wide.model.layers[0].self_attn.q_proj.weight
+    dequantize_(wide, torch.float32, GgufLinear)
+    layer = wide.model.layers[0]
+    assert type(layer.self_attn.q_proj) is nn.Linear
+    assert torch.equal(layer.self_attn.q_proj.weight, exact)
+    assert isinstance(layer.mlp.up_proj, Int4Linear)
+
+
+def test_an_interrupted_run_keeps_its_blocks(wide: Any, tmp_path: Path) -> None:
+    config = GgufConfig("q4_k")
+    other = copy.deepcopy(wide)
+    for model in (wide, other):  # the second takes what the first has stored
+        effllm.quantize_(model, config, calibration=IDS, state=tmp_path, progress=False)
+    assert isinstance(other.model.layers[0].mlp.up_proj, GgufLinear)
+    for name, value in wide.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_more_bits_are_better_on_the_demo_model() -> None:
+    """Held-out perplexity of the draft model: Q8_0 before Q6_K before Q4_K before Q4_0."""
+    pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
+    _, tokenizer = demo.load()
+    held_out = demo.held_out_tokens(tokenizer, context=512, limit=8192)
+    found = {}
+    for tensor_type in ("q4_0", "q4_k", "q6_k", "q8_0"):
+        model, _ = demo.load()
+        effllm.quantize_(
+            model, GgufConfig(tensor_type), lambda module, name: name != "lm_head", progress=False
+        )
+        dequantize_(model, torch.float32)
+        found[tensor_type] = demo.perplexity(model.float(), held_out, batch_size=4)
+    assert found["q6_k"] < found["q4_k"] < found["q4_0"], found
+    assert found["q8_0"] < found["q4_k"], found
+
+
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"must be one of \('q4_0', 'q4_1'\), got 'q8'"):
+    with pytest.raises(ValueError, match=r"must be one of \('q4_0', .*'q6_k'\), got 'q8'"):
         GgufConfig("q8")  # type: ignore[arg-type]
     for values, message in ((7e4, "beyond the largest of fp16"), (torch.nan, "NaN or infinity")):
         model = nn.Sequential(nn.Linear(64, 64))
         nn.init.constant_(model[0].weight, float(values))
         with pytest.raises(ValueError, match=f"layer '0': .*{message}"):
             effllm.quantize_(model, GgufConfig(), progress=False)
+        model = nn.Sequential(nn.Linear(256, 64))
+        nn.init.constant_(model[0].weight, float(values))
+        for tensor_type in BLOCK_KINDS:
+            with pytest.raises(ValueError, match=f"layer '0': .*{message}"):
+                effllm.quantize_(model, GgufConfig(tensor_type), progress=False)
+    model = nn.Sequential(nn.Linear(40, 64))
+    for tensor_type in ("q8_0", "q6_k"):
+        with pytest.raises(
+            ValueError, match=r"layer '0': q8_0 needs .* multiple of 32 values, got 40"
+        ):
+            effllm.quantize_(model, GgufConfig(tensor_type), progress=False)

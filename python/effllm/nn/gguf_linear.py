@@ -21,6 +21,7 @@ class BlockLayout:
     """A type of GGUF.
 
     Attributes:
+        bits: of a code.
         values: of a block.
         header_bytes: of a block beside its codes.
         run: values that share a scale.
@@ -28,6 +29,7 @@ class BlockLayout:
         middle: the code of 0 before minima are taken away.
     """
 
+    bits: int
     values: int
     header_bytes: int
     run: int
@@ -36,9 +38,9 @@ class BlockLayout:
 
 
 LAYOUTS: dict[BlockType, BlockLayout] = {
-    "q8_0": BlockLayout(32, 2, 32, 2, 128),
-    "q4_k": BlockLayout(256, 16, 32, 1, 0),
-    "q6_k": BlockLayout(256, 18, 16, 2, 32),
+    "q8_0": BlockLayout(8, 32, 2, 32, 2, 128),
+    "q4_k": BlockLayout(4, 256, 16, 32, 1, 0),
+    "q6_k": BlockLayout(6, 256, 18, 16, 2, 32),
 }
 
 

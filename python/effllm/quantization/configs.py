@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from torch import Tensor
 
+from effllm.nn.gguf_linear import LAYOUTS
 from effllm.nn.packed_linear import GROUP_SIZES
 from effllm.quantization.awq import quantise_clipped, search_scales
 from effllm.quantization.folding import Fold
-from effllm.quantization.gguf_blocks import GgufType, quantise_gguf
+from effllm.quantization.gguf_blocks import BLOCK, GgufType, quantise_gguf
 from effllm.quantization.gptq import quantise_gptq
 from effllm.quantization.granularity import Granularity
 from effllm.quantization.kmeans import quantise_kmeans
@@ -184,16 +185,6 @@ class AwqConfig(UniformMethod):
         return plain.quantise(weight, inputs)
 
 
-_GGUF_TYPES: dict[GgufType, tuple[int, int]] = {
-    "q4_0": (4, 32),
-    "q4_1": (4, 32),
-    "q8_0": (8, 32),
-    "q4_k": (4, 32),
-    "q6_k": (6, 16),
-}
-"""Bits of a code, and weights of a scale."""
-
-
 @dataclass(frozen=True, init=False)
 class GgufConfig(Method):
     """Blocks as GGUF holds them, with scales found by search: ``effllm.save`` writes such layers as
@@ -219,11 +210,13 @@ class GgufConfig(Method):
 
     def __init__(self, tensor_type: GgufType = "q4_0") -> None:
         """Raises ValueError for another type."""
-        if tensor_type not in _GGUF_TYPES:
+        if tensor_type not in get_args(GgufType):
             raise ValueError(
-                f"GgufConfig: tensor_type must be one of {tuple(_GGUF_TYPES)}, got {tensor_type!r}"
+                f"GgufConfig: tensor_type must be one of {get_args(GgufType)}, got {tensor_type!r}"
             )
-        bits, run = _GGUF_TYPES[tensor_type]
+        bits, run = 4, BLOCK
+        if tensor_type != "q4_0" and tensor_type != "q4_1":
+            bits, run = LAYOUTS[tensor_type].bits, LAYOUTS[tensor_type].run
         # Beside the checks of Method, which are for the groups of other kernels.
         for name, value in (
             ("bits", bits),

@@ -19,12 +19,12 @@ from effllm.nn.gguf_linear import LAYOUTS, BlockType, k_header
 # Blocks that are searched at once, in values.
 _PIECE = 1 << 20
 # How far from the extreme code the extreme value is tried, in steps.
-_OFFSETS = [step / 10 for step in range(-9, 10)]
+_OFFSETS = [step / 5 for step in range(-15, 16)]
 # The same for both ends of a range, together and in the number of steps of Q4_K.
 _RANGES = [step / 10 for step in range(-10, 21)]
 # Where the largest of the scales may go among the whole ones, as a part of the last of them.
 _TOPS = (1.0, 0.93, 0.86, 0.79)
-_ROUNDS = 2
+_ROUNDS = 3
 
 
 def search_blocks(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from effllm.nn import GgufLinear, Int4Linear, Int8Linear, Lut4Linear, W4A8Linear
-from effllm.nn.gguf_linear import BlockType, dequantize_blocks
+from effllm.nn.gguf_linear import LAYOUTS, BlockType, dequantize_blocks
 from effllm.nn.packed_linear import GROUP_SIZES
 from effllm.nn.quantized_linear import QuantizedLinear
 from effllm.nn.scaled_linear import BLOCK, InputsPer, ScaledLinear
@@ -109,6 +109,11 @@ class GgufCodes:
     codes: Tensor
     headers: Tensor
     tensor_type: BlockType
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return LAYOUTS[self.tensor_type].bits
 
     def dense(self) -> Tensor:
         """The weight that the codes stand for, fp32 ``[N, K]``."""

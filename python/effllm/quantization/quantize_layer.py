@@ -6,6 +6,7 @@ from torch import nn
 
 from effllm.nn.quantized_linear import QuantizedLinear, frozen
 from effllm.quantization.folding import Fold
+from effllm.quantization.method import GgufCodes
 from effllm.quantization.report import LayerResult
 from effllm.quantization.statistics import InputStatistics
 from effllm.quantization.targets import Target
@@ -35,7 +36,8 @@ def quantise_layer(
     return layer, LayerResult(
         name=name,
         method=method.name,
-        bits=method.bits,
+        # A type of GGUF may fall back to another.
+        bits=codes.bits if isinstance(codes, GgufCodes) else method.bits,
         granularity=str(method.granularity),
         weight_error=float(difference.square().sum()) / energy if energy else 0.0,
         output_error=output_error,
