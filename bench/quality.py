@@ -4,7 +4,8 @@
 
 The layers of the blocks are quantised; embeddings and head stay in bf16. Calibration is on training
 text, perplexity on held-out text. Every row is measured with the decoded weights in bf16, which are
-those the kernels multiply by; those of 8 bits, of which bf16 would lose some, on their kernels.
+those the kernels multiply by; those of 6 and 8 bits, of which bf16 would lose some, on their
+kernels.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ def configs() -> Iterator[tuple[str, Method]]:
             yield "k-means, weighted", KMeansConfig(bits, granularity, weighted=True)
     yield "GGUF Q4_0", GgufConfig("q4_0")
     yield "GGUF Q4_1", GgufConfig("q4_1")
+    yield "GGUF Q4_K", GgufConfig("q4_k")
+    yield "GGUF Q6_K", GgufConfig("q6_k")
+    yield "GGUF Q8_0", GgufConfig("q8_0")
     tensor, block = Granularity.tensor(), Granularity.block(128, 128)
     yield "FP8, inputs per tensor", Fp8Config(tensor, tensor)
     yield "FP8, inputs per tensor, static", Fp8Config(tensor, tensor, static=True)
@@ -105,6 +109,9 @@ def size(model: nn.Module, bits: int) -> tuple[int, int]:
             continue
         n, k = layer.out_features, layer.in_features
         held += sum(p.nbytes for p in layer.parameters())
+        if isinstance(layer, effllm.nn.GgufLinear):
+            dense += n * k * layer.layout.bits // 8 + layer.headers.nbytes
+            continue
         dense += n * k * bits // 8
         if isinstance(layer, effllm.nn.Lut4Linear):
             dense += layer.codebook.nbytes * (1 << bits) // 16
@@ -134,7 +141,7 @@ def measure(name: str, config: Method, calibration: Tensor, held_out: Tensor) ->
     )
     seconds = time.perf_counter() - started
     held, dense = size(model, config.bits)
-    if config.bits < 8:
+    if config.bits <= 4:
         dequantize_(model, torch.bfloat16)  # faster on a CPU, for many tokens
     errors = [layer.output_error for layer in report.layers if layer.output_error is not None]
     return {
@@ -158,13 +165,14 @@ def table(result: dict[str, Any]) -> str:
         f"**{result['bf16']['perplexity']:.3f} in bf16**. The linear layers of the blocks are",
         f"quantised ({result['bf16']['bytes'] / 1e6:.2f} MB in bf16); GPTQ, AWQ and weighted "
         f"k-means saw {result['calibration_tokens']:,} tokens of training text. Codes have zero",
-        "points unless called symmetric or Q4_0, or of 8 bits. Inputs of FP8 are in e4m3 too",
-        "unless in bf16, those of W8A8 and SmoothQuant in int8, per token or static. Outliers",
-        f"are four channels after each norm, {OUTLIER_FACTOR} times as large as they were, with "
-        "weights as much smaller:",
+        "points unless called symmetric or Q4_0, or of more than 4 bits. Inputs of FP8 are in",
+        "e4m3 too unless in bf16, those of W8A8 and SmoothQuant in int8, per token or static.",
+        f"Outliers are four channels after each norm, {OUTLIER_FACTOR} times as large as they "
+        "were, with weights as much smaller:",
         "the model computes the same. MB are of codes at their number of bits, scales,",
         "zero points and codebooks; the kernels hold codes of 2 and 3 bits, and codebooks, in the",
-        f"room of 4. Made by `bench/quality.py` with torch {result['torch']} on one thread of",
+        "room of 4. Layers of 640 inputs are in Q4_1 instead of Q4_K, in Q8_0 instead of Q6_K.",
+        f"Made by `bench/quality.py` with torch {result['torch']} on one thread of",
         "a CPU that had other work too, which the seconds show.",
         "",
         "GPTQ's operations in another order have moved its rows by up to 0.04 at 4 bits, 0.15 at 3",
@@ -177,7 +185,7 @@ def table(result: dict[str, Any]) -> str:
         "",
         "![perplexity over bytes](quality.png)",
     ]
-    for bits in (8, 4, 3, 2):
+    for bits in (8, 6, 4, 3, 2):
         rows = sorted(
             (row for row in result["rows"] if row["bits"] == bits), key=lambda r: r["perplexity"]
         )

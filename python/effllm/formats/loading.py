@@ -39,11 +39,12 @@ def load(
     (llama, qwen2, qwen3, gemma, gemma2); checkpoints that are not quantised load as transformers
     loads them. Weights go from the file to the kernels' layout one layer at a time.
     ``model.effllm_report`` says what each layer is and what runs it: 2- and 3-bit codes become
-    4-bit codes exactly, and so do GGUF's Q4_0 and the Q4_1 that allow it; NF4 and FP4 keep their
-    codes and codebook; e4m3 codes stay what they are where scales are per tensor, channel or
-    128 x 128; all else, integers of 8 bits and groups that the kernels do not take among it, is
-    expanded to dense layers. Beside e4m3 weights inputs are rounded to e4m3 as the config says;
-    others are never quantised, whatever it says of them.
+    4-bit codes exactly, and so do GGUF's Q4_0 and the Q4_1 that allow it; its Q8_0, Q4_K and Q6_K
+    keep their blocks (``GgufLinear``); NF4 and FP4 keep their codes and codebook; e4m3 codes stay
+    what they are where scales are per tensor, channel or 128 x 128; all else, integers of 8 bits
+    and groups that the kernels do not take among it, is expanded to dense layers. Beside e4m3
+    weights inputs are rounded to e4m3 as the config says; others are never quantised, whatever it
+    says of them.
 
     A model with packed layers is saved by ``effllm.save``; its ``save_pretrained`` raises.
 

@@ -44,6 +44,9 @@ LAYOUTS: dict[BlockType, BlockLayout] = {
 }
 
 
+_SCALES = ("d", "scales", "dmin", "minima")
+
+
 class GgufLinear(QuantizedLinear):
     """``y = x @ W.T + bias``, W in blocks of Q8_0, Q4_K or Q6_K, to the bit what GGUF files hold.
 
@@ -55,25 +58,30 @@ class GgufLinear(QuantizedLinear):
       ``16 d``, and one of l with the scale d, of the same inputs.
     - Q6_K, whose scales are of 16 columns: a code is ``8 h + l``, and a group holds 16 columns of h
       and the same of l, whose inputs are divided by 8.
-    - Q4_K: the minimum of 32 columns is a whole number of steps, which is a zero point, and a rest.
-      Rests are multiplied by the sums of 32 inputs.
+    - Q4_K: 8 is the zero point, and what the minimum of 32 columns is beside 8 steps is multiplied
+      by the sum of these inputs.
 
-    So Q8_0 and Q6_K take twice the arithmetic of 4-bit layers and, as Q4_K does, read 8.5, 8.6 and
-    4.5 bits of memory per weight. All tensors are plain parameters without gradient; gradients flow
+    So Q8_0 and Q6_K take twice the arithmetic of 4-bit layers; in memory Q8_0 has 8.5 bits per
+    weight, Q6_K 8.6 and Q4_K 4.6. All tensors are plain parameters without gradient; gradients flow
     to ``x`` (LoRA), never to the weight.
 
     Parameters:
         qweight: int32 ``[ceil(N/64), ceil(P/64) * 512]``, the planes of the codes packed by
             ``int4_pack``; P = K for Q4_K, else 2 K.
-        headers: uint8 ``[N, K / block * bytes]``, what a block of the file has beside its codes:
-            fp16 d (Q8_0); fp16 d and dmin, and eight scales and minima of 6 bits (Q4_K); 16 int8
-            scales and fp16 d (Q6_K).
+        d: fp16 ``[N, K/32]`` (Q8_0) or ``[N, K/256]``, scales, or scales of scales.
+        scales: None (Q8_0), uint8 ``[N, K/32]`` in 0..63 (Q4_K) or int8 ``[N, K/16]`` (Q6_K).
+        dmin, minima: fp16 ``[N, K/256]`` and uint8 ``[N, K/32]`` in 0..63 (Q4_K), else None.
         bias: float ``[N]`` or None.
 
     A dtype cast (``.half()``, ``.to(torch.bfloat16)``) touches only the bias.
     """
 
-    quantised = ("qweight", "headers")
+    quantised = ("qweight", *_SCALES)
+
+    d: nn.Parameter
+    scales: nn.Parameter
+    dmin: nn.Parameter
+    minima: nn.Parameter
 
     def __init__(
         self,
@@ -105,7 +113,10 @@ class GgufLinear(QuantizedLinear):
         packed = packed_shape(out_features, layout.planes * in_features)
         self.qweight = frozen(torch.zeros(packed, device=device, dtype=torch.int32))
         shape = (out_features, in_features // layout.values * layout.header_bytes)
-        self.headers = frozen(torch.zeros(shape, device=device, dtype=torch.uint8))
+        headers = torch.zeros(shape, device=device, dtype=torch.uint8)
+        parts = split_headers(headers, tensor_type)
+        for name in _SCALES:
+            self.register_parameter(name, frozen(parts[name]) if name in parts else None)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, tensor_type: BlockType = "q4_k") -> Self:
@@ -130,19 +141,26 @@ class GgufLinear(QuantizedLinear):
 
         Args:
             linear: gives the sizes, the bias (its own tensor) and the training mode.
-            codes: uint8 ``[N, K]``, of Q8_0 plus 128; headers and tensor_type as in the class.
+            codes: uint8 ``[N, K]``, of Q8_0 plus 128.
+            headers: uint8 ``[N, K / block * bytes]``, what a block of the file has beside its
+                codes: fp16 d (Q8_0); fp16 d and dmin, and scales and minima of 6 bits (Q4_K);
+                scales and fp16 d (Q6_K).
+            tensor_type: of the blocks.
 
         Raises ValueError as ``__init__`` does, or for headers of another shape.
         """
         sizes = (linear.in_features, linear.out_features)
         module = cls(*sizes, bias=False, tensor_type=tensor_type, device="meta")
-        if headers.shape != module.headers.shape or headers.dtype != torch.uint8:
+        needed = [
+            linear.out_features,
+            sizes[0] // module.layout.values * module.layout.header_bytes,
+        ]
+        if list(headers.shape) != needed or headers.dtype != torch.uint8:
             raise ValueError(
-                f"headers must be uint8 {list(module.headers.shape)}, got {headers.dtype} "
-                f"{list(headers.shape)}"
+                f"headers must be uint8 {needed}, got {headers.dtype} {list(headers.shape)}"
             )
-        module.qweight = frozen(ops.int4_pack(to_planes(codes, tensor_type)))
-        module.headers = frozen(headers)
+        for name, tensor in packed_blocks(codes, headers, tensor_type).items():
+            setattr(module, name, frozen(tensor))
         if linear.bias is not None:
             module.bias = frozen(linear.bias.detach())
         return module.train(linear.training)
@@ -164,6 +182,12 @@ class GgufLinear(QuantizedLinear):
         return from_planes(planes, self.tensor_type)
 
     @property
+    def headers(self) -> Tensor:
+        """uint8 as ``from_codes`` takes them, made anew each time."""
+        parts = {name: tensor for name in _SCALES if (tensor := getattr(self, name)) is not None}
+        return join_headers(parts, self.tensor_type)
+
+    @property
     def weight(self) -> Tensor:
         """The weight ``[N, K]`` that the file's blocks stand for, fp32, computed anew each time."""
         return dequantize_blocks(self.codes, self.headers, self.tensor_type)
@@ -174,26 +198,22 @@ class GgufLinear(QuantizedLinear):
             raise RuntimeError(
                 f"GgufLinear: x must be [..., {self.in_features}], got {list(x.shape)}"
             )
-        scales, minima = scales_of(self.headers, self.tensor_type)
         count = self.in_features // self.layout.run
-        if self.tensor_type == "q4_k":
-            zeros = torch.round(minima / scales).nan_to_num(0).clamp(0, 255)
-            rests = zeros * scales - minima
-            sums = x.unflatten(-1, (count, 32)).sum(-1, dtype=torch.float32).to(x.dtype)
-            out = ops.int4_gemm(
-                x, self.qweight, scales, zeros.to(torch.uint8), self.bias, group_size=32
-            )
-            return out + nn.functional.linear(sums, rests.to(x.dtype)).to(x.dtype)
         if self.tensor_type == "q8_0":
-            runs = x.unflatten(-1, (count, 1, 32)).expand(*x.shape[:-1], -1, 2, -1)
-            scales = torch.stack([16 * scales, scales], -1).flatten(-2)
-            middles = scales.new_tensor([8, 0], dtype=torch.uint8)
-            zeros = middles.repeat(count).expand(self.out_features, -1)
-            planes = runs.flatten(-3)
+            planes = x.unflatten(-1, (count, 1, 32)).expand(*x.shape[:-1], -1, 2, -1).flatten(-3)
+            low = torch.arange(2, device=x.device)  # which plane; no copy from the host
+            scales = (self.d.float().unsqueeze(-1) * (16 - 15 * low)).flatten(-2)
+            zeros = (8 - 8 * low).to(torch.uint8).repeat(count).expand(self.out_features, -1)
             return ops.int4_gemm(planes, self.qweight, scales, zeros, self.bias, group_size=32)
-        runs = x.unflatten(-1, (count, 1, 16))
-        planes = torch.cat([runs, runs / 8], -2).flatten(-3)
-        return ops.int4_gemm(planes, self.qweight, 8 * scales, None, self.bias, group_size=32)
+        scales = _products(self.scales, self.d)
+        if self.tensor_type == "q6_k":
+            runs = x.unflatten(-1, (count, 1, 16))
+            planes = torch.cat([runs, runs / 8], -2).flatten(-3)
+            return ops.int4_gemm(planes, self.qweight, 8 * scales, None, self.bias, group_size=32)
+        out = ops.int4_gemm(x, self.qweight, scales, None, self.bias, group_size=32)
+        rests = 8 * scales - _products(self.minima, self.dmin)
+        sums = x.unflatten(-1, (count, 32)).sum(-1)
+        return out + nn.functional.linear(sums, rests.to(x.dtype)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -224,22 +244,49 @@ def from_planes(planes: Tensor, tensor_type: BlockType) -> Tensor:
     return codes.flatten(-2)
 
 
-def scales_of(headers: Tensor, tensor_type: BlockType) -> tuple[Tensor, Tensor]:
-    """Scales and minima fp32 ``[N, K / run]`` of headers, exact; minima are 0 but for Q4_K."""
-    layout = LAYOUTS[tensor_type]
-    blocks = headers.unflatten(-1, (-1, layout.header_bytes))
+def packed_blocks(codes: Tensor, headers: Tensor, tensor_type: BlockType) -> dict[str, Tensor]:
+    """The parameters of a layer, ``qweight`` first, of what ``GgufLinear.from_codes`` takes."""
+    planes = ops.int4_pack(to_planes(codes, tensor_type))
+    return {"qweight": planes} | split_headers(headers, tensor_type)
+
+
+def split_headers(headers: Tensor, tensor_type: BlockType) -> dict[str, Tensor]:
+    """The parameters of a layer that its headers ``[N, ...]`` hold, in memory of their own."""
+    blocks = headers.unflatten(-1, (-1, LAYOUTS[tensor_type].header_bytes))
     if tensor_type == "q4_k":
         scales, minima = k_scales(blocks)
-        return scales.flatten(-2), minima.flatten(-2)
-    scales = _half(blocks, layout.header_bytes - 2)
+        parts = {
+            "d": blocks[..., 0:2].contiguous().view(torch.float16),
+            "scales": scales,
+            "dmin": blocks[..., 2:4].contiguous().view(torch.float16),
+            "minima": minima,
+        }
+    else:
+        parts = {"d": blocks[..., -2:].contiguous().view(torch.float16)}
+        if tensor_type == "q6_k":
+            parts["scales"] = blocks[..., :16].contiguous().view(torch.int8)
+    return {name: part.flatten(-2).clone() for name, part in parts.items()}
+
+
+def join_headers(parts: dict[str, Tensor], tensor_type: BlockType) -> Tensor:
+    """The inverse of ``split_headers``."""
+    d = parts["d"].unsqueeze(-1)
+    if tensor_type == "q8_0":
+        return d.view(torch.uint8).flatten(-2)
+    scales = parts["scales"].unflatten(-1, (d.shape[-2], -1))
     if tensor_type == "q6_k":
-        scales = blocks[..., :16].contiguous().view(torch.int8).float() * scales
-    scales = scales.flatten(-2)
-    return scales, torch.zeros_like(scales)
+        return torch.cat([scales.view(torch.uint8), d.view(torch.uint8)], -1).flatten(-2)
+    minima = parts["minima"].unflatten(-1, (d.shape[-2], -1))
+    return k_header(d, parts["dmin"].unsqueeze(-1), scales, minima).flatten(-2)
+
+
+def _products(scales: Tensor, d: Tensor) -> Tensor:
+    """Whole numbers of runs times the number of their block, exact in fp32 ``[N, K / run]``."""
+    return (scales.unflatten(-1, (d.shape[-1], -1)) * d.float().unsqueeze(-1)).flatten(-2)
 
 
 def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales and minima, fp32 ``[..., 8]``, that Q4_K and Q5_K start with, ``[..., 16]`` bytes:
+    """The whole scales and minima, uint8 ``[..., 8]``, of what Q4_K and Q5_K start with:
 
         0    2    4                                     16
         | d  |dmin| s0 s1 s2 s3 m0 m1 m2 m3 r0 r1 r2 r3 |
@@ -249,8 +296,7 @@ def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """
     s, m, r = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
     scales = torch.cat([s & 63, (r & 15) | (s >> 6 << 4)], -1)
-    minima = torch.cat([m & 63, (r >> 4) | (m >> 6 << 4)], -1)
-    return scales.float() * _half(blocks, 0), minima.float() * _half(blocks, 2)
+    return scales, torch.cat([m & 63, (r >> 4) | (m >> 6 << 4)], -1)
 
 
 def k_header(d: Tensor, dmin: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
@@ -263,12 +309,12 @@ def k_header(d: Tensor, dmin: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
 
 def dequantize_blocks(codes: Tensor, headers: Tensor, tensor_type: BlockType) -> Tensor:
     """The values fp32 ``[N, K]`` of codes and headers, rounded at most once."""
-    layout = LAYOUTS[tensor_type]
-    scales, minima = (part.unsqueeze(-1) for part in scales_of(headers, tensor_type))
+    layout, parts = LAYOUTS[tensor_type], split_headers(headers, tensor_type)
+    scales = parts["d"].float()
+    if "scales" in parts:
+        scales = _products(parts["scales"], parts["d"])
     runs = codes.unflatten(-1, (-1, layout.run)).float() - layout.middle
-    return (runs * scales - minima).flatten(-2)
-
-
-def _half(blocks: Tensor, start: int) -> Tensor:
-    """The fp16 number from byte ``start`` on, as fp32 ``[..., 1]``."""
-    return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
+    values = runs * scales.unsqueeze(-1)
+    if "minima" in parts:
+        values -= _products(parts["minima"], parts["dmin"]).unsqueeze(-1)
+    return values.flatten(-2)

@@ -292,10 +292,11 @@ def _q5_k(blocks: Tensor) -> Tensor:
     0                  16            48                            176
     | see k_scales     | high[0..31] | low bits, see nibble_runs   |
     """
-    scales, minima = (part.unsqueeze(-1) for part in k_scales(blocks))
+    scales, minima = (part.float().unsqueeze(-1) for part in k_scales(blocks))
+    d, dmin = (_float(blocks, start, torch.float16).unsqueeze(-1) for start in (0, 2))
     high = _bits(blocks[:, 16:48]).view(-1, 32, 8).transpose(1, 2)
     codes = nibble_runs(blocks[:, 48:176]) | (high << 4)
-    return (codes.float() * scales - minima).flatten(1)
+    return (codes.float() * (scales * d) - minima * dmin).flatten(1)
 
 
 def _block_values(blocks: Tensor, tensor_type: BlockType) -> Tensor:

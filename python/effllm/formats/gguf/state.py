@@ -29,7 +29,7 @@ from effllm.formats.gguf.rope import ROPE_FREQS, rope_freqs
 from effllm.formats.gguf.spec import GgufError, TensorType, quote
 from effllm.formats.gguf.writer import TensorSource, write_gguf
 from effllm.nn import GgufLinear, Int4Linear
-from effllm.nn.gguf_linear import to_planes
+from effllm.nn.gguf_linear import packed_blocks
 from effllm.nn.quantized_linear import QuantizedLinear
 from effllm.ops.int4_gemm import dequantize as int4_dequantize
 from effllm.quantization.gguf_blocks import fitting_type
@@ -66,8 +66,7 @@ def read_state_dict(
         int4: linear layers that ``int4_layers`` names come as the parameters of an ``Int4Linear``
             with groups of 32: ``<layer>.qweight`` int32, ``.scales`` fp16 and, where the zero point
             is not 8, ``.zeros`` uint8; those of ``layout.BLOCK_TYPES`` as those of a
-            ``GgufLinear``: ``.qweight`` int32 and ``.headers`` uint8. Without, or for other layers,
-            ``<layer>.weight``.
+            ``GgufLinear``. Without, or for other layers, ``<layer>.weight``.
         dtype: of dense tensors. None keeps F32, F16 and BF16 as they are stored, and gives fp32,
             which is exact, for quantised types.
 
@@ -105,8 +104,7 @@ def _packed(raw: Tensor, kind: TensorType, slot: Slot) -> dict[str, Tensor] | No
         return None
     n, k = slot.shape
     if kind in BLOCK_TYPES:
-        codes, headers = to_blocks(raw, kind, (n, k))
-        return {"qweight": ops.int4_pack(to_planes(codes, BLOCK_TYPES[kind])), "headers": headers}
+        return packed_blocks(*to_blocks(raw, kind, (n, k)), BLOCK_TYPES[kind])
     converted = to_int4(raw, kind, (n, k))
     if converted is None:
         return None

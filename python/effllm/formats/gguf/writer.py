@@ -43,7 +43,8 @@ class TensorSource:
     Attributes:
         name: at most 63 bytes of UTF-8.
         shape: in PyTorch's order, at most 4 dimensions; the last a multiple of the type's block.
-        type: F32, F16, BF16, Q4_0, Q4_1 or Q8_0; any type for bytes that are stored already.
+        type: F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K or Q6_K; any type for bytes that are stored
+            already.
         read: called once, when it is the tensor's turn. Returns floats of ``shape``, or uint8
             ``[bytes]``: the blocks as they shall be stored.
     """
