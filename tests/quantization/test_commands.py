@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from effllm import demo, quantization
 from effllm.cli import main
 from effllm.evaluation import score_text
 from effllm.nn import Int4Linear, Lut4Linear
-from effllm.quantization.configs import GgufType
+from effllm.nn.quantized_linear import QuantizedLinear
+from effllm.quantization.gguf_blocks import GgufType
 
 pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
 
@@ -185,7 +187,7 @@ def test_codebooks_as_dense_weights(weighted: bool, text: str, tmp_path: Path) -
     assert main(["eval", str(out), "--text", text, "--context", "256", "--limit", "600"]) == 0
 
 
-@pytest.mark.parametrize("tensor_type", ["q4_0", "q4_1"])
+@pytest.mark.parametrize("tensor_type", get_args(GgufType))
 def test_gguf_files(tensor_type: GgufType, text: str, tmp_path: Path) -> None:
     """One file that holds the layers as they are."""
     out = tmp_path / "out.gguf"
@@ -195,10 +197,11 @@ def test_gguf_files(tensor_type: GgufType, text: str, tmp_path: Path) -> None:
     model, _ = demo.load(demo.draft_path())
     effllm.quantize_(model, quantization.GgufConfig(tensor_type), progress=False)
     loaded = effllm.load(out, progress=False)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, Int4Linear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert len(layers) == 21  # the head is tied to the embedding
     for name, layer in layers.items():
         found = loaded.get_submodule(name)
+        assert type(found) is type(layer)
         assert torch.equal(found.weight.to(torch.float32), layer.weight.to(torch.float32)), name
     assert main([*command, "--out", str(out)]) == 1
 

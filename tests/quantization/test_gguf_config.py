@@ -270,21 +270,32 @@ def test_an_interrupted_run_keeps_its_blocks(wide: Any, tmp_path: Path) -> None:
         assert torch.equal(other.state_dict()[name], value), name
 
 
-def test_more_bits_are_better_on_the_demo_model() -> None:
-    """Held-out perplexity of the draft model: Q8_0 before Q6_K before Q4_K before Q4_0."""
+def test_better_types_are_better_on_the_demo_model() -> None:
+    """Q6_K before Q4_K before Q4_0 in held-out perplexity, Q8_0 before all in divergence from the
+    predictions of the dense model, which is less a matter of luck."""
     pytest.importorskip("transformers", reason="needs the extra effllm[hf]")
-    _, tokenizer = demo.load()
+    exact, tokenizer = demo.load()
     held_out = demo.held_out_tokens(tokenizer, context=512, limit=8192)
-    found = {}
-    for tensor_type in ("q4_0", "q4_k", "q6_k", "q8_0"):
+
+    def predictions(model: Any) -> Tensor:
+        with torch.no_grad():
+            return torch.log_softmax(model(held_out[:4]).logits, -1)
+
+    wanted = predictions(exact.float())
+    divergence, found = [], {}
+    for tensor_type in ("q8_0", "q6_k", "q4_k", "q4_0"):
         model, _ = demo.load()
         effllm.quantize_(
             model, GgufConfig(tensor_type), lambda module, name: name != "lm_head", progress=False
         )
-        dequantize_(model, torch.float32)
-        found[tensor_type] = demo.perplexity(model.float(), held_out, batch_size=4)
+        dequantize_(model, torch.float32).float()
+        divergence.append(float((wanted.exp() * (wanted - predictions(model))).sum(-1).mean()))
+        if tensor_type != "q8_0":
+            found[tensor_type] = demo.perplexity(model, held_out, batch_size=4)
+    assert divergence[0] < 0.3 * divergence[1]
+    assert divergence[1] < 0.3 * divergence[2]
+    assert divergence[2] < 0.95 * divergence[3]
     assert found["q6_k"] < found["q4_k"] < found["q4_0"], found
-    assert found["q8_0"] < found["q4_k"], found
 
 
 def test_errors() -> None:
