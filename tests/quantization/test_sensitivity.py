@@ -13,11 +13,19 @@ from trained_draft import draft, measure_any, perplexity
 
 import effllm
 from effllm.nn import Int4Linear
-from effllm.quantization import GptqConfig, Granularity, LinearConfig, choose_configs
+from effllm.quantization import GgufConfig, GptqConfig, Granularity, LinearConfig, choose_configs
+from effllm.quantization.gguf_blocks import GgufType
 from effllm.quantization.sensitivity import allocate
 
 IDS = torch.arange(4 * 24).view(4, 24) * 37 % 97
 CONFIGS = [LinearConfig(bits, Granularity.group(32)) for bits in (4, 2, 3)]
+
+
+def by_bits(
+    errors: dict[str, list[float]], bits: list[int], sizes: dict[str, int], average: float
+) -> dict[str, int]:
+    costs = {name: [number * size for number in bits] for name, size in sizes.items()}
+    return allocate(errors, costs, average * sum(sizes.values()))
 
 
 def test_the_best_of_all_allocations() -> None:
@@ -29,7 +37,7 @@ def test_the_best_of_all_allocations() -> None:
         curves = falls.flip(1).cumsum(1).flip(1)
         errors = {str(i): [float(e) for e in row] for i, row in enumerate(curves)}
         for average in (2.0, 2.6, 3.0, 3.4, 4.0):
-            found = allocate(errors, bits, dict.fromkeys(errors, 10), average)
+            found = by_bits(errors, bits, dict.fromkeys(errors, 10), average)
             assert sum(bits[i] for i in found.values()) <= average * 5
             best = min(
                 sum(errors[str(layer)][i] for layer, i in enumerate(choice))
@@ -42,11 +50,41 @@ def test_the_best_of_all_allocations() -> None:
 def test_large_layers_cost_more() -> None:
     errors = {"large": [1.0, 0.0], "small": [0.5, 0.0]}
     sizes = {"large": 100, "small": 10}
-    assert allocate(errors, [2, 4], sizes, 2.5) == {"large": 0, "small": 1}
-    assert allocate(errors, [2, 4], sizes, 3.9) == {"large": 0, "small": 1}
-    assert allocate(errors, [2, 4], sizes, 4.0) == {"large": 1, "small": 1}
+    assert by_bits(errors, [2, 4], sizes, 2.5) == {"large": 0, "small": 1}
+    assert by_bits(errors, [2, 4], sizes, 3.9) == {"large": 0, "small": 1}
+    assert by_bits(errors, [2, 4], sizes, 4.0) == {"large": 1, "small": 1}
     # A step that helps nothing is not taken, however cheap.
-    assert allocate({"a": [1.0, 1.0]}, [2, 4], {"a": 1}, 4.0) == {"a": 0}
+    assert by_bits({"a": [1.0, 1.0]}, [2, 4], {"a": 1}, 4.0) == {"a": 0}
+
+
+def test_what_is_better_and_no_dearer_is_taken() -> None:
+    """Options need no order: the second is better than the first at the same cost."""
+    errors = {"a": [1.0, 0.5, 0.1, 0.2], "b": [1.0, 0.9, 0.3, 0.2]}
+    costs = {"a": [10, 10, 30, 20], "b": [10, 10, 30, 40]}
+    assert allocate(errors, costs, 20) == {"a": 1, "b": 1}
+    assert allocate(errors, costs, 30) == {"a": 3, "b": 1}
+    assert allocate(errors, costs, 50) == {"a": 3, "b": 2}
+    assert allocate(errors, costs, 70) == {"a": 2, "b": 3}
+
+
+def test_bytes_are_those_that_layers_take() -> None:
+    """Of types of GGUF, whose bits differ in memory as well."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
+    types: list[GgufType] = ["q8_0", "q4_k", "q6_k"]
+    configs = [GgufConfig(tensor_type) for tensor_type in types]
+    data = [torch.randn(64, 256)]
+    least, most = (3 * 256 * 256 * bits / 8 for bits in (4.625, 8.5625))
+    chosen = {}
+    for budget in (int(least), int(0.6 * least + 0.4 * most), int(most)):
+        mixture = choose_configs(model, configs, data, max_bytes=budget, progress=False)
+        copied = copy.deepcopy(model)
+        report = effllm.quantize_(copied, mixture, progress=False)
+        held = sum(p.nbytes for n, p in copied.named_parameters() if not n.endswith("bias"))
+        assert held == sum(layer.bytes for layer in report.layers) <= budget
+        chosen[budget] = sorted(config.bits for config in mixture.values())
+    assert list(chosen.values()) == [[4, 4, 4], [4, 4, 8], [8, 8, 8]]
+    with pytest.raises(ValueError, match=f"max_bytes must be at least {int(least)}, got 7"):
+        choose_configs(model, configs, data, max_bytes=7, progress=False)
 
 
 def test_the_model_stays_and_the_mixture_is_taken(llama: Any) -> None:
@@ -89,7 +127,7 @@ def test_errors_are_those_of_the_output() -> None:
             dense = config.quantise(layer.weight.detach(), None).dense()
             errors[str(i)].append(float((x @ dense.T - out).square().sum() / out.square().sum()))
     for average in (2.4, 2.7, 3.0, 3.4):
-        expected = allocate(errors, [2, 3, 4], dict.fromkeys(errors, 64 * 64), average)
+        expected = by_bits(errors, [2, 3, 4], dict.fromkeys(errors, 64 * 64), average)
         found = choose_configs(model, CONFIGS, data, average_bits=average, progress=False)
         assert {name: config.bits for name, config in found.items()} == {
             name: index + 2 for name, index in expected.items()
@@ -120,5 +158,8 @@ def test_better_than_the_same_bits_for_all() -> None:
 def test_errors(configs: list[LinearConfig], average: float, message: str, llama: Any) -> None:
     with pytest.raises(ValueError, match=message):
         choose_configs(llama, configs, IDS, average_bits=average)
+    for limits in ({}, {"average_bits": 3.0, "max_bytes": 10**6}):
+        with pytest.raises(ValueError, match="either average_bits or max_bytes is needed"):
+            choose_configs(llama, CONFIGS, IDS, **limits)
     with pytest.raises(ValueError, match="the model has no linear layer to quantise"):
         choose_configs(nn.Sequential(nn.ReLU()), CONFIGS, IDS, average_bits=3.0)

@@ -50,13 +50,15 @@ def search_blocks(
     codes = torch.empty(n, k, device=weight.device, dtype=torch.uint8)
     headers = codes.new_empty(n, k // layout.values * layout.header_bytes)
     runs = layout.values // layout.run
-    for rows in torch.arange(n, device="cpu").split(max(1, _PIECE // k)):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        values = weight[part].float().reshape(-1, runs, layout.run)
-        weights = masses.expand(len(rows), -1, -1).reshape(values.shape)
+    # A GPU is kept busy by more at once.
+    step = max(1, _PIECE * (1 if weight.device.type == "cpu" else 16) // k)
+    for first in range(0, n, step):
+        rows = slice(first, min(first + step, n))
+        values = weight[rows].float().reshape(-1, runs, layout.run)
+        weights = masses.expand(rows.stop - first, -1, -1).reshape(values.shape)
         found, header = search(values, weights)
-        codes[part] = found.view(len(rows), k)
-        headers[part] = header.view(len(rows), -1)
+        codes[rows] = found.view(-1, k)
+        headers[rows] = header.view(rows.stop - first, -1)
     return codes, headers
 
 

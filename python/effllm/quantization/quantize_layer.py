@@ -42,6 +42,7 @@ def quantise_layer(
         weight_error=float(difference.square().sum()) / energy if energy else 0.0,
         output_error=output_error,
         tokens=0 if inputs is None else inputs.tokens,
+        bytes=sum(p.nbytes for name, p in layer.named_parameters() if name != "bias"),
     )
 
 

@@ -21,6 +21,7 @@ class LayerResult:
         output_error: the same of the layer's output over the calibration tokens, both with the
             inputs of the model as quantised so far; None without calibration.
         tokens: of the calibration that reached the layer.
+        bytes: of the layer in memory, codes and all that belongs to them, without its bias.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LayerResult:
     weight_error: float
     output_error: float | None = None
     tokens: int = 0
+    bytes: int = 0
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import count
+from math import inf
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,32 +24,42 @@ def choose_configs(
     configs: Sequence[Method],
     calibration: Tensor | Iterable[Batch],
     *,
-    average_bits: float,
+    average_bits: float | None = None,
+    max_bytes: int | None = None,
     filter_fn: Filter | None = None,
     progress: bool = True,
 ) -> dict[str, Method]:
-    """One of several configs for each linear layer, with a given number of bits on average.
+    """One of several configs for each linear layer, with a given number of bits or bytes.
 
     Each layer is quantised alone with every config, and its relative output error on the inputs of
-    the unquantised model is its sensitivity. All layers begin with the fewest bits; then the step
-    that lowers the sum of the errors most per bit is taken, as long as the average allows it.
+    the unquantised model is its sensitivity. All layers begin with the fewest bits or bytes; then
+    the step that lowers the sum of the errors most for its cost is taken, as long as there is room.
 
     Args:
         model: is not changed.
-        configs: of different bits.
+        configs: of different bits, unless bytes are given.
         calibration, filter_fn, progress: as in ``quantize_``.
         average_bits: of all weights of the layers, at most.
+        max_bytes: instead, of the layers in memory, at most, with scales and the like: types of
+            GGUF say, as codes of 2 and 3 bits take the room of 4.
 
     Returns:
         names and configs: a mixture that ``quantize_`` takes.
 
     Raises:
-        ValueError: configs of equal bits, an average below the fewest, or no layer; and what
-            ``quantize_`` raises for layers that cannot be quantised.
+        ValueError: both or neither of the limits, configs of equal bits, an average below the
+            fewest, bytes that no choice fits, or no layer; and what ``quantize_`` raises for layers
+            that cannot be quantised.
     """
+    if (average_bits is None) == (max_bytes is None):
+        raise ValueError(
+            "choose_configs: either average_bits or max_bytes is needed, "
+            f"got {average_bits} and {max_bytes}"
+        )
     options = sorted(configs, key=lambda config: config.bits)
     bits = [config.bits for config in options]
-    if not bits or len(set(bits)) != len(bits) or average_bits < bits[0]:
+    alike = len(set(bits)) != len(bits)
+    if not bits or (average_bits is not None and (alike or average_bits < bits[0])):
         raise ValueError(
             "choose_configs: configs must differ in bits, and average_bits be at least the fewest, "
             f"got {bits} and {average_bits}"
@@ -57,32 +69,38 @@ def choose_configs(
         raise ValueError("choose_configs: the model has no linear layer to quantise")
     found = measure_layers(model, targets, options, Calibration.of(calibration), progress)
     errors = {name: [r.output_error or 0.0 for r in results] for name, results in found.items()}
-    sizes = {target.names[0]: target.linear.weight.numel() for target in targets}
-    chosen = allocate(errors, bits, sizes, average_bits)
-    return {name: options[index] for name, index in chosen.items()}
+    if average_bits is None:
+        costs = {name: [r.bytes for r in results] for name, results in found.items()}
+        budget: float = max_bytes or 0
+        least = sum(map(min, costs.values()))
+        if budget < least:
+            raise ValueError(f"choose_configs: max_bytes must be at least {least}, got {max_bytes}")
+    else:
+        sizes = {target.names[0]: target.linear.weight.numel() for target in targets}
+        costs = {name: [number * size for number in bits] for name, size in sizes.items()}
+        budget = average_bits * sum(sizes.values())
+    return {name: options[index] for name, index in allocate(errors, costs, budget).items()}
 
 
 def allocate(
-    errors: dict[str, list[float]], bits: list[int], sizes: dict[str, int], average_bits: float
+    errors: dict[str, list[float]], costs: dict[str, list[int]], budget: float
 ) -> dict[str, int]:
-    """For each layer the index of its bits, greedily by error per bit.
+    """For each layer the index of one of its options, greedily by error per cost.
 
     Args:
-        errors: of each layer, for each number of bits.
-        bits: ascending.
-        sizes: weights of each layer.
-        average_bits: over all weights, at most.
+        errors: of each layer, for each option.
+        costs: likewise; their sum may be as much as ``budget``, or else the least there is.
     """
-    chosen = dict.fromkeys(errors, 0)
-    left = (average_bits - bits[0]) * sum(sizes.values())
+    chosen = {name: min(zip(costs[name], errors[name], count()))[2] for name in errors}
+    left = budget - sum(costs[name][index] for name, index in chosen.items())
 
     def steps() -> Iterable[tuple[float, str, int, float]]:
         for name, index in chosen.items():
-            for after in range(index + 1, len(bits)):
-                cost = (bits[after] - bits[index]) * sizes[name]
-                gain = errors[name][index] - errors[name][after]
+            for after, error in enumerate(errors[name]):
+                cost = costs[name][after] - costs[name][index]
+                gain = errors[name][index] - error
                 if cost <= left and gain > 0:
-                    yield gain / cost, name, after, cost
+                    yield gain / cost if cost > 0 else inf, name, after, cost
 
     while best := max(steps(), default=None):
         _, name, index, cost = best
