@@ -1,4 +1,4 @@
-"""Held-out perplexity and size of the demo model by method, bits and granularity.
+"""Held-out perplexity, size and speed of the demo model by method, bits and granularity.
 
     python bench/quality.py            # bench/results/quality.{json,md,png}, in about 15 minutes
 
@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,12 @@ from effllm.quantization import (
     SmoothQuantConfig,
     dequantize_,
 )
+from effllm.quantization.gguf_blocks import GgufType
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT = 512
+PROMPT, NEW_TOKENS, TURNS = 16, 48, 9
+"""Of what is timed: tokens read before and written in a turn, and turns."""
 OUTLIERS, OUTLIER_FACTOR = ", outliers", 64
 """What names end with of models with planted outliers, and how large these are."""
 
@@ -84,6 +87,58 @@ def configs() -> Iterator[tuple[str, Method]]:
         for kind, config in (("W8A8", Int8Config), ("SmoothQuant", SmoothQuantConfig)):
             yield kind + outliers, config()
             yield f"{kind}, static" + outliers, config(inputs=tensor, static=True)
+
+
+def layer_kinds() -> Iterator[tuple[str, Method | None]]:
+    """Names for the table of speeds, and configs that make such layers without calibration."""
+    channel, tensor = Granularity.channel(), Granularity.tensor()
+    groups = {n: Granularity.group(n) for n in (128, 64, 32)}
+    yield "bf16", None
+    for granularity in (channel, *groups.values()):
+        yield f"4 bits, {granularity}", LinearConfig(4, granularity, symmetric=False)
+    yield "4 bits, group(64), symmetric", LinearConfig(4, groups[64])
+    yield "4 bits, group(64), W4A8", LinearConfig(4, groups[64], inputs=Granularity.token())
+    for granularity in (tensor, channel, groups[64]):
+        yield f"codebooks, {granularity}", KMeansConfig(4, granularity)
+    for tensor_type in get_args(GgufType):
+        yield f"GGUF {tensor_type.upper()}", GgufConfig(tensor_type)
+    yield "FP8, inputs per tensor", Fp8Config(tensor, tensor)
+    yield "FP8, inputs per token", Fp8Config(channel, Granularity.token())
+    yield "FP8, inputs per group(128)", Fp8Config(Granularity.block(128, 128), groups[128])
+    yield "FP8, inputs in bf16", Fp8Config(channel, None)
+    for granularity in (channel, groups[128]):
+        yield f"W8A16, {granularity}", LinearConfig(8, granularity)
+    yield "W8A8", Int8Config()
+
+
+def speeds(held_out: Tensor) -> list[dict[str, Any]]:
+    """Tokens per second of each kind of layer: the best of some turns, each of all kinds."""
+    models = {}
+    for name, config in layer_kinds():
+        models[name], _ = demo.load()
+        if config is not None:
+            effllm.quantize_(
+                models[name], config, lambda module, where: where != "lm_head", progress=False
+            )
+    best = {name: [float("inf"), float("inf")] for name in models}
+    prompt = held_out[:1, :PROMPT].tolist()
+    for _ in range(TURNS):
+        for name, model in models.items():
+            started = time.perf_counter()
+            with torch.no_grad():
+                model(held_out[:1])
+            middle = time.perf_counter()
+            effllm.generate(model, prompt, max_new_tokens=NEW_TOKENS, stop_tokens=[])
+            times = (middle - started, time.perf_counter() - middle)
+            best[name] = [min(pair) for pair in zip(best[name], times, strict=True)]
+    return [
+        {
+            "layers": name,
+            "prompt_tokens_per_s": round(held_out.shape[1] / prompt_s),
+            "new_tokens_per_s": round(NEW_TOKENS / new_s),
+        }
+        for name, (prompt_s, new_s) in best.items()
+    ]
 
 
 def calibration_tokens(tokenizer: Any, windows: int) -> Tensor:
@@ -201,6 +256,22 @@ def table(result: dict[str, Any]) -> str:
             f"{r['bytes'] / 1e6:.2f} | {r['kernel_bytes'] / 1e6:.2f} | {r['seconds']:.1f} |"
             for r in rows
         ]
+    lines += [
+        "",
+        "## Speed",
+        "",
+        "Tokens per second on one thread: speed is that of the layers, whichever method found",
+        f"their codes. A prompt of {CONTEXT} tokens, and {NEW_TOKENS} tokens after {PROMPT} one by "
+        f"one; the best of {TURNS} turns.",
+        "The model fits into the processor's cache, and most of its steps are other work.",
+        "",
+        "| layers | prompt, tokens/s | one by one, tokens/s |",
+        "|---|---:|---:|",
+    ]
+    lines += [
+        f"| {r['layers']} | {r['prompt_tokens_per_s']:,} | {r['new_tokens_per_s']:,} |"
+        for r in result["speeds"]
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -246,6 +317,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of calibration")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", help="methods that begin so; rows of others stay as they are")
+    parser.add_argument("--speed", action="store_true", help="measure the speeds alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = demo.load()
@@ -263,12 +335,17 @@ def main() -> None:
         "rows": [],
     }
     chosen = [(name, config) for name, config in configs() if name.startswith(args.only or "")]
-    if args.only is not None:
+    if args.speed:
+        chosen = []
+    if args.only is not None or args.speed:
         before = json.loads((args.out / "quality.json").read_text())
         if any(before[key] != value for key, value in result.items() if key != "rows"):
             raise ValueError(f"{args.out}/quality.json is of other tokens, torch or weights")
         names = {name for name, _ in chosen}
         result["rows"] = [row for row in before["rows"] if row["method"] not in names]
+        result["speeds"] = before.get("speeds", [])
+    if args.speed or args.only is None:
+        result["speeds"] = speeds(held_out)
     for name, config in chosen:
         result["rows"].append(measure(name, config, calibration, held_out))
         print(json.dumps(result["rows"][-1]), flush=True)
