@@ -201,9 +201,11 @@ class GgufLinear(QuantizedLinear):
         count = self.in_features // self.layout.run
         if self.tensor_type == "q8_0":
             planes = x.unflatten(-1, (count, 1, 32)).expand(*x.shape[:-1], -1, 2, -1).flatten(-3)
-            low = torch.arange(2, device=x.device)  # which plane; no copy from the host
-            scales = (self.d.float().unsqueeze(-1) * (16 - 15 * low)).flatten(-2)
-            zeros = (8 - 8 * low).to(torch.uint8).repeat(count).expand(self.out_features, -1)
+            scales = self.d.float()
+            scales = torch.stack([16 * scales, scales], -1).flatten(-2)
+            zeros = torch.zeros(2 * count, device=x.device, dtype=torch.uint8)
+            zeros[::2].fill_(8)
+            zeros = zeros.expand(self.out_features, -1)
             return ops.int4_gemm(planes, self.qweight, scales, zeros, self.bias, group_size=32)
         scales = _products(self.scales, self.d)
         if self.tensor_type == "q6_k":
@@ -211,9 +213,9 @@ class GgufLinear(QuantizedLinear):
             planes = torch.cat([runs, runs / 8], -2).flatten(-3)
             return ops.int4_gemm(planes, self.qweight, 8 * scales, None, self.bias, group_size=32)
         out = ops.int4_gemm(x, self.qweight, scales, None, self.bias, group_size=32)
-        rests = 8 * scales - _products(self.minima, self.dmin)
+        rests = torch.sub(_products(self.minima, self.dmin), scales, alpha=8)
         sums = x.unflatten(-1, (count, 32)).sum(-1)
-        return out + nn.functional.linear(sums, rests.to(x.dtype)).to(x.dtype)
+        return out - nn.functional.linear(sums, rests.to(x.dtype)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return (
