@@ -195,6 +195,7 @@ class PagedRowTile {
       }
       ptx::cp_async_16(&chunk_of(smem_.q, row, chunk), src, valid);
     }
+    ptx::cp_async_commit();  // a group of their own: there may be no keys to go with
   }
 
   // What the scores of each row get besides. Rows past the last go along with it.
