@@ -85,21 +85,28 @@ struct PagedAttentionParams {
 
   void* out;   // [T, HQ, D], contiguous
   float* lse;  // [T, HQ], contiguous
+  // Scratch of ops that want scores: [T, HQ, stride_logits], by position of the key; else null.
+  float* logits;
+  int64_t stride_logits;
 
   static constexpr int64_t kNoWindow = INT64_MAX / 2;
 };
 
-// Everything but `out` and `lse`, which the op allocates afterwards.
-inline PagedAttentionParams check_paged_attention(
-    const View& q, const View& k_cache, const View& v_cache, const View& page_table,
-    const View& seq_lens, const View& cu_seqlens_q, const std::optional<View>& k_scale,
-    const std::optional<View>& v_scale, const std::optional<View>& sinks,
-    const std::optional<View>& alibi_slopes, const std::optional<View>& tree_mask,
-    int64_t max_seqlen_q, std::optional<double> scale, bool causal, std::optional<int64_t> window,
-    double softcap, std::optional<int64_t> split_size, int64_t sink_tokens) {
-  Check check("paged_attention");
-  Sym tokens("T"), q_heads("HQ"), dim("D"), pages("NP"), page_size("P"), kv_heads("HKV");
-  Sym seqs("B"), max_pages("MAXP");
+// A number for each query head, or null.
+inline const float* check_of_heads(Check& check, const std::optional<View>& view, Sym& q_heads) {
+  if (!view) return nullptr;
+  check(*view).dtype({DType::kFloat32}).shape({q_heads}).last_stride_one();
+  return view->data_as<float>();
+}
+
+// The checks of what ops over a paged cache share; symbols and `check` are the op's. Without a
+// window, a split_size, a tree, slopes and cu_seqlens_q.
+inline PagedAttentionParams check_paged_operands(
+    Check& check, const View& q, const View& k_cache, const View& v_cache, const View& page_table,
+    const View& seq_lens, const std::optional<View>& k_scale, const std::optional<View>& v_scale,
+    const std::optional<View>& sinks, std::optional<double> scale, double softcap, Sym& tokens,
+    Sym& q_heads, Sym& kv_heads, Sym& seqs) {
+  Sym dim("D"), pages("NP"), page_size("P"), max_pages("MAXP");
   check(q).shape({tokens, q_heads, dim}).last_stride_one();
   if (q.device.type == Device::Type::kCPU) {
     check(q).dtype({DType::kFloat16, DType::kBFloat16, DType::kFloat32});
@@ -122,23 +129,8 @@ inline PagedAttentionParams check_paged_attention(
     check(page_table).shape({seqs, max_pages}).last_stride_one();
     check(seq_lens).shape({seqs}).last_stride_one();
   }
-  check(cu_seqlens_q).dtype({DType::kInt32}).shape({{"B + 1", *seqs + 1}}).last_stride_one();
-  const auto of_heads = [&](const std::optional<View>& view) -> const float* {
-    if (!view) return nullptr;
-    check(*view).dtype({DType::kFloat32}).shape({q_heads}).last_stride_one();
-    return view->data_as<float>();
-  };
   PagedAttentionParams params{};
-  params.sinks = of_heads(sinks);
-  params.alibi_slopes = of_heads(alibi_slopes);
-  if (tree_mask) {
-    check(*tree_mask).dtype({DType::kInt64}).shape({tokens}).last_stride_one();
-    check.that(causal, "causal must be true with a tree_mask, got false");
-    check.that(max_seqlen_q <= kMaxTreeTokens,
-               "max_seqlen_q must be at most 64, the bits of a word, with a tree_mask, got " +
-                   std::to_string(max_seqlen_q));
-    params.tree_mask = tree_mask->data_as<int64_t>();
-  }
+  params.sinks = check_of_heads(check, sinks, q_heads);
 
   check.that(
       *dim % 8 == 0 && *dim >= 8 && *dim <= kMaxHeadDim,
@@ -150,15 +142,6 @@ inline PagedAttentionParams check_paged_attention(
       *seqs <= INT32_MAX / (per_head ? *kv_heads : 1),
       "page_table must be of less than 2^31 tables, got " + std::to_string(*seqs) + " sequences");
   check.that(*page_size > 0, "k_cache must have a page size of at least 1, got 0");
-  check.that(max_seqlen_q >= 0,
-             "max_seqlen_q must be at least 0, got " + std::to_string(max_seqlen_q));
-  check.that(!window || *window >= 1,
-             "window must be at least 1 or None, got " + std::to_string(window.value_or(0)));
-  check.that(!split_size || (*split_size > 0 && *split_size % kSplitSizeStep == 0),
-             "split_size must be a positive multiple of 64 or None, got " +
-                 std::to_string(split_size.value_or(0)));
-  check.that(sink_tokens >= 0,
-             "sink_tokens must be at least 0, got " + std::to_string(sink_tokens));
   // As floats, which is what kernels compute with.
   check.that(softcap >= 0.0 && softcap <= FLT_MAX,
              "softcap must be finite and at least 0 (0 = none), got " + std::to_string(softcap));
@@ -173,7 +156,6 @@ inline PagedAttentionParams check_paged_attention(
   params.num_pages = *pages;
   params.page_size = *page_size;
   params.max_pages_per_seq = *max_pages;
-  params.max_seqlen_q = max_seqlen_q;
   params.dtype = q.dtype;
   params.kv_dtype = k_cache.dtype;
   params.q = q.data;
@@ -195,9 +177,48 @@ inline PagedAttentionParams check_paged_attention(
   params.stride_seq_lens_seq = seq_lens.stride(0);
   params.table_heads = per_head ? *kv_heads : 1;
   params.seq_lens = seq_lens.data_as<int32_t>();
-  params.cu_seqlens_q = cu_seqlens_q.data_as<int32_t>();
   params.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(*dim))));
   params.softcap = static_cast<float>(softcap);
+  params.causal = true;
+  params.window = PagedAttentionParams::kNoWindow;
+  return params;
+}
+
+// Everything but `out` and `lse`, which the op allocates afterwards.
+inline PagedAttentionParams check_paged_attention(
+    const View& q, const View& k_cache, const View& v_cache, const View& page_table,
+    const View& seq_lens, const View& cu_seqlens_q, const std::optional<View>& k_scale,
+    const std::optional<View>& v_scale, const std::optional<View>& sinks,
+    const std::optional<View>& alibi_slopes, const std::optional<View>& tree_mask,
+    int64_t max_seqlen_q, std::optional<double> scale, bool causal, std::optional<int64_t> window,
+    double softcap, std::optional<int64_t> split_size, int64_t sink_tokens) {
+  Check check("paged_attention");
+  Sym tokens("T"), q_heads("HQ"), kv_heads("HKV"), seqs("B");
+  PagedAttentionParams params =
+      check_paged_operands(check, q, k_cache, v_cache, page_table, seq_lens, k_scale, v_scale,
+                           sinks, scale, softcap, tokens, q_heads, kv_heads, seqs);
+  check(cu_seqlens_q).dtype({DType::kInt32}).shape({{"B + 1", *seqs + 1}}).last_stride_one();
+  params.alibi_slopes = check_of_heads(check, alibi_slopes, q_heads);
+  if (tree_mask) {
+    check(*tree_mask).dtype({DType::kInt64}).shape({tokens}).last_stride_one();
+    check.that(causal, "causal must be true with a tree_mask, got false");
+    check.that(max_seqlen_q <= kMaxTreeTokens,
+               "max_seqlen_q must be at most 64, the bits of a word, with a tree_mask, got " +
+                   std::to_string(max_seqlen_q));
+    params.tree_mask = tree_mask->data_as<int64_t>();
+  }
+  check.that(max_seqlen_q >= 0,
+             "max_seqlen_q must be at least 0, got " + std::to_string(max_seqlen_q));
+  check.that(!window || *window >= 1,
+             "window must be at least 1 or None, got " + std::to_string(window.value_or(0)));
+  check.that(!split_size || (*split_size > 0 && *split_size % kSplitSizeStep == 0),
+             "split_size must be a positive multiple of 64 or None, got " +
+                 std::to_string(split_size.value_or(0)));
+  check.that(sink_tokens >= 0,
+             "sink_tokens must be at least 0, got " + std::to_string(sink_tokens));
+
+  params.max_seqlen_q = max_seqlen_q;
+  params.cu_seqlens_q = cu_seqlens_q.data_as<int32_t>();
   params.causal = causal;
   params.split_size = split_size.value_or(0);
   params.sink_tokens = window ? static_cast<int32_t>(std::min<int64_t>(sink_tokens, INT32_MAX)) : 0;

@@ -166,9 +166,7 @@ template <class Kv, int kRows>
 void update_block_bf16(const AttentionTile& tile, int64_t row, int begin, int end) {
   float weights[kRows * kProductStride];
   multiply_keys_bf16<Kv, kRows>(tile, row, begin, end, weights);
-  for (int r = 0; r < kRows; ++r) {
-    weigh<kWidth>(tile, row + r, begin, end, weights + r * kProductStride);
-  }
+  if (!weigh_rows<kWidth, kRows>(tile, row, begin, end, weights)) return;
   __m512i pairs[kRows * kWeightVectors];
   pair_weights<kRows>(weights, begin, end, pairs);
   constexpr int kPairs = 8 / kRows;
@@ -205,7 +203,7 @@ template <class Kv>
 AttentionKernels kernels_of() {
   constexpr bool kNeighbours = std::is_same_v<Kv, bfloat16> || std::is_same_v<Kv, KvInt4>;
   return {update_rows_bf16<Kv>, update_rows_bf16<bfloat16>, decode_row_bf16<Kv>,
-          KvVectors<Kv>::kBits, kNeighbours};
+          add_weights<kWidth>,  KvVectors<Kv>::kBits,       kNeighbours};
 }
 
 }  // namespace

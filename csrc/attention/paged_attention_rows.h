@@ -45,9 +45,13 @@ struct AttentionTile {
   const KvRows* next_values;
   int64_t first_key;      // position of the tile's key 0
   const AlibiRow* alibi;  // [rows], or null
-  float* sums;            // [rows, D], of exp(score - maximum) * value so far
-  float* maxima;          // [rows], largest score so far
-  float* totals;          // [rows], of exp(score - maximum)
+  // Where scores are wanted: [rows, stride_scores], from the tile's key 0 on, -inf where invisible.
+  // Null if they are not.
+  float* scores;
+  int64_t stride_scores;
+  float* sums;    // [rows, D], of exp(score - maximum) * value so far; null: scores are all
+  float* maxima;  // [rows], largest score so far
+  float* totals;  // [rows], of exp(score - maximum)
 };
 
 struct AttentionKernels {
@@ -60,6 +64,10 @@ struct AttentionKernels {
                               int begin, int end);
   // `out` has room for `dim` floats.
   void (*decode_row)(const void* row, float zero, int64_t dim, float* out);
+  // sums[key] += the sum over rows of exp(scores[row, key] - bases[row]), in the order of rows, for
+  // kAttentionTileKeys keys. Scores are not much larger than their row's base.
+  void (*add_weights)(const float* scores, int64_t stride_scores, const float* bases,
+                      int64_t num_rows, float* sums);
   int element_bits;  // of the cache
   // Of each pair of neighbouring elements, the second is in the second half of queries and sums.
   bool splits_neighbours;
@@ -240,13 +248,9 @@ inline void add_weighted_values(const AttentionTile& tile, const float* weights,
   }
 }
 
-// Products of one row with a tile's keys become weights, exp(score - maximum), times the
-// values' scales: of no meaning where invisible.
-template <int kWidth>
-inline void weigh(const AttentionTile& tile, int64_t row, int begin, int end, float* products) {
-  using Float = FloatVector<kWidth>;
+// Products of one row with a tile's keys become scores, -inf where invisible.
+inline void score(const AttentionTile& tile, int64_t row, int begin, int end, float* products) {
   constexpr float kInfinity = __builtin_inff();
-  constexpr int kVectors = kAttentionTileKeys / kWidth;
   for (int key = 0; key < kAttentionTileKeys; ++key) {
     // What an invisible key holds, even NaN, has no influence.
     const float score = products[key] * tile.keys->scales[key] * tile.scale;
@@ -265,7 +269,19 @@ inline void weigh(const AttentionTile& tile, int64_t row, int begin, int end, fl
       products[key] -= alibi.slope * static_cast<float>(distance < 0 ? -distance : distance);
     }
   }
+  if (tile.scores != nullptr) {
+    __builtin_memcpy(tile.scores + row * tile.stride_scores, products,
+                     kAttentionTileKeys * sizeof(float));
+  }
+}
 
+// Scores of one row become weights, exp(score - maximum), times the values' scales: of no meaning
+// where invisible.
+template <int kWidth>
+inline void weigh(const AttentionTile& tile, int64_t row, float* products) {
+  using Float = FloatVector<kWidth>;
+  constexpr float kInfinity = __builtin_inff();
+  constexpr int kVectors = kAttentionTileKeys / kWidth;
   Float scores[kVectors], maxima = splat<kWidth>(tile.maxima[row]);
   for (int idx = 0; idx < kVectors; ++idx) {
     scores[idx] = load_vector<Float>(products + idx * kWidth);
@@ -295,13 +311,22 @@ inline void weigh(const AttentionTile& tile, int64_t row, int begin, int end, fl
   for (int key = 0; key < kAttentionTileKeys; ++key) products[key] *= tile.values->scales[key];
 }
 
+// Products of some rows become weights, unless their scores are all that is wanted: then false.
+template <int kWidth, int kRows>
+inline bool weigh_rows(const AttentionTile& tile, int64_t row, int begin, int end,
+                       float* products) {
+  for (int r = 0; r < kRows; ++r) {
+    score(tile, row + r, begin, end, products + r * kProductStride);
+    if (tile.sums != nullptr) weigh<kWidth>(tile, row + r, products + r * kProductStride);
+  }
+  return tile.sums != nullptr;
+}
+
 template <class Kv, int kWidth, int kRows>
 void update_block(const AttentionTile& tile, int64_t row, int begin, int end) {
   float weights[kRows * kProductStride];
   multiply_keys<Kv, kWidth, kRows>(tile, row, begin, end, weights);
-  for (int r = 0; r < kRows; ++r) {
-    weigh<kWidth>(tile, row + r, begin, end, weights + r * kProductStride);
-  }
+  if (!weigh_rows<kWidth, kRows>(tile, row, begin, end, weights)) return;
   // Only visible values are read: the weight 0 would not make NaN vanish.
   add_weighted_values<Kv, kWidth, kRows>(tile, weights, row, begin, end);
 }
@@ -327,10 +352,25 @@ void decode_row(const void* row, float zero, int64_t dim, float* out) {
   }
 }
 
+template <int kWidth>
+void add_weights(const float* scores, int64_t stride_scores, const float* bases, int64_t num_rows,
+                 float* sums) {
+  using Float = FloatVector<kWidth>;
+  for (int key = 0; key < kAttentionTileKeys; key += kWidth) {
+    Float sum = load_vector<Float>(sums + key);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const Float of_row = load_vector<Float>(scores + row * stride_scores + key);
+      const Float weights = exp_of_negative<kWidth>(of_row - bases[row]);
+      sum = sum + (of_row == -__builtin_inff() ? Float{} : weights);  // also if the base is NaN
+    }
+    store_vector(sum, sums + key);
+  }
+}
+
 template <class Kv, int kWidth>
 AttentionKernels attention_kernels_of() {
   return {update_rows<Kv, kWidth>, update_rows<float, kWidth>, decode_row<Kv, kWidth>,
-          KvVectors<Kv>::kBits, std::is_same_v<Kv, KvInt4>};
+          add_weights<kWidth>,     KvVectors<Kv>::kBits,       std::is_same_v<Kv, KvInt4>};
 }
 
 template <int kWidth>

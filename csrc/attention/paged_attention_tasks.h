@@ -94,8 +94,8 @@ inline Sequence sequence_at(const PagedAttentionParams& params, int64_t index, i
 }
 
 // Checks what the tensors hold, as far as it will be read. Nothing may throw once threads run.
-inline void check_values(const PagedAttentionParams& params) {
-  const Check check("paged_attention");
+inline void check_values(const char* op, const PagedAttentionParams& params) {
+  const Check check(op);
   const auto in_range = [&](const std::string& name, int64_t value, int64_t first, int64_t last,
                             const char* formula) {
     if (value >= first && value <= last) return;

@@ -67,10 +67,9 @@ inline KvAppendRows kv_append_rows(const View& tokens, const View& cache, const 
           cache.stride(2) * bytes,        scales};
 }
 
-// The checks of an op that appends k and v; symbols and `check` are the op's.
+// The checks of an op that appends k and v; symbols and `check` are the op's. Without slots.
 inline KvAppendParams check_kv_rows(Check& check, const View& k, const View& v, const View& k_cache,
-                                    const View& v_cache, const View& slot_mapping,
-                                    const std::optional<View>& k_scale,
+                                    const View& v_cache, const std::optional<View>& k_scale,
                                     const std::optional<View>& v_scale, Sym& tokens, Sym& kv_heads,
                                     Sym& dim) {
   Sym pages("NP"), page_size("P");
@@ -85,7 +84,6 @@ inline KvAppendParams check_kv_rows(Check& check, const View& k, const View& v, 
       check_kv_cache(check, k_cache, k_scale, "k_scale", pages, page_size, kv_heads, dim);
   const KvScales v_scales =
       check_kv_cache(check, v_cache, v_scale, "v_scale", pages, page_size, kv_heads, dim);
-  check(slot_mapping).dtype({DType::kInt64}).shape({tokens}).last_stride_one();
 
   KvAppendParams params{};
   params.num_tokens = *tokens;
@@ -98,7 +96,6 @@ inline KvAppendParams check_kv_rows(Check& check, const View& k, const View& v, 
   params.cache_dtype = k_cache.dtype;
   params.k = kv_append_rows(k, k_cache, k_scales);
   params.v = kv_append_rows(v, v_cache, v_scales);
-  params.slot_mapping = slot_mapping.data_as<int64_t>();
   const int64_t bytes = element_bytes(k.dtype), cache_element_bytes = element_bytes(k_cache.dtype);
   const int64_t cache_bytes = !params.quantizes() ? 16 : k_cache.dtype == DType::kUInt8 ? 4 : 8;
   const bool wide = params.row_bytes % 16 == 0 && (!params.quantizes() || *dim % 8 == 0) &&
@@ -109,14 +106,21 @@ inline KvAppendParams check_kv_rows(Check& check, const View& k, const View& v, 
   return params;
 }
 
+inline const int64_t* check_slot_mapping(Check& check, const View& slot_mapping, Sym& tokens) {
+  check(slot_mapping).dtype({DType::kInt64}).shape({tokens}).last_stride_one();
+  return slot_mapping.data_as<int64_t>();
+}
+
 inline KvAppendParams check_kv_append(const View& k, const View& v, const View& k_cache,
                                       const View& v_cache, const View& slot_mapping,
                                       const std::optional<View>& k_scale,
                                       const std::optional<View>& v_scale) {
   Check check("kv_append");
   Sym tokens("T"), kv_heads("HKV"), dim("D");
-  return check_kv_rows(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale, tokens,
-                       kv_heads, dim);
+  KvAppendParams params =
+      check_kv_rows(check, k, v, k_cache, v_cache, k_scale, v_scale, tokens, kv_heads, dim);
+  params.slot_mapping = check_slot_mapping(check, slot_mapping, tokens);
+  return params;
 }
 
 }  // namespace effllm

@@ -57,8 +57,9 @@ inline RopeKvAppendParams check_rope_kv_append(
       .last_stride_one();
   check(k).dtype({q.dtype});
   RopeKvAppendParams params{};
-  params.append = check_kv_rows(check, k, v, k_cache, v_cache, slot_mapping, k_scale, v_scale,
-                                tokens, kv_heads, dim);
+  params.append =
+      check_kv_rows(check, k, v, k_cache, v_cache, k_scale, v_scale, tokens, kv_heads, dim);
+  params.append.slot_mapping = check_slot_mapping(check, slot_mapping, tokens);
   check(cos).dtype({DType::kFloat32}).shape({max_position, half}).last_stride_one();
   check(sin).dtype({DType::kFloat32}).shape({max_position, half}).last_stride_one();
   check.that(*half <= *dim / 2,

@@ -2,12 +2,15 @@
 
 from .add_rms_norm_fp8_quantize import add_rms_norm_fp8_quantize
 from .add_rms_norm_int8_quantize import add_rms_norm_int8_quantize
+from .attn_colsum import attn_colsum
 from .block_copy import block_copy
 from .dense_gemm import dense_gemm
 from .fp8_gemm import fp8_gemm
 from .fp8_quantize import fp8_quantize
 from .fp8_quantize_tensor import fp8_quantize_tensor
 from .fp8_weight_gemm import fp8_weight_gemm
+from .h2o_append import h2o_append
+from .h2o_attention import h2o_attention
 from .int4_gemm import int4_gemm
 from .int4_pack import int4_pack
 from .int4_unpack import int4_unpack
@@ -30,12 +33,15 @@ from .w4a8_gemm import w4a8_gemm
 __all__ = [
     "add_rms_norm_fp8_quantize",
     "add_rms_norm_int8_quantize",
+    "attn_colsum",
     "block_copy",
     "dense_gemm",
     "fp8_gemm",
     "fp8_quantize",
     "fp8_quantize_tensor",
     "fp8_weight_gemm",
+    "h2o_append",
+    "h2o_attention",
     "int4_gemm",
     "int4_pack",
     "int4_unpack",

@@ -73,7 +73,25 @@ def check_append_shapes(
     v_scale: Tensor | None,
 ) -> None:
     """The relations between shapes that fake kernels of ops with these arguments check."""
-    torch._check(k.dim() == 3, lambda: f"{op}: k must be [T, HKV, D], got {list(k.shape)}")
+    check_kv_shapes(op, "T", k, v, k_cache, v_cache, k_scale, v_scale)
+    torch._check(
+        slot_mapping.dim() == 1 and slot_mapping.shape[0] == k.shape[0],
+        lambda: f"{op}: slot_mapping must be [T] = [{k.shape[0]}], got {list(slot_mapping.shape)}",
+    )
+
+
+def check_kv_shapes(
+    op: str,
+    tokens: str,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """Those between tokens and cache; ``tokens`` is what the op calls the first dimension of k."""
+    torch._check(k.dim() == 3, lambda: f"{op}: k must be [{tokens}, HKV, D], got {list(k.shape)}")
     torch._check(
         k.shape == v.shape,
         lambda: f"{op}: v must have the shape of k, {list(k.shape)}, got {list(v.shape)}",
@@ -95,10 +113,6 @@ def check_append_shapes(
                 f"got {list(scale.shape)}"
             ),
         )
-    torch._check(
-        slot_mapping.dim() == 1 and slot_mapping.shape[0] == k.shape[0],
-        lambda: f"{op}: slot_mapping must be [T] = [{k.shape[0]}], got {list(slot_mapping.shape)}",
-    )
 
 
 def kv_append_ref(

@@ -152,64 +152,83 @@ def _fake(
     split_size: int | None = None,
     sink_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    torch._check(
-        q.dim() == 3, lambda: f"paged_attention: q must be [T, HQ, D], got {list(q.shape)}"
+    check_paged_shapes(
+        "paged_attention", q, k_cache, v_cache, page_table, seq_lens, k_scale, v_scale, sinks
     )
-    row = codes_per_row(q.shape[2], k_cache.dtype)
+    check_cu_seqlens("paged_attention", page_table, cu_seqlens_q)
     torch._check(
-        k_cache.dim() == 4 and k_cache.shape[3] == row,
-        lambda: (
-            f"paged_attention: k_cache must be [NP, P, HKV, D] = [?, ?, ?, {row}], "
-            f"got {list(k_cache.shape)}"
-        ),
+        alibi_slopes is None or alibi_slopes.shape == q.shape[1:2],
+        lambda: f"paged_attention: alibi_slopes must be [HQ] = [{q.shape[1]}]",
     )
-    for name, of_cache in (("k_scale", k_scale), ("v_scale", v_scale)):
-        torch._check(
-            of_cache is None or of_cache.shape[:3] == k_cache.shape[:3],
-            lambda name=name, of_cache=of_cache: (
-                f"paged_attention: {name} must be [NP, P, HKV] = {list(k_cache.shape[:3])}, "
-                f"got {list(of_cache.shape)}"
-            ),
-        )
-    torch._check(
-        v_cache.shape == k_cache.shape,
-        lambda: (
-            f"paged_attention: v_cache must have the shape of k_cache, {list(k_cache.shape)}, "
-            f"got {list(v_cache.shape)}"
-        ),
-    )
-    per_head = page_table.dim() == 3
-    heads = k_cache.shape[2:3] if per_head else k_cache.shape[:0]
-    torch._check(
-        page_table.dim() in (2, 3)
-        and cu_seqlens_q.dim() == 1
-        and cu_seqlens_q.shape[0] == page_table.shape[0] + 1,
-        lambda: (
-            "paged_attention: page_table must be [B, MAXP] or [B, HKV, MAXP] and cu_seqlens_q "
-            f"[B + 1], got {list(page_table.shape)} and {list(cu_seqlens_q.shape)}"
-        ),
-    )
-    torch._check(
-        seq_lens.shape == page_table.shape[:-1] and page_table.shape[1:-1] == heads,
-        lambda: (
-            "paged_attention: seq_lens and page_table must be [B] and [B, MAXP], or [B, HKV] and "
-            f"[B, HKV, MAXP] with HKV = {k_cache.shape[2]}, got {list(seq_lens.shape)} and "
-            f"{list(page_table.shape)}"
-        ),
-    )
-    for name, of_heads in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        torch._check(
-            of_heads is None or of_heads.shape == q.shape[1:2],
-            lambda name=name, of_heads=of_heads: (
-                f"paged_attention: {name} must be [HQ] = [{q.shape[1]}], got {list(of_heads.shape)}"
-            ),
-        )
     of_tokens = q.shape[:1] if tree_mask is None else tree_mask.shape
     torch._check(
         of_tokens == q.shape[:1],
         lambda: f"paged_attention: tree_mask must be [T] = [{q.shape[0]}], got {list(of_tokens)}",
     )
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def check_paged_shapes(
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    """The relations between shapes that fake kernels of ops over a paged cache check."""
+    torch._check(q.dim() == 3, lambda: f"{op}: q must be [T, HQ, D], got {list(q.shape)}")
+    row = codes_per_row(q.shape[2], k_cache.dtype)
+    torch._check(
+        k_cache.dim() == 4 and k_cache.shape[3] == row,
+        lambda: (
+            f"{op}: k_cache must be [NP, P, HKV, D] = [?, ?, ?, {row}], got {list(k_cache.shape)}"
+        ),
+    )
+    for name, of_cache in (("k_scale", k_scale), ("v_scale", v_scale)):
+        torch._check(
+            of_cache is None or of_cache.shape[:3] == k_cache.shape[:3],
+            lambda name=name, of_cache=of_cache: (
+                f"{op}: {name} must be [NP, P, HKV] = {list(k_cache.shape[:3])}, "
+                f"got {list(of_cache.shape)}"
+            ),
+        )
+    torch._check(
+        v_cache.shape == k_cache.shape,
+        lambda: (
+            f"{op}: v_cache must have the shape of k_cache, {list(k_cache.shape)}, "
+            f"got {list(v_cache.shape)}"
+        ),
+    )
+    heads = k_cache.shape[2:3] if page_table.dim() == 3 else k_cache.shape[:0]
+    torch._check(
+        page_table.dim() in (2, 3)
+        and seq_lens.shape == page_table.shape[:-1]
+        and page_table.shape[1:-1] == heads,
+        lambda: (
+            f"{op}: seq_lens and page_table must be [B] and [B, MAXP], or [B, HKV] and "
+            f"[B, HKV, MAXP] with HKV = {k_cache.shape[2]}, got {list(seq_lens.shape)} and "
+            f"{list(page_table.shape)}"
+        ),
+    )
+    torch._check(
+        sinks is None or sinks.shape == q.shape[1:2],
+        lambda: f"{op}: sinks must be [HQ] = [{q.shape[1]}]",
+    )
+
+
+def check_cu_seqlens(op: str, page_table: Tensor, cu_seqlens_q: Tensor) -> None:
+    """The same of the bounds of sequences."""
+    torch._check(
+        cu_seqlens_q.dim() == 1 and cu_seqlens_q.shape[0] == page_table.shape[0] + 1,
+        lambda: (
+            f"{op}: cu_seqlens_q must be [B + 1] = [{page_table.shape[0] + 1}], "
+            f"got {list(cu_seqlens_q.shape)}"
+        ),
+    )
 
 
 refuse_backward(_op)
@@ -299,7 +318,7 @@ def paged_attention_ref(
             slot = used.nonzero()[:, 0]
             pages, slots = page_table[index, slot // page_size].long(), slot % page_size
             keys, values = (
-                _rows(cache, of_cache, pages, slots, dtype).repeat_interleave(group, dim=1)
+                cache_rows(cache, of_cache, pages, slots, dtype).repeat_interleave(group, dim=1)
                 for cache, of_cache in ((k_cache, k_scale), (v_cache, v_scale))
             )
             scores = torch.einsum("qhd,khd->hqk", q[rows].to(dtype), keys) * scale
@@ -353,7 +372,7 @@ def _weight_factor(
     return factor.T.repeat_interleave(group, dim=0)[:, None]
 
 
-def _rows(
+def cache_rows(
     cache: Tensor, scale: Tensor | None, pages: Tensor, slots: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Keys or values [S, HKV, D] in ``dtype``."""
