@@ -101,8 +101,11 @@ struct H2oAppendParams {
 
   // The page of a slot below max_slots(); -1 if the table has none for it.
   constexpr int64_t page_of(int64_t seq, int64_t head, int64_t slot) const {
+    // In 32 bits, which a GPU divides several times as fast.
+    const auto size =
+        static_cast<uint32_t>(append.page_size < INT32_MAX ? append.page_size : INT32_MAX);
     const int64_t page = page_table[seq * stride_page_table_seq + head * stride_page_table_head +
-                                    slot / append.page_size];
+                                    static_cast<uint32_t>(slot) / size];
     return page >= 0 && page < num_pages ? page : -1;
   }
 };

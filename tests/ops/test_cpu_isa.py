@@ -52,6 +52,8 @@ def run_limited(op: str, isa: str) -> subprocess.CompletedProcess[str]:
         "int8_weight_gemm",
         "w4a8_gemm",
         "paged_attention",
+        "h2o_attention",
+        "attn_colsum",
     ],
 )
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

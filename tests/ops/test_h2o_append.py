@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_on_cpu import TensorArgument, as_argument, compiled
 from torch import Tensor
 
 from effllm.ops import h2o_append
 from effllm.ops.h2o_append import h2o_append_ref
 from effllm.testing import hostile
-from effllm.testing.cases.h2o_append import MIXED, H2oAppendCase
+from effllm.testing.cases.h2o_append import CASES, MIXED, H2oAppendCase
 from effllm.testing.compare import assert_equal
 from effllm.testing.run import bind, check_values, schema_of
 
@@ -382,3 +385,76 @@ def test_the_number_of_threads_does_not_matter_on_the_cpu() -> None:
             check(named(H2oAppendCase(MIXED * 20, 40, 10, 4), "cpu"))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """h2o_append as the GPU does it: its own header, on warps whose lanes take turns."""
+    library = compiled("h2o_append.cpp", tmp_path_factory.mktemp("h2o_append"))
+
+    def call(
+        *args: Tensor,
+        budget: int | None = None,
+        recent: int,
+        n_sink: int = 0,
+        normalize: bool = False,
+    ) -> None:
+        tensors = (*args, *(None,) * (11 - len(args)))
+        library.h2o_append_on_warps(
+            (TensorArgument * 11)(*map(as_argument, tensors)),
+            ctypes.c_int64(args[4].shape[2] if budget is None else budget),
+            ctypes.c_int64(recent),
+            ctypes.c_int64(n_sink),
+            ctypes.c_bool(normalize),
+        )
+
+    return call
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_kernel(case: H2oAppendCase, kernel: Callable[..., None]) -> None:
+    check_values(kernel, case, "cpu")
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("num_slots", [3, 1023, 1030, 5000])
+def test_the_kernel_finds_the_lowest_wherever_it_lies(
+    num_slots: int, offset: int, kernel: Callable[..., None]
+) -> None:
+    """In each vector of a thread and behind the last one; also where no vector fits."""
+    for slot in {0, 1, num_slots // 2, num_slots - 2, num_slots - 1}:
+        scores = [2.0] * num_slots
+        scores[slot] = 1.0
+        args = one_head(scores, list(range(num_slots)))
+        args["positions"].fill_(num_slots + 1)
+        for name in ("scores", "slot_pos"):
+            args[name] = torch.nn.functional.pad(args[name], (offset, 0))[..., offset:]
+        kernel(*args.values(), recent=1)
+        assert (args["slot_pos"] == num_slots + 1).nonzero()[:, 2].tolist() == [slot]
+
+
+def test_the_kernel_leaves_out_what_is_out_of_range(kernel: Callable[..., None]) -> None:
+    for name, index, value in (
+        ("positions", (2,), -2),
+        ("positions", (2,), 2**31),
+        ("seq_lens", (2, 1), -1),
+        ("seq_lens", (2, 1), 12),
+        ("page_table", (2, 1, 0), 99),
+        ("page_table", (2, 1, 0), -1),
+    ):
+        args = named(CASE, "cpu")
+        sane = {key: value.clone() for key, value in args.items() if isinstance(value, Tensor)}
+        if name == "page_table":  # the slot that goes lies in the first page
+            for each in (args, sane):
+                each["scores"][2, 1, :9] = 5.0
+                each["scores"][2, 1, 1] = -1.0
+                each["slot_pos"][2, 1, 1] = 3
+        args[name][index] = value
+        before = {key: args[key].clone() for key in WRITTEN}
+        tensors = [value for value in args.values() if isinstance(value, Tensor)]
+        kernel(*tensors, budget=8, recent=3, n_sink=2)
+        expected = dict(zip(WRITTEN, h2o_append_ref(**(args | sane)), strict=False))
+        heads = slice(None) if len(index) == 1 else index[1]
+        for key in WRITTEN[2:]:
+            expected[key][index[0], heads] = before[key][index[0], heads]
+            assert_equal(args[key], expected[key], name=f"{name} {key}")
