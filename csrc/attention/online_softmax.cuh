@@ -65,6 +65,14 @@ __device__ __forceinline__ float sink_score(const PagedAttentionParams& params, 
   return params.sinks != nullptr ? kLog2E * params.sinks[head] : kMaskedScore;
 }
 
+// What the weights of a row are powers of 2 against, by its lse. `sink2` is its sink's score. Where
+// all scores are -inf, any finite number does.
+__device__ __forceinline__ float weight_base(float lse, float sink2) {
+  const float lse2 = kLog2E * lse;
+  if (lse == -INFINITY) return 0.f;
+  return sink2 == kMaskedScore ? lse2 : lse2 + log2f(1.f + ptx::exp2_approx(sink2 - lse2));
+}
+
 struct SoftmaxRow {
   float maximum = kNoMaximum;
   float sum = 0.f;

@@ -16,14 +16,6 @@ namespace effllm {
 namespace {
 
 constexpr const char* kOp = "paged_attention";
-constexpr int64_t kAlignment = 16;  // bytes; of q, and of caches in its dtype, all loads are of 16
-
-// What rows of a cache must be multiples of: all that their loads need, and rows of any D have.
-int64_t cache_alignment(const View& cache) {
-  const int64_t row_bytes = cache.size(-1);
-  return is_quantized_kv(cache.dtype) ? std::min(kAlignment, row_bytes & -row_bytes) : kAlignment;
-}
-
 std::tuple<Tensor, Tensor> paged_attention_cuda(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& page_table,
     const Tensor& seq_lens, const Tensor& cu_seqlens_q, const std::optional<Tensor>& k_scale,
@@ -31,17 +23,16 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
     const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& tree_mask,
     int64_t max_seqlen_q, std::optional<double> scale, bool causal, std::optional<int64_t> window,
     double softcap, std::optional<int64_t> split_size, int64_t sink_tokens) {
-  const View q_view = as_view(q, "q");
   const View k_view = as_view(k_cache, "k_cache"), v_view = as_view(v_cache, "v_cache");
   PagedAttentionArgs args{check_paged_attention(
-      q_view, k_view, v_view, as_view(page_table, "page_table"), as_view(seq_lens, "seq_lens"),
-      as_view(cu_seqlens_q, "cu_seqlens_q"), as_view(k_scale, "k_scale"),
-      as_view(v_scale, "v_scale"), as_view(sinks, "sinks"), as_view(alibi_slopes, "alibi_slopes"),
-      as_view(tree_mask, "tree_mask"), max_seqlen_q, scale, causal, window, softcap, split_size,
-      sink_tokens)};
+      as_view(q, "q"), k_view, v_view, as_view(page_table, "page_table"),
+      as_view(seq_lens, "seq_lens"), as_view(cu_seqlens_q, "cu_seqlens_q"),
+      as_view(k_scale, "k_scale"), as_view(v_scale, "v_scale"), as_view(sinks, "sinks"),
+      as_view(alibi_slopes, "alibi_slopes"), as_view(tree_mask, "tree_mask"), max_seqlen_q, scale,
+      causal, window, softcap, split_size, sink_tokens)};
   // A copy of the cache would cost more than the op: its layout is the caller's to mend.
-  Match(kOp, k_view).aligned(cache_alignment(k_view), element_bytes(args.kv_dtype));
-  Match(kOp, v_view).aligned(cache_alignment(v_view), element_bytes(args.kv_dtype));
+  check_cache_alignment(kOp, k_view);
+  check_cache_alignment(kOp, v_view);
   torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
 
   Tensor out = new_empty(q, {args.num_tokens, args.num_q_heads, args.head_dim}, args.dtype);
@@ -53,12 +44,8 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(
     return {out, lse};
   }
 
-  Tensor aligned_q = q;
-  if (!q_view.has_aligned_rows(kAlignment, element_bytes(q_view.dtype))) {
-    aligned_q = torch::stable::clone(torch::stable::contiguous(q));
-    const View view = as_view(aligned_q, "q");
-    args.q = view.data, args.stride_q_token = view.stride(0), args.stride_q_head = view.stride(1);
-  }
+  const Tensor aligned_q = with_aligned_rows(q, kRowAlignment);
+  args.set_q(as_view(aligned_q, "q"));
   args.out = out.mutable_data_ptr();
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   prepare_args(args);

@@ -90,6 +90,12 @@ struct PagedAttentionParams {
   int64_t stride_logits;
 
   static constexpr int64_t kNoWindow = INT64_MAX / 2;
+
+  void set_q(const View& view) {
+    q = view.data;
+    stride_q_token = view.stride(0);
+    stride_q_head = view.stride(1);
+  }
 };
 
 // A number for each query head, or null.
@@ -158,9 +164,7 @@ inline PagedAttentionParams check_paged_operands(
   params.max_pages_per_seq = *max_pages;
   params.dtype = q.dtype;
   params.kv_dtype = k_cache.dtype;
-  params.q = q.data;
-  params.stride_q_token = q.stride(0);
-  params.stride_q_head = q.stride(1);
+  params.set_q(q);
   params.k_cache = k_cache.data;
   params.stride_k_page = k_cache.stride(0);
   params.stride_k_slot = k_cache.stride(1);

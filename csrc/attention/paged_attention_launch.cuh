@@ -32,6 +32,18 @@ struct AttentionContext {
   }
 };
 
+inline constexpr int64_t kRowAlignment =
+    16;  // bytes; of q and caches in its dtype, for their loads
+
+// What rows of a cache must be multiples of: all that their loads need, and rows of any D have.
+inline void check_cache_alignment(const char* op, const View& cache) {
+  const int64_t row_bytes = cache.size(-1);
+  const int64_t alignment = is_quantized_kv(cache.dtype)
+                                ? std::min(kRowAlignment, row_bytes & -row_bytes)
+                                : kRowAlignment;
+  Match(op, cache).aligned(alignment, element_bytes(cache.dtype));
+}
+
 // What kernels want to have worked out beforehand.
 inline void prepare_args(PagedAttentionArgs& args) {
   args.max_seqlen_q = std::min(args.max_seqlen_q, args.num_tokens);

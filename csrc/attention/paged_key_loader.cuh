@@ -6,11 +6,11 @@
 
 #include <cstdint>
 
+#include "attention/code_chunk.cuh"
 #include "attention/paged_row_tile_storage.cuh"
 #include "attention/paged_sequence.cuh"
 #include "common/math.h"
 #include "ptx/cp_async.cuh"
-#include "ptx/cvt.cuh"
 #include "ptx/load.cuh"
 #include "quant/dequant.cuh"
 
@@ -144,26 +144,12 @@ class PagedKeyLoader {
     if constexpr (Config::kQuantized) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
-        uint32_t pairs[4];
-        Octet::decode(codes_[pass], Octet::bias(words[row_of(pass)]), pairs);
-        place(tile, pass) = as_elements(pairs);
+        place(tile, pass) =
+            elements_of_codes<Octet, Element>(codes_[pass], Octet::bias(words[row_of(pass)]));
       }
     }
     // Of K and V of the other stages later groups than the tile's are on the way.
     ptx::cp_async_wait<2 * (Config::kStages - 1)>();
-  }
-
-  // Pairs of float16 as 8 Elements in their order.
-  static __device__ __forceinline__ uint4 as_elements(const uint32_t (&pairs)[4]) {
-    float x[8];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
-      const int d = Octet::kPairDistance == 1 ? 2 * i : i;
-      x[d] = pair.x, x[d + Octet::kPairDistance] = pair.y;
-    }
-    return {ptx::pack_pair<Element>(x[0], x[1]), ptx::pack_pair<Element>(x[2], x[3]),
-            ptx::pack_pair<Element>(x[4], x[5]), ptx::pack_pair<Element>(x[6], x[7])};
   }
 
   const PagedAttentionArgs& args_;

@@ -132,6 +132,13 @@ inline Tensor as_rows(const Tensor& tensor) {
   return rows.stride(rows.dim() - 1) == 1 ? rows : torch::stable::contiguous(rows);
 }
 
+// The tensor, or a copy of it if not all of its rows start at multiples of so many bytes.
+inline Tensor with_aligned_rows(const Tensor& tensor, int64_t bytes) {
+  const auto element_bytes = static_cast<int64_t>(tensor.element_size());
+  if (as_view(tensor, "").has_aligned_rows(bytes, element_bytes)) return tensor;
+  return torch::stable::clone(torch::stable::contiguous(tensor));
+}
+
 // [N] of [N, K], contiguous.
 inline Tensor sum_of_rows(const Tensor& matrix, DType dtype) {
   const int64_t last = 1;

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_on_cpu import TensorArgument, as_argument, compiled
 from torch import Tensor
 
 from effllm.ops import attn_colsum, paged_attention
 from effllm.ops.attn_colsum import attn_colsum_ref
 from effllm.testing import hostile
-from effllm.testing.cases.attn_colsum import CPU_CASES, MIXED, AttnColsumCase
+from effllm.testing.cases.attn_colsum import CASES, CPU_CASES, MIXED, AttnColsumCase
 from effllm.testing.compare import assert_close_to_reference, assert_equal
 from effllm.testing.run import bind, check_values, schema_of
 
@@ -271,3 +274,62 @@ def test_mixed_devices_are_a_named_error(name: str) -> None:
     args[name] = args[name].cpu()
     with pytest.raises(RuntimeError, match=rf"{name} must be on cuda:0 as q is, got cpu"):
         attn_colsum(**args)
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """attn_colsum as the GPU does it: its own header, on warps whose lanes take turns. With
+    ``added_to``, as h2o_attention calls it."""
+    library = compiled("attn_colsum.cpp", tmp_path_factory.mktemp("attn_colsum"))
+
+    def call(
+        *args: Tensor,
+        sinks: Tensor | None = None,
+        max_seqlen_k: int,
+        last_n: int | None = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        added_to: Tensor | None = None,
+    ) -> Tensor:
+        shape = (len(args[3]), args[1].shape[2], max_seqlen_k)
+        out = hostile.poison_(torch.empty(shape)) if added_to is None else added_to
+        tensors = (*args, *(None,) * (7 - len(args)), sinks, out)
+        library.attn_colsum_on_warps(
+            (TensorArgument * 9)(*map(as_argument, tensors)),
+            ctypes.c_int64(max_seqlen_k),
+            ctypes.c_int64(last_n or 0),
+            ctypes.c_double(args[0].shape[-1] ** -0.5 if scale is None else scale),
+            ctypes.c_double(softcap),
+            ctypes.c_bool(added_to is not None),
+        )
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.dtype == torch.bfloat16 and case.sequences],
+    ids=lambda case: case.id,
+)
+def test_the_kernel(case: AttnColsumCase, kernel: Callable[..., Tensor]) -> None:
+    check_values(kernel, case, "cpu")
+
+
+def test_the_kernel_adds_to_what_is_there(kernel: Callable[..., Tensor]) -> None:
+    """And leaves alone what lies behind the last key."""
+    args, kwargs = AttnColsumCase(MIXED, 6, 3, 64, 16, per_head=True).make("cpu")
+    sums = attn_colsum_ref(*args, **kwargs)
+    before = torch.rand(sums.shape)
+    after = kernel(*args, **kwargs, added_to=before.clone())
+    torch.testing.assert_close((after - before).double(), sums, rtol=1e-4, atol=1e-5)
+    unused = torch.arange(sums.shape[2]) >= args[3][..., None]
+    assert_equal(after[unused], before[unused])
+
+
+def test_the_kernel_clamps_what_is_out_of_range(kernel: Callable[..., Tensor]) -> None:
+    args, kwargs = AttnColsumCase(((6, 20), (9, 9)), 4, 2, 64, 4).make("cpu")
+    expected = kernel(*args, **kwargs)
+    assert_equal(kernel(*args, **kwargs | {"max_seqlen_k": 7}), expected[..., :7])
+    table, seq_lens = args[2][:, :5], torch.tensor([2**31 - 1, 9], dtype=torch.int32)
+    assert_equal(kernel(*args[:2], table, seq_lens, *args[4:], **kwargs), expected)
