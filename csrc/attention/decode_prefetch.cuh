@@ -22,8 +22,8 @@ template <class Config>
 __device__ __forceinline__ void prefetch_tables(const PagedAttentionArgs& args) {
   constexpr int64_t kLineInts = 128 / sizeof(int32_t), kMaxTableInts = 64 * 1024;
   const int64_t idx = (int64_t{blockIdx.x} * Config::kThreads + threadIdx.x) * kLineInts;
-  if (idx < args.num_seqs) {
-    ptx::prefetch_l2(args.cu_seqlens_q + idx);
+  if constexpr (!Config::kScores) {
+    if (idx < args.num_seqs) ptx::prefetch_l2(args.cu_seqlens_q + idx);
   }
   // Both are of one row per sequence, and in it of one per head that has its own.
   const int64_t last_seq = args.num_seqs - 1, last_head = args.table_heads - 1;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void prefetch_part(const PagedAttentionArgs& args,
                                               const DecodePart& part) {
   constexpr uint32_t kLine = 128;
   constexpr uint32_t kBytes = 64 * 1024 / Config::kCtasPerSm;
-  const Sequence sequence(args, part.table_idx, LoadPastL1{});
+  const Sequence sequence(args, part.table_idx, typename Config::LoadLengthsPastL1{});
   const int kv_head = sequence.first_kv_head + part.head;
   const KeyRange keys =
       keys_of_part<Config>(args, sequence.seen_keys(args), part, KeyRange{0, INT32_MAX});

@@ -17,10 +17,11 @@ struct DecodeShare {
 
 // Clears the tokens that have no row tile: those that no CTA computes, and all of page tables
 // without a visible key, for their heads. These are dealt out to the CTAs one by one.
-template <class Element>
+template <class Config>
 __device__ __forceinline__ void clear_keyless_tokens(const PagedAttentionArgs& args) {
+  using Element = typename Config::Element;
   for (int64_t table_idx = blockIdx.x; table_idx < args.num_tables; table_idx += gridDim.x) {
-    const Sequence sequence(args, static_cast<int>(table_idx));
+    const Sequence sequence(args, static_cast<int>(table_idx), typename Config::LoadLengths{});
     if (!sequence.is_taken(args)) continue;
     const bool keyless = sequence.seen_keys(args).empty();
     const bool all_owned =
@@ -74,7 +75,7 @@ __device__ __forceinline__ void for_each_part(const PagedAttentionArgs& args,
     const bool same = __all_sync(~0u, args.num_tables <= 32 && blocks == of_first);
     if (!args.early_start || !same) find_share(blocks);
   }
-  clear_keyless_tokens<typename Config::Element>(args);  // by the other warps in the meantime
+  clear_keyless_tokens<Config>(args);  // by the other warps in the meantime
   __syncthreads();
   while (share.schedule.valid()) {
     do_part();

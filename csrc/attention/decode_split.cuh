@@ -28,13 +28,17 @@
 namespace effllm {
 
 // `Kv_` is the cache's element, or the codec of a quantised one; `kNarrow`: rows whose bytes no
-// wider load divides are read 8 elements at a time.
-template <class Element_, int kHeadDim_, int kWarps_, class Kv_ = Element_, bool kNarrow_ = false>
+// wider load divides are read 8 elements at a time; `kScores`: h2o_attention's (decode_scores.cuh).
+template <class Element_, int kHeadDim_, int kWarps_, class Kv_ = Element_, bool kNarrow_ = false,
+          bool kScores_ = false>
 struct PagedDecodeConfig {
   using Element = Element_;
   using Kv = Kv_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kNarrow = kNarrow_;
+  static constexpr bool kScores = kScores_;
+  using LoadLengths = std::conditional_t<kScores, LoadOfOneQuery<LoadCached>, LoadCached>;
+  using LoadLengthsPastL1 = std::conditional_t<kScores, LoadOfOneQuery<LoadPastL1>, LoadPastL1>;
   static constexpr bool kQuantized = !std::is_same_v<Element, Kv>;
   static constexpr bool kInt4 = std::is_same_v<Kv, KvInt4>;
   static constexpr int kRows = 8;  // packed rows of a CTA
@@ -169,7 +173,7 @@ class DecodeSchedule {
   __device__ __forceinline__ static unsigned count_blocks(const PagedAttentionArgs& args,
                                                           int table_idx) {
     if (table_idx < 0 || table_idx >= args.num_tables) return 0;
-    const Sequence sequence(args, table_idx, LoadPastL1{});
+    const Sequence sequence(args, table_idx, typename Config::LoadLengthsPastL1{});
     const SeenKeys seen = sequence.seen_keys(args);
     const unsigned blocks = head_blocks<Config>(args, seen) +
                             ceil_div<unsigned>(seen.keys.end - seen.keys.begin, Config::kBlockKeys);

@@ -13,6 +13,9 @@
 #include "common/torch.h"
 
 namespace effllm {
+
+template void launch_paged_attention<void>(const PagedAttentionArgs&, const AttentionContext&);
+
 namespace {
 
 constexpr const char* kOp = "paged_attention";

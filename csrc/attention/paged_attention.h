@@ -85,7 +85,8 @@ struct PagedAttentionParams {
 
   void* out;   // [T, HQ, D], contiguous
   float* lse;  // [T, HQ], contiguous
-  // Scratch of ops that want scores: [T, HQ, stride_logits], by position of the key; else null.
+  // Scratch of ops that want scores, stride_logits of each row: on the CPU [T, HQ, stride_logits],
+  // by position of the key; on a GPU see decode_scores.cuh. Else null.
   float* logits;
   int64_t stride_logits;
 

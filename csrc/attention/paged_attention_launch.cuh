@@ -32,8 +32,8 @@ struct AttentionContext {
   }
 };
 
-inline constexpr int64_t kRowAlignment =
-    16;  // bytes; of q and caches in its dtype, for their loads
+// Bytes, of rows of q and of caches in its dtype: all loads are of so many.
+inline constexpr int64_t kRowAlignment = 16;
 
 // What rows of a cache must be multiples of: all that their loads need, and rows of any D have.
 inline void check_cache_alignment(const char* op, const View& cache) {
@@ -189,7 +189,9 @@ void launch_paged_attention(const PagedAttentionArgs& args, const AttentionConte
   }
 }
 
-// Compiled in a file each: paged_attention_<dtype>.cu.
+// Compiled in a file each: paged_attention.cu and paged_attention_<dtype>.cu.
+extern template void launch_paged_attention<void>(const PagedAttentionArgs&,
+                                                  const AttentionContext&);
 extern template void launch_paged_attention<KvE4M3>(const PagedAttentionArgs&,
                                                     const AttentionContext&);
 extern template void launch_paged_attention<KvInt8>(const PagedAttentionArgs&,

@@ -24,6 +24,7 @@
 #include "attention/alibi.cuh"
 #include "attention/combine.cuh"
 #include "attention/decode_kv.cuh"
+#include "attention/decode_scores.cuh"
 #include "attention/decode_share.cuh"
 #include "attention/online_softmax.cuh"
 #include "attention/tree_row.cuh"
@@ -44,6 +45,7 @@ struct PagedDecodeStorage {
   AlibiRow alibi[Config::kRows];  // unless there are no slopes
   TreeRow tree[Config::kRows];    // unless there is no tree
   bool is_last;                   // this CTA merges the parts
+  float* scratch;                 // of the pair's scores, if they are wanted
 };
 
 template <class Config>
@@ -78,6 +80,10 @@ class PagedDecode {
     seen_by_all_ = {__reduce_max_sync(~0u, visible.begin), __reduce_min_sync(~0u, visible.end)};
     __syncwarp();
     kv_.load_queries(tile.first_row, tile.num_rows);
+    if constexpr (Config::kScores) {
+      smem.scratch = ScoreScratch(args, sequence, kv_head).of_pair();  // the same from all
+      __syncwarp();
+    }
   }
 
   // One warp's share of the keys of a part.
@@ -145,6 +151,10 @@ class PagedDecode {
         if (idx >= end || idx >= visible.end || (idx < visible.begin && !in_head)) x = kMaskedScore;
       });
       if (args_.tree_mask != nullptr) mask_siblings(scores, first_key);
+    }
+    if constexpr (Config::kScores) {
+      store_scores(args_, smem_.scratch, scores, first_key + kv_.key_of_score(0, 0),
+                   quad_lane_ * 2);
     }
     float maximum[2] = {rows_[0].maximum, rows_[1].maximum};
     for_each_score(scores, [&](float x, int row, int) { maximum[row] = fmaxf(maximum[row], x); });
@@ -262,17 +272,17 @@ __device__ __forceinline__ float4 merge_warps(const PagedDecodeStorage<Config>& 
   return sum;
 }
 
-// One CTA's part of a row tile. What the loop does not need is read again after it, from shared
-// memory: registers are for keys and values on the way.
+// One CTA's part of a row tile; whether that has its results now. What the loop does not need is
+// read again after it, from shared memory: registers are for keys and values on the way.
 template <class Config>
-__device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
+__device__ __forceinline__ bool decode_part(const PagedAttentionArgs& args,
                                             PagedDecodeStorage<Config>& smem) {
   using Element = typename Config::Element;
   const DecodePart& part = smem.share.schedule.part();
-  const Sequence sequence(args, part.table_idx);
+  const Sequence sequence(args, part.table_idx, typename Config::LoadLengths{});
   const int kv_head = sequence.first_kv_head + part.head;
   const DecodeTile<Config> tile(args, sequence, smem.share.row_tile);
-  if (part.begin == part.end || tile.empty()) return;
+  if (part.begin == part.end || tile.empty()) return false;
   if (part.num_parts > 1 && part.idx == 0 && threadIdx.x == 0) {
     PartialResults<Config>(args, part, smem.share.row_tile).open();
   }
@@ -320,14 +330,30 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
       }
     }
   }
-  if (whole) return;
+  if (whole) return true;
 
   __syncthreads();
   if (threadIdx.x == 0) smem.is_last = partial.arrive_last();
   __syncthreads();
-  if (!smem.is_last) return;
+  if (!smem.is_last) return false;
   for (int row = threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
     partial.template merge<16>(row, OutputRow(args, sequence, kv_head, tile.first_row + row));
+  }
+  return true;
+}
+
+// The same, and what h2o_attention wants besides.
+template <class Config>
+__device__ __forceinline__ void decode_and_score_part(const PagedAttentionArgs& args,
+                                                      PagedDecodeStorage<Config>& smem) {
+  [[maybe_unused]] const bool is_done = decode_part(args, smem);
+  if constexpr (Config::kScores) {
+    __syncthreads();  // the lse of all rows is there
+    if (!is_done) return;
+    const DecodePart& part = smem.share.schedule.part();
+    const Sequence sequence(args, part.table_idx, typename Config::LoadLengths{});
+    const int kv_head = sequence.first_kv_head + part.head;
+    ScoreScratch(args, sequence, kv_head).add_weights<Config::kThreads>();
   }
 }
 
@@ -335,7 +361,7 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     paged_decode_kernel(const __grid_constant__ PagedAttentionArgs args) {
   __shared__ PagedDecodeStorage<Config> smem;
-  for_each_part<Config>(args, smem.share, [&] { decode_part(args, smem); });
+  for_each_part<Config>(args, smem.share, [&] { decode_and_score_part(args, smem); });
 }
 
 // `args` has num_row_tiles and all that is of the decode kernel.

@@ -32,6 +32,9 @@ template <class Element, int kHeadDim, class Kv = Element>
 struct PagedExtendConfig : PagedRowTileConfig<Element, kHeadDim, Kv, 1> {
   using Base = PagedRowTileConfig<Element, kHeadDim, Kv, 1>;
   static constexpr bool kTrees = true;
+  static constexpr bool kScores = false;
+  using LoadLengths = LoadCached;
+  using LoadLengthsPastL1 = LoadPastL1;
   static constexpr int kRows = Base::kBlockM;
   // Two where shared memory has room: of D = 256 not on every GPU; codes are in registers.
   static constexpr int kStages = Base::kQuantized || kHeadDim == 256 ? 1 : 2;

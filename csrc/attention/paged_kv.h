@@ -58,6 +58,9 @@ struct PagedAttentionArgs : PagedAttentionParams {
   float* partial_softmax;  // [slots, num_row_tiles, places, rows of a tile, 2]: maximum and sum
   uint64_t* arrivals;      // [slots, num_row_tiles], of decode
   int2* pair_parts;        // [pairs, num_row_tiles], of extend: first slot and parts
+  // Of h2o_attention, which has no cu_seqlens_q: [B, HKV, S], with 1 from slot to slot.
+  float* scores;
+  int64_t stride_scores_seq, stride_scores_head, num_score_slots;
 };
 
 // Page and slot of one key. Page ids are clamped: a wrong one reads a wrong page, never other

@@ -21,10 +21,18 @@ struct KeyRange {
 // How lengths are read. What has been read past L1 is not found there by those who read it later,
 // when it may have changed.
 struct LoadCached {
+  static constexpr bool kOneQuery = false;
   __device__ __forceinline__ int32_t operator()(const int32_t* src) const { return *src; }
 };
 struct LoadPastL1 {
+  static constexpr bool kOneQuery = false;
   __device__ __forceinline__ int32_t operator()(const int32_t* src) const { return __ldcg(src); }
+};
+
+// Where each sequence has one query, cu_seqlens_q need not be there.
+template <class Load>
+struct LoadOfOneQuery : Load {
+  static constexpr bool kOneQuery = true;
 };
 
 // As they stand in memory.
@@ -35,8 +43,12 @@ struct SequenceLengths {
   __device__ __forceinline__ SequenceLengths(const PagedAttentionArgs& args, int seq_idx,
                                              int table_head, Load load) {
     // Asked for together, before any is waited for; and in 32 bits, which is half the work.
-    start = load(args.cu_seqlens_q + seq_idx);
-    next = load(args.cu_seqlens_q + seq_idx + 1);
+    if constexpr (Load::kOneQuery) {
+      start = seq_idx, next = seq_idx + 1;
+    } else {
+      start = load(args.cu_seqlens_q + seq_idx);
+      next = load(args.cu_seqlens_q + seq_idx + 1);
+    }
     keys = load(args.seq_lens + seq_idx * args.stride_seq_lens_seq + table_head);
   }
 };

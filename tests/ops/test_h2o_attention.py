@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_on_cpu import TensorArgument, as_argument, compiled
 from torch import Tensor
 
 from effllm.ops import h2o_attention, paged_attention
@@ -335,3 +338,78 @@ def test_mixed_devices_are_a_named_error(name: str) -> None:
     args[name] = args[name].cpu()
     with pytest.raises(RuntimeError, match=rf"{name} must be on cuda:0 as q is, got cpu"):
         h2o_attention(**args)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    library = compiled("h2o_attention.cpp", tmp_path_factory.mktemp("h2o_attention"))
+    library.h2o_attention_on_warps.restype = ctypes.c_bool
+    return library
+
+
+def kernels_of(
+    library: ctypes.CDLL, num_sms: int, capability: int
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """h2o_attention as the decode kernels of a GPU of so many multiprocessors do it: their own
+    headers, on warps whose lanes take turns."""
+
+    def call(
+        *args: Tensor,
+        sinks: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        q = args[0]
+        out = hostile.poison_(torch.empty(q.shape, dtype=q.dtype))
+        lse = hostile.poison_(torch.empty(q.shape[:2]))
+        tensors = [*args, *(None,) * (8 - len(args)), sinks, out, lse]
+        assert library.h2o_attention_on_warps(
+            (TensorArgument * 11)(*map(as_argument, tensors)),
+            ctypes.c_double(q.shape[-1] ** -0.5 if scale is None else scale),
+            ctypes.c_double(softcap),
+            num_sms,
+            capability,
+        )
+        return out, lse
+
+    return call
+
+
+def is_played(case: H2oAttentionCase) -> bool:
+    """Whether a decode kernel with scores is compiled for it, for its dtype here, and lanes that
+    take turns are done with it within seconds."""
+    fits = case.kv_dtype is None or (64 < case.head_dim <= 128 and case.head_dim % 64 == 0)
+    small = sum(case.lengths) * case.num_q_heads * case.head_dim <= 2**23
+    group = case.num_q_heads // case.num_kv_heads
+    return case.dtype == torch.bfloat16 and fits and group <= 8 and sum(case.lengths) > 0 and small
+
+
+@pytest.mark.parametrize(("num_sms", "capability"), [(1, 8), (5, 9)])
+@pytest.mark.parametrize("case", [c for c in CASES if is_played(c)], ids=lambda case: case.id)
+def test_the_kernels(
+    case: H2oAttentionCase, num_sms: int, capability: int, library: ctypes.CDLL
+) -> None:
+    check_values(kernels_of(library, num_sms, capability), case, "cpu")
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("kv_dtype", [None, "e4m3", "int8", "int4"])
+def test_the_kernels_with_any_group(group: int, kv_dtype: str | None, library: ctypes.CDLL) -> None:
+    case = H2oAttentionCase((300, 0, 33), 2 * group, 2, 128, 16, kv_dtype=kv_dtype, sinks=True)
+    check_values(kernels_of(library, 3, 9), case, "cpu")
+
+
+def test_the_kernels_score_no_more_slots_than_there_are(library: ctypes.CDLL) -> None:
+    """Of lengths beyond them, and beyond the table."""
+    kernels = kernels_of(library, 2, 9)
+    args, kwargs = H2oAttentionCase((60, 60), 4, 2, 64, 4, per_head=False).make("cpu")
+    q, k_cache, v_cache, scores, table, _ = args
+    wild = torch.tensor([2**31 - 1, -5], dtype=torch.int32)
+    for slots in (63, 40):
+        expected = scores.clone()
+        kernels(q, k_cache, v_cache, expected, *args[4:], **kwargs)
+        some, check = hostile.guarded(scores[..., :slots])
+        kernels(q, k_cache, v_cache, some, table[:, :15], wild, **kwargs)
+        check()
+        assert_equal(some[0], expected[0, :, :slots])
+        assert_equal(some[1], scores[1, :, :slots])
