@@ -25,30 +25,27 @@ void decode_with_scores(PagedAttentionArgs args, const AttentionContext& context
   decode<Config>(args, context);
 }
 
-// False if no decode kernel is compiled for it.
+// False if no decode kernel is compiled for it: head dims that models with long texts seldom have,
+// and more query heads of a KV head than a row tile takes.
 template <class Element, class Kv>
 bool launch_decode_with_scores(const PagedAttentionArgs& args, const AttentionContext& context) {
-  if (!ScoreScratch::takes(args)) return false;
+  if (!ScoreScratch::takes(args) || args.head_dim > 128) return false;
   if constexpr (std::is_same_v<Element, Kv>) {
     const int num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
     if (args.head_dim <= 64) {
       decode_with_scores<PagedDecodeConfig<Element, 64, 8, Kv, false, true>>(args, context);
-    } else if (args.head_dim > 128) {
-      decode_with_scores<PagedDecodeConfig<Element, 256, 4, Kv, false, true>>(args, context);
     } else if (args.num_seqs * args.num_kv_heads > num_sms) {
       decode_with_scores<PagedDecodeConfig<Element, 128, 4, Kv, false, true>>(args, context);
     } else {
       decode_with_scores<PagedDecodeConfig<Element, 128, 8, Kv, false, true>>(args, context);
     }
-    return true;
   } else {
     constexpr int kWarps = std::is_same_v<Kv, KvInt4> ? 4 : 8;
     using Config = PagedDecodeConfig<Element, 128, kWarps, Kv, false, true>;
-    if (args.head_dim <= 64 || args.head_dim > 128) return false;
-    if (args.head_dim % DecodeKv<Config>::kKeyUnitDims != 0) return false;
+    if (args.head_dim <= 64 || args.head_dim % DecodeKv<Config>::kKeyUnitDims != 0) return false;
     decode_with_scores<Config>(args, context);
-    return true;
   }
+  return true;
 }
 
 struct CountUpParams {

@@ -378,7 +378,8 @@ def kernels_of(
 def is_played(case: H2oAttentionCase) -> bool:
     """Whether a decode kernel with scores is compiled for it, for its dtype here, and lanes that
     take turns are done with it within seconds."""
-    fits = case.kv_dtype is None or (64 < case.head_dim <= 128 and case.head_dim % 64 == 0)
+    quantized = case.kv_dtype is not None
+    fits = case.head_dim <= 128 and not (quantized and case.head_dim != 128)
     small = sum(case.lengths) * case.num_q_heads * case.head_dim <= 2**23
     group = case.num_q_heads // case.num_kv_heads
     return case.dtype == torch.bfloat16 and fits and group <= 8 and sum(case.lengths) > 0 and small
