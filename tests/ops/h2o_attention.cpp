@@ -1,4 +1,4 @@
-// h2o_attention's decode kernels on warps whose lanes take turns; test_h2o_attention.py compiles it, and calls it with
+// h2o_attention's kernels on warps whose lanes take turns; test_h2o_attention.py compiles it, and calls it with
 // tensors.
 #include "attention/h2o_attention.h"
 
@@ -12,10 +12,15 @@
 namespace effllm {
 // The dynamic shared memory of a CTA.
 alignas(128) thread_local uint4 smem_raw[16 * 1024];
+
+// What other files compile.
+template void launch_paged_attention<void>(const PagedAttentionArgs&, const AttentionContext&);
+template void launch_attn_colsum<float16>(const char*, const AttnColsumArgs&, cudaStream_t);
+template void launch_attn_colsum<bfloat16>(const char*, const AttnColsumArgs&, cudaStream_t);
 }  // namespace effllm
 
 // For q of bf16. Tensors in the order of the schema, then out and lse; `num_sms` and `capability`: of the GPU that is
-// played. False if no decode kernel is compiled for it.
+// played. False if it is quantised and no decode kernel is compiled for it.
 extern "C" bool h2o_attention_on_warps(const TensorArgument* tensors, double scale, double softcap, int num_sms,
                                        int capability) {
   using namespace effllm;
@@ -41,5 +46,6 @@ extern "C" bool h2o_attention_on_warps(const TensorArgument* tensors, double sca
       return launch_decode_with_scores<bfloat16, decltype(codec)>(args, context);
     });
   }
-  return launch_decode_with_scores<bfloat16, bfloat16>(args, context);
+  launch_h2o_attention<void>(args, context);
+  return true;
 }

@@ -141,7 +141,7 @@ def test_2000_tokens_keep_what_the_dense_matrix_keeps(normalize: bool, device: s
                 expected_set = set(wanted.nonzero().flatten().tolist())
                 assert fast.kept(head) == expected_set, f"head {head} after token {position}"
         torch.testing.assert_close(actual.double().cpu(), expected, **tolerance)
-    assert slow.smallest_gap > 3e-6, "choices that rounding decides show nothing"
+    assert slow.smallest_gap > 3e-5, "choices that rounding decides show nothing"
 
     # The scores are the column sums of the matrix, and heads went their own ways.
     for head in range(KV_HEADS):

@@ -29,7 +29,9 @@ def h2o_attention(
     scores[b, h, j] grows, in place, by the weights that the HQ / HKV query heads of KV head h give
     to the key in slot j of that head: ``exp(score - lse)``, a sink's share taken off. Sums are
     fp32, come in a fixed order and are never taken across sequences. What evicts by them is
-    ``h2o_append``. On a CPU out and lse are those of paged_attention to the bit.
+    ``h2o_append``. On a CPU out and lse are those of paged_attention to the bit. On a GPU it is one
+    launch for up to 8 query heads per KV head and D up to 128, of quantised caches D of 72 to 128;
+    what is beyond takes paged_attention and ``attn_colsum``, which reads the keys again.
 
     Args:
         q: [B, HQ, D], fp16 or bf16; fp32 on the CPU only: the last token of each sequence, whose

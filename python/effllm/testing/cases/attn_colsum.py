@@ -189,5 +189,5 @@ CPU_CASES = [
 BENCH = [
     AttnColsumCase(((keys, keys),), 32, 8, 128, 64, last_n=last_n)
     for last_n in (None, 64)
-    for keys in (2048, 8192, 32768)
+    for keys in (2048, 8192, 16384)
 ]
