@@ -30,7 +30,7 @@ def h2o_attention(
     to the key in slot j of that head: ``exp(score - lse)``, a sink's share taken off. Sums are
     fp32, come in a fixed order and are never taken across sequences. What evicts by them is
     ``h2o_append``. On a CPU out and lse are those of paged_attention to the bit. On a GPU it is one
-    launch for up to 8 query heads per KV head and D up to 128, of quantised caches D of 72 to 128;
+    launch for up to 8 query heads per KV head and D up to 128, of quantised caches 96 or 128;
     what is beyond takes paged_attention and ``attn_colsum``, which reads the keys again.
 
     Args:
