@@ -1,4 +1,11 @@
 // attn_colsum's kernel on warps whose lanes take turns; test_attn_colsum.py compiles it, and calls it with tensors.
+#include <cuda_runtime.h>
+
+namespace effllm {
+// The dynamic shared memory of a CTA: ahead of the kernels that declare it.
+alignas(1024) thread_local uint4 smem_raw[16 * 1024];
+}  // namespace effllm
+
 #include "attention/attn_colsum.h"
 
 #include <cstdint>
@@ -9,9 +16,6 @@
 #include "tensor_argument.h"
 
 namespace effllm {
-// The dynamic shared memory of a CTA.
-alignas(128) thread_local uint4 smem_raw[16 * 1024];
-
 template void launch_attn_colsum<bfloat16>(const char*, const AttnColsumArgs&, cudaStream_t);
 }  // namespace effllm
 

@@ -1,5 +1,12 @@
 // h2o_attention's kernels on warps whose lanes take turns; test_h2o_attention.py compiles it, and calls it with
 // tensors.
+#include <cuda_runtime.h>
+
+namespace effllm {
+// The dynamic shared memory of a CTA: ahead of the kernels that declare it.
+alignas(1024) thread_local uint4 smem_raw[16 * 1024];
+}  // namespace effllm
+
 #include "attention/h2o_attention.h"
 
 #include <cstdint>
@@ -10,9 +17,6 @@
 #include "tensor_argument.h"
 
 namespace effllm {
-// The dynamic shared memory of a CTA.
-alignas(128) thread_local uint4 smem_raw[16 * 1024];
-
 // What other files compile.
 template void launch_paged_attention<void>(const PagedAttentionArgs&, const AttentionContext&);
 template void launch_attn_colsum<float16>(const char*, const AttnColsumArgs&, cudaStream_t);
