@@ -294,10 +294,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 linewidth=1,
                 label=method if bits == 4 else None,
             )
+    gguf = [r for r in result["rows"] if r["method"].startswith("GGUF")]
+    for row in gguf:
+        point = (row["bytes"] / 1e6, 100 * (row["perplexity"] / best - 1))
+        axes.plot(*point, "D", color="C4", label="GGUF" if row is gguf[0] else None)
+        name = row["method"].removeprefix("GGUF ")
+        axes.annotate(name, point, xytext=(6, 3), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
-    axes.set_ylim(1, 200)
-    ticks = [1, 2, 5, 10, 20, 50, 100, 200]
-    axes.set_yticks(ticks, [f"+{tick} %" for tick in ticks])
+    axes.set_ylim(0.02, 200)
+    axes.margins(x=0.1)
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200]
+    axes.set_yticks(ticks, [f"+{tick:g} %" for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.set_xlabel(
