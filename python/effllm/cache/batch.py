@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from .._host import TokenTree
+
+if TYPE_CHECKING:
+    from .eviction import Eviction
 
 # Index arithmetic on the host is numpy's: torch would start its thread pool for a few integers.
 IntArray = npt.NDArray[np.int32]
@@ -43,6 +46,7 @@ class PagedBatch:
     slot_mapping: Tensor  # int64 [T]; page * P + offset of each new token, -1 for padding
     positions: Tensor  # int64 [T]; position of each new token in its sequence, 0 for padding
     tree_mask: Tensor | None = None  # int64 [T]; which new tokens each one sees, None: all before
+    eviction: Eviction | None = None  # of caches that evict: what this step does about it
 
     def with_trees(self, trees: Sequence[TokenTree]) -> PagedBatch:
         """The same step with the new tokens of row b being the nodes of `trees[b]`, in their order.
@@ -52,6 +56,8 @@ class PagedBatch:
         drafts is a tree of one node. ValueError for trees that have not as many nodes as there are
         tokens; padding needs none.
         """
+        if self.eviction is not None:
+            raise ValueError("PagedBatch.with_trees: a cache that evicts takes no trees")
         words = list(chain.from_iterable(tree.mask_bits for tree in trees))
         if len(words) != self.num_tokens:
             raise ValueError(
@@ -73,14 +79,16 @@ def index_arrays(
     page_size: int,
     starts: list[int],
     counts: list[int],
+    evicted: list[int],
     num_rows: int,
     num_tokens: int,
 ) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray]:
     """seq_lens [B], cu_seqlens_q [B + 1], slot_mapping [T] and positions [T] of a step.
 
-    Row b holds `starts[b]` tokens and gets `counts[b]` more; up to B = `num_rows` rows follow that
-    have none, and up to T = `num_tokens` tokens that belong to no row. `page_table`: [>= B, MAXP],
-    the pages of the new tokens included.
+    Row b holds `starts[b]` tokens and gets `counts[b]` more, after `evicted[b]` others that it has
+    seen and no longer holds; up to B = `num_rows` rows follow that have no tokens, and up to T =
+    `num_tokens` tokens that belong to no row. `page_table`: [>= B, MAXP], the pages of the new
+    tokens included.
     """
     n, first = np.array(counts, dtype=np.int64), np.array(starts, dtype=np.int64)
     seq_lens = np.zeros(num_rows, dtype=np.int32)
@@ -90,8 +98,9 @@ def index_arrays(
     cu_seqlens_q = np.full(num_rows + 1, total, dtype=np.int32)
     cu_seqlens_q[: len(n)] = ends - n
     row = np.repeat(np.arange(len(n)), n)
+    at = np.arange(total) + (first + n - ends)[row]  # the slots of the new tokens
     positions = np.zeros(num_tokens, dtype=np.int64)
-    positions[:total] = at = np.arange(total) + (first + n - ends)[row]
+    positions[:total] = at + np.array(evicted, dtype=np.int64)[row]
     slot_mapping = np.full(num_tokens, -1, dtype=np.int64)
     slot_mapping[:total] = page_table[row, at // page_size].astype(np.int64) * page_size
     slot_mapping[:total] += at % page_size

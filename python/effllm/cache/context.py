@@ -49,6 +49,11 @@ class PagedContext:
         their positions, in the launch that appends. Returns ``[T, HQ, D]``.
         """
         batch = self.batch
+        if batch.eviction is not None:
+            given = {"split_size": split_size, "alibi_slopes": alibi_slopes, "rotary": rotary}
+            batch.eviction.check(window, given | {"sink_tokens": sink_tokens or None})
+            k, v = k.detach(), v.detach()
+            return batch.eviction.attend(batch, layer, q, k, v, scale, softcap, sinks)
         k_cache, v_cache, k_scale, v_scale = self.cache.layer(layer)
         # Cached keys carry no gradient. Nothing gets lost: the backward of attention raises.
         k, v = k.detach(), v.detach()

@@ -18,7 +18,7 @@ T new tokens, P page size, NP pages, MAXP pages per sequence, HKV heads, D head 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -30,17 +30,30 @@ from ..ops._kv_codes import QUANTIZED_KV, codes_per_row, empty_kv_scale
 from .batch import PagedBatch, index_arrays, upload
 from .swap import from_host, to_host
 
+if TYPE_CHECKING:
+    from .eviction import Slots
+
 
 class _Sequence(NamedTuple):
     """Host state of one sequence. Immutable, so that a fork or a failed call cannot alias it. Each
     step replaces that of all its sequences: a frozen dataclass would take twice as long for it."""
 
     pages: tuple[int, ...] = ()
-    length: int = 0  # tokens in the cache
+    length: int = 0  # tokens seen: the position of the next one
     committed: int = 0  # leading pages that this sequence has offered for reuse
     salt: str | bytes = b""
     # The content while it is swapped out, one tensor per cache; there are no pages then.
     host: tuple[Tensor, ...] = ()
+    # Of caches that evict (evicting.py):
+    evicted: int = 0  # tokens seen that each head has no slot for any more
+    settled: int = 0  # tokens seen when that was last so; behind it slots are in order
+    reserved: int = 0  # slots that stay reserved when a prompt is evicted
+    slots: Slots | None = None
+
+    @property
+    def held(self) -> int:
+        """Slots in use, of each head: those of the tokens in the cache."""
+        return self.length - self.evicted
 
 
 def check_kv_dtype(owner: str, kv_dtype: str | None) -> None:
@@ -196,9 +209,9 @@ class PagedKVCache:
             raise ValueError(
                 f"PagedKVCache.crop: length must be in [0, {seq.length}], got {length}"
             )
-        keep = self._pages_for(length)
+        keep = self._pages_for(length - seq.evicted)
         if keep_pages:
-            used = self._pages_for(seq.length)
+            used = self._pages_for(seq.held)
             while keep < used and not self._is_visible(seq.pages[keep]):
                 keep += 1
             if keep == used:  # those behind have one owner by design
@@ -240,7 +253,7 @@ class PagedKVCache:
         seq = self._get(seq_id)
         if seq.host:
             return
-        content = seq.pages[: self._pages_for(seq.length)]
+        content = seq.pages[: self._pages_for(seq.held)]
         host = to_host(self._caches, content) if content else ()
         self._seqs[seq_id] = seq._replace(pages=(), committed=0, host=host)
         self.pool.release(seq.pages)
@@ -253,7 +266,7 @@ class PagedKVCache:
         seq = self._get(seq_id)
         if not seq.host:
             return
-        pages = self.pool.allocate(self._pages_for(seq.length))
+        pages = self.pool.allocate(self._pages_for(seq.held))
         try:
             from_host(seq.host, self._caches, pages)
         except BaseException:
@@ -272,12 +285,13 @@ class PagedKVCache:
 
     # ---- steps -----------------------------------------------------------------------------------
 
-    def reserve(self, seq_id: int, num_tokens: int) -> None:
-        """Holds pages for the next `num_tokens` tokens, so that later steps cannot run out.
+    def reserve(self, seq_id: int, num_tokens: int, decode: int = 0) -> None:
+        """Holds pages for the next `num_tokens` tokens, and for as many as `decode` after them that
+        come one by one, so that later steps cannot run out.
 
         OutOfPages when the pool has too few, ValueError past max_seq_len.
         """
-        self._reserve([(seq_id, num_tokens)])
+        self._reserve([(seq_id, num_tokens + decode, self._get(seq_id).held)])
 
     def step(
         self,
@@ -310,13 +324,14 @@ class PagedKVCache:
             problem = f"a sequence repeats in {list(items)}"
         if problem:
             raise ValueError(f"PagedKVCache.step: {problem}")
-        self._reserve(items)
+        self._reserve([(seq_id, n, self._first_written(seq_id, n)) for seq_id, n in items])
 
-        starts = [self._seqs[seq_id].length for seq_id, _ in items]
+        starts = [self._seqs[seq_id].held for seq_id, _ in items]
         padding = rows - len(items)
         self._write_rows([self._seqs[seq_id].pages for seq_id, _ in items] + [()] * padding)
+        evicted = [self._seqs[seq_id].evicted for seq_id, _ in items]
         seq_lens, *rest = index_arrays(
-            self._host_table, self.page_size, starts, counts, rows, padded
+            self._host_table, self.page_size, starts, counts, evicted, rows, padded
         )
         self.seq_lens[:rows].copy_(torch.from_numpy(seq_lens), non_blocking=True)
         cu_seqlens_q, slot_mapping, positions = upload(rest, self.seq_lens.device)
@@ -378,43 +393,48 @@ class PagedKVCache:
     def _snapshot(self, seq_id: int) -> _Sequence:
         """The sequence without reserved pages: those have one owner by design."""
         seq = self._on_device(seq_id)
-        return seq._replace(pages=seq.pages[: self._pages_for(seq.length)])
+        return seq._replace(pages=seq.pages[: self._pages_for(seq.held)])
 
-    def _reserve(self, items: Sequence[tuple[int, int]]) -> None:
-        """Makes the next tokens of all items writable, or raises and changes nothing."""
-        # Plan. A partly filled last page that others can see is copied: it is committed, or has
-        # other holders. Of several writers in one step, the last holder left keeps the page.
+    def _first_written(self, seq_id: int, num_tokens: int) -> int:
+        """The first slot that a step of so many tokens writes."""
+        return self._get(seq_id).held
+
+    def _reserve(self, items: Sequence[tuple[int, int, int]]) -> None:
+        """Makes the next n tokens of each (seq_id, n, first slot to be written) writable, or raises
+        and changes nothing."""
+        # Plan. Filled or partly filled pages that others can see are copied: committed ones, and
+        # those with other holders. Of several writers in one step, the last holder left keeps them.
         holders: dict[int, int] = {}
-        plan: list[tuple[int, bool, int]] = []  # (seq_id, copy the last page?, pages to append)
-        for seq_id, n in items:
+        plan: list[tuple[int, list[int], int]] = []  # (seq_id, which pages to copy, how many more)
+        for seq_id, n, first in items:
             seq = self._on_device(seq_id)
-            if n < 0 or seq.length + n > self.max_seq_len:
+            if n < 0 or seq.held + n > self.max_seq_len:
                 raise ValueError(
-                    f"PagedKVCache: sequence {seq_id} has {seq.length} tokens, cannot add {n}: "
+                    f"PagedKVCache: sequence {seq_id} has {seq.held} tokens, cannot add {n}: "
                     f"max_seq_len is {self.max_seq_len}"
                 )
-            copy = False
-            if n and seq.length % self.page_size:
-                page = seq.pages[seq.length // self.page_size]
+            shared = []
+            for index in range(first // self.page_size, self._pages_for(seq.held) if n else 0):
+                page = seq.pages[index]
                 left = holders.setdefault(page, self.pool.ref_count(page))
-                copy = left > 1 or self.pool.is_committed(page)
-                holders[page] = left - copy
-            grow = max(0, self._pages_for(seq.length + n) - len(seq.pages))
-            plan.append((seq_id, copy, grow))
-        taken = self.pool.allocate(sum(copy + grow for _, copy, grow in plan))
+                if left > 1 or self.pool.is_committed(page):
+                    shared.append(index)
+                    holders[page] = left - 1
+            grow = max(0, self._pages_for(seq.held + n) - len(seq.pages))
+            plan.append((seq_id, shared, grow))
+        taken = self.pool.allocate(sum(len(shared) + grow for _, shared, grow in plan))
 
         fresh = iter(taken)
         moves: list[tuple[int, int]] = []  # (page, its copy)
         new: dict[int, _Sequence] = {}
-        for seq_id, copy, grow in plan:
-            if not copy and not grow:
+        for seq_id, shared, grow in plan:
+            if not shared and not grow:
                 continue
             seq = self._seqs[seq_id]
             pages = list(seq.pages)
-            if copy:
-                last = seq.length // self.page_size
-                moves.append((pages[last], next(fresh)))
-                pages[last] = moves[-1][1]
+            for index in shared:
+                moves.append((pages[index], next(fresh)))
+                pages[index] = moves[-1][1]
             pages += [next(fresh) for _ in range(grow)]
             new[seq_id] = seq._replace(pages=tuple(pages))
         if moves:

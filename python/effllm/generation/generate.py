@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effllm.cache import OutOfPages, PagedKVCache
+from effllm.cache import CachePolicy, EvictingKVCache, Full, OutOfPages, PagedKVCache
 from effllm.cache.batch import upload
 from effllm.generation.paged_model import (
     PagedModel,
@@ -64,6 +64,7 @@ def generate(
     stream: Callable[[int, int, str], None] | None = None,
     cache: PagedKVCache | None = None,
     kv_dtype: str | None = None,
+    cache_policy: CachePolicy | None = None,
     draft: Draft | None = None,
     tree: int = 8,
     cuda_graphs: bool | None = None,
@@ -91,6 +92,9 @@ def generate(
             default one is made that fits. Reset it when the weights change.
         kv_dtype: "e4m3", "int8" or "int4" to keep keys and values in 8 or 4 bits; a given cache
             has its own.
+        cache_policy: of ``effllm.cache``: which keys and values to keep of a text, ``H2O``,
+            ``StreamingLLM``, ``SnapKV`` or ``TOVA``; None and ``Full()`` keep all. A given cache
+            has its own. It goes without a draft and without ``cuda_graphs``.
         draft: of ``effllm.speculative``: ``NGramDraft``, ``ModelDraft``, ``MedusaDraft``. Greedy
             text is what it is without: the model computes the same, although sums over a tree may
             be added in another order than for one token, which can tip two tokens that are equally
@@ -102,12 +106,12 @@ def generate(
             graphs, each of which is recorded when its shape comes again, instead of launching
             kernel by kernel. None: on a GPU where they can be: a model that is all there, of a
             class that says so (``_can_compile_fullgraph``), without a rotary embedding that looks
-            at lengths. True insists. They hold memory for the time of the call: the logits of each
-            shape, and what the largest needs.
+            at lengths, and a cache that evicts nothing. True insists. They hold memory for the time
+            of the call: the logits of each shape, and what the largest needs.
 
     Raises:
         ValueError: bad options, an empty prompt, or one that exceeds the model's context; or
-            ``cuda_graphs=True`` for a model whose steps cannot be graphs.
+            ``cuda_graphs=True`` for a model or a cache whose steps cannot be graphs.
         OutOfPages: a given cache is too small; no token was generated.
     """
     if max_new_tokens < 1:
@@ -121,19 +125,32 @@ def generate(
         attention_mask,
         seed=seed,
         max_new_tokens=max_new_tokens,
-        context=context_of(model),
+        context=None if _has_no_end(cache_policy, cache) else context_of(model),
     )
-    graphs = use_graphs(model, cuda_graphs)
     stops = _stop_tokens(model) if stop_tokens is None else frozenset(stop_tokens)
     spare = 0 if draft is None else tree - 1  # nodes beyond the text, while they are verified
     if cache is None:
-        lengths = [len(request.prompt) + max_new_tokens + spare for request in requests]
-        cache = fitting_cache(model, lengths, kv_dtype)
-    elif kv_dtype is not None:
+        policy = cache_policy or Full()
+        lengths = [policy.needed(len(r.prompt), max_new_tokens + spare) for r in requests]
+        cache = fitting_cache(model, lengths, kv_dtype, policy)
+    else:
+        for name, value in (("kv_dtype", kv_dtype), ("cache_policy", cache_policy)):
+            if value is not None:
+                raise ValueError(
+                    f"effllm.generate: {name} must be None with a cache, which has its own, got "
+                    f"{value!r}"
+                )
+    if draft is not None and isinstance(cache, EvictingKVCache):
         raise ValueError(
-            "effllm.generate: kv_dtype must be None with a cache, which has its own, got "
-            f"{kv_dtype!r}"
+            "effllm.generate: draft must be None with a cache_policy: attention to rejected tokens "
+            f"would count, got {type(draft).__name__}"
         )
+    if cuda_graphs and isinstance(cache, EvictingKVCache):
+        raise ValueError(
+            "effllm.generate: cuda_graphs must be False or None with a cache_policy: the host says "
+            "of each step what it evicts, got True"
+        )
+    graphs = not isinstance(cache, EvictingKVCache) and use_graphs(model, cuda_graphs)
 
     def accept(request: Request, token: int) -> None:
         request.accept(token, stops, max_new_tokens)
@@ -149,8 +166,8 @@ def generate(
             request.seq = cache.add(request.prompt)
             request.pending = request.prompt[cache.length(request.seq) :]
             # The last new token is never fed.
-            cache.reserve(request.seq, len(request.pending) + max_new_tokens - 1)
-        for request in requests:
+            cache.reserve(request.seq, len(request.pending), max_new_tokens - 1)
+        for request in requests if spare else ():
             most = cache.max_seq_len - cache.length(request.seq)
             with suppress(OutOfPages):
                 cache.reserve(
@@ -191,6 +208,13 @@ def _decode(
             request.steps += 1
             accept(request, token)
         active = [r for r in active if r.finish_reason is None]
+
+
+def _has_no_end(policy: CachePolicy | None, cache: PagedKVCache | None) -> bool:
+    """Whether distances between tokens stay limited, so that no text is too long for the model."""
+    if isinstance(cache, EvictingKVCache):
+        policy = cache.policy
+    return policy is not None and policy.rotates
 
 
 def _stop_tokens(model: Any) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,14 +10,16 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from effllm._host import TokenTree
-from effllm.cache import PagedBatch, PagedContext, PagedKVCache
+from effllm.cache import CachePolicy, EvictingKVCache, PagedBatch, PagedContext, PagedKVCache
 from effllm.cache.batch import upload
 from effllm.generation.step_graph import StepGraphs
 
 _PAGE_SIZE = 16
+_STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # frequencies that the length leaves alone
 
 
 @dataclass(frozen=True)
@@ -113,23 +116,55 @@ def context_of(model: Any) -> int | None:
     return context
 
 
-def fitting_cache(model: Any, lengths: Sequence[int], kv_dtype: str | None = None) -> PagedKVCache:
-    """Room for sequences of these lengths, in the model's dtype and on its device."""
+def fitting_cache(
+    model: Any,
+    lengths: Sequence[int],
+    kv_dtype: str | None = None,
+    policy: CachePolicy | None = None,
+) -> PagedKVCache:
+    """Room for sequences of these lengths, in the model's dtype and on its device; those that a
+    policy leaves of texts, if it evicts."""
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
-    return PagedKVCache(
+    shape = (
         config.num_hidden_layers,
         getattr(config, "num_key_value_heads", None) or heads,
         getattr(config, "head_dim", None) or config.hidden_size // heads,
-        max_batch=max(1, len(lengths)),
-        max_seq_len=max(lengths, default=1),
-        page_size=_PAGE_SIZE,
-        # One more for the pool's own page 0, one so that an empty batch has a pool at all.
-        num_pages=2 + sum(-(-length // _PAGE_SIZE) for length in lengths),
-        dtype=model.dtype,
-        kv_dtype=kv_dtype,
-        device=model.device,
     )
+    options: dict[str, Any] = {
+        "max_batch": max(1, len(lengths)),
+        "max_seq_len": max(lengths, default=1),
+        "page_size": _PAGE_SIZE,
+        # One more for the pool's own page 0, one so that an empty batch has a pool at all.
+        "num_pages": 2 + sum(-(-length // _PAGE_SIZE) for length in lengths),
+        "dtype": model.dtype,
+        "kv_dtype": kv_dtype,
+        "device": model.device,
+    }
+    if policy is None or policy.slots is None:
+        return PagedKVCache(*shape, **options)
+    inv_freq = rotary_frequencies(model) if policy.rotates else None
+    return EvictingKVCache(policy, *shape, inv_freq=inv_freq, **options)
+
+
+def rotary_frequencies(model: Any) -> Tensor:
+    """inv_freq [R / 2] of a model whose rotary embedding turns every position alike, in halves.
+
+    ValueError for any other model: its keys cannot be rotated on.
+    """
+    decoder = model.get_decoder()
+    rotary = getattr(decoder, "rotary_emb", None)
+    rotate_half = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)
+    kind = getattr(rotary, "rope_type", None)
+    inv_freq: Tensor | None = getattr(rotary, "inv_freq", None)
+    halves = rotate_half is not None and rotate_half(torch.arange(4.0)).tolist() == [-2, -3, 0, 1]
+    if not halves or kind not in _STATIC_ROPE or inv_freq is None:
+        raise ValueError(
+            f"effllm.generate: {type(model).__name__} has no rotary embedding whose keys can be "
+            f"rotated on: needed are halves of one of the types {sorted(_STATIC_ROPE)}, got "
+            f"{'halves' if halves else 'other pairs'} of type {kind!r}"
+        )
+    return inv_freq
 
 
 @contextmanager
