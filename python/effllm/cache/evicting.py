@@ -63,14 +63,16 @@ class EvictingKVCache(PagedKVCache):
 
     def add(self, tokens: Sequence[int] = (), salt: str | bytes = b"") -> int:
         counted = self.policy.counts_prompt
-        computed = len(tokens) if counted is None else max(1, counted)
+        # At least 2, so that what is left is a prompt and can be fed beside others.
+        computed = len(tokens) if counted is None else max(2, counted)
         return super().add(tokens[: max(0, len(tokens) - computed + 1)], salt)
 
     def evicted(self, seq_id: int) -> int:
         """Tokens of the sequence that each head has evicted; the others are in the cache."""
         return self._get(seq_id).evicted
 
-    def crop(self, seq_id: int, length: int, *, keep_pages: bool = False) -> None:
+    def check_crop(self, seq_id: int, length: int) -> None:
+        """Raises the ValueError that ``crop`` would."""
         seq = self._on_device(seq_id)
         lossy = seq.length if self.policy.sums else seq.settled
         if 0 < length < lossy:
@@ -78,6 +80,10 @@ class EvictingKVCache(PagedKVCache):
                 "EvictingKVCache.crop: what was evicted or counted cannot be taken back: length "
                 f"must be 0 or at least {lossy}, got {length}"
             )
+
+    def crop(self, seq_id: int, length: int, *, keep_pages: bool = False) -> None:
+        self.check_crop(seq_id, length)
+        seq = self._get(seq_id)
         if length == 0:
             # As if what is held were all that came: its pages can go.
             self._seqs[seq_id] = seq._replace(length=seq.held, evicted=0, settled=0, slots=None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from effllm.cache import PagedContext, PagedKVCache
+from effllm.cache import CachePolicy, EvictingKVCache, Full, PagedContext, PagedKVCache
 from effllm.cache.paged import check_kv_dtype
 
 
@@ -40,6 +40,8 @@ class PagedCache(Cache):
         max_batch: int | None = None,
         page_size: int = 16,
         kv_dtype: str | None = None,
+        cache_policy: CachePolicy | None = None,
+        max_prompt: int | None = None,
     ) -> None:
         """Memory is allocated at the first token, in the model's dtype and on its device.
 
@@ -50,11 +52,26 @@ class PagedCache(Cache):
                 many as the first call brings.
             page_size: tokens per page.
             kv_dtype: "e4m3", "int8" or "int4" to keep keys and values in 8 or 4 bits.
+            cache_policy: of ``effllm.cache``, which keys and values to keep, as
+                ``effllm.generate`` takes it; None and ``Full()`` keep all. Lengths count all tokens
+                seen. ``crop`` raises ValueError where it would need what has been evicted, or a sum
+                of attention without the dropped tokens.
+            max_prompt: beside a policy that evicts while decoding: most tokens of one call, for
+                which there is room beyond what is kept; by default as many as the first call
+                brings.
 
-        Raises ValueError for another kv_dtype, or layers of a type that pages do not hold.
+        Raises ValueError for another kv_dtype, layers of a type that pages do not hold, or a policy
+        that rotates keys, which only ``effllm.generate`` can.
         """
         self.pages: PagedKVCache | None = None  # before anything raises: __del__ looks at it
         check_kv_dtype("PagedCache", kv_dtype)
+        policy = cache_policy or Full()
+        if policy.rotates:
+            raise ValueError(
+                "effllm: PagedCache cannot rotate keys, got a cache_policy with rotate=True; "
+                "effllm.generate can"
+            )
+        self.cache_policy, self.max_prompt = policy, max_prompt
         self._seqs: list[int] = []  # one sequence of `pages` per batch row
         self.config = config.get_text_config(decoder=True)
         others = set(getattr(self.config, "layer_types", None) or ()) - {
@@ -110,17 +127,22 @@ class PagedCache(Cache):
     def _start_step(self, key: Tensor, mask: Tensor | None) -> None:
         rows, heads, columns, head_dim = key.shape
         if self.pages is None:
-            self.pages = PagedKVCache(
-                len(self.layers),
-                heads,
-                head_dim,
-                max_batch=self.max_batch or rows,
-                max_seq_len=self.max_seq_len,
-                page_size=self.page_size,
-                dtype=key.dtype,
-                kv_dtype=self.kv_dtype,
-                device=key.device,
-            )
+            shape, policy = (len(self.layers), heads, head_dim), self.cache_policy
+            options: dict[str, Any] = {
+                "max_batch": self.max_batch or rows,
+                "max_seq_len": self.max_seq_len,
+                "page_size": self.page_size,
+                "dtype": key.dtype,
+                "kv_dtype": self.kv_dtype,
+                "device": key.device,
+            }
+            if policy.slots is None:
+                self.pages = PagedKVCache(*shape, **options)
+            else:
+                if policy.decoding:  # a further prompt comes on top of what is kept
+                    most = policy.slots + (self.max_prompt or columns)
+                    options["max_seq_len"] = min(self.max_seq_len, most)
+                self.pages = EvictingKVCache(policy, *shape, **options)
         if not self._seqs:
             self._seqs = [self.pages.add() for _ in range(rows)]
             self._real = torch.ones(rows, 0, dtype=torch.bool)
@@ -171,6 +193,8 @@ class PagedCache(Cache):
             max_batch=self.max_batch,
             page_size=self.page_size,
             kv_dtype=self.kv_dtype,
+            cache_policy=self.cache_policy,
+            max_prompt=self.max_prompt,
         )
         if self.pages is not None:
             copy.pages, copy._real = self.pages, self._real
@@ -195,10 +219,15 @@ class PagedCache(Cache):
             raise ValueError(
                 f"effllm: PagedCache.crop takes a negative number of tokens, got {tokens_to_remove}"
             )
-        self._real = self._real[:, : max(0, self.num_columns + tokens_to_remove)]
+        real = self._real[:, : max(0, self.num_columns + tokens_to_remove)]
         if self.pages is not None:
-            for seq, length in zip(self._seqs, self._real.sum(1).tolist(), strict=True):
+            rows = list(zip(self._seqs, real.sum(1).tolist(), strict=True))
+            if isinstance(self.pages, EvictingKVCache):
+                for seq, length in rows:  # first: a row that cannot changes nothing
+                    self.pages.check_crop(seq, length)
+            for seq, length in rows:
                 self.pages.crop(seq, length)
+        self._real = real
 
     def reset(self) -> None:
         """Forgets every sequence; the memory stays."""
