@@ -12,6 +12,7 @@ from tiny_models import llama_config
 from torch import Tensor
 
 import effllm
+from effllm._host import TokenTree
 from effllm.cache import (
     H2O,
     TOVA,
@@ -333,6 +334,17 @@ def test_a_prefix_is_reused_as_far_as_its_queries_do_not_count(llama: Any) -> No
         assert cache.length(cache.add(prompt)) == reused
 
 
+def test_a_prompt_that_is_found_but_for_a_token_goes_beside_others(llama: Any) -> None:
+    """The rest of it must still be fed as a prompt: the budget is full."""
+    policy, prompt = StreamingLLM(4, 60), text(64)
+    prompts = [[*prompt, 5], text(10, 9)]
+    expected = effllm.generate(llama, prompts, max_new_tokens=8, cache_policy=policy)
+    cache = fitting_cache(llama, [80, 80], None, policy)
+    effllm.generate(llama, [prompt], max_new_tokens=1, cache=cache)
+    assert cache.pool.num_committed == 4
+    assert effllm.generate(llama, prompts, max_new_tokens=8, cache=cache) == expected
+
+
 @each_policy
 def test_forks_swaps_and_reorders_go_their_own_ways(llama: Any, name: str) -> None:
     """Each branch of a text gets what it would get alone."""
@@ -431,6 +443,9 @@ def test_steps_and_crops_that_eviction_forbids(llama: Any) -> None:
     fast.cache.max_batch = 2
     with pytest.raises(ValueError, match=r"must evict to decode one token.*\[1, 5\]"):
         fast.cache.step([(fast.seq, 1), (other, 5)])
+    batch = fast.cache.step([(fast.seq, 1)])
+    with pytest.raises(ValueError, match="a cache that evicts takes no trees"):
+        batch.with_trees([TokenTree.chain([1])])
     for padding in ({"num_rows": 2}, {"num_tokens": 4}):
         with pytest.raises(ValueError, match="num_rows and num_tokens must be None"):
             fast.cache.step([(fast.seq, 1)], **padding)
