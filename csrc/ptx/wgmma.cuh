@@ -52,8 +52,9 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem_address) {
   return ((smem_address & 0x3ffffu) >> 4) | kLeading | kStride | kSwizzle128;
 }
 
-// A tile b[K, N] in panels of 64 columns: rows of 128 bytes, swizzled by 128 bytes, eight of them to
-// 1024 bytes; panels are `panel_bytes` apart. Along K advance by 2048 bytes per wgmma of 16 rows.
+// A tile b[K, N] in panels of 64 columns: rows of 128 bytes, swizzled by 128 bytes, eight of them
+// to 1024 bytes; panels are `panel_bytes` apart. Along K advance by 2048 bytes per wgmma of 16
+// rows.
 __device__ __forceinline__ uint64_t wgmma_mn_descriptor(uint32_t smem_address, int panel_bytes) {
   return wgmma_descriptor(smem_address) +
          (static_cast<uint64_t>((panel_bytes >> 4) - 1) << 16);  // the leading stride
