@@ -10,4 +10,5 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 def test_wgmma_wrappers() -> None:
     generator = runpy.run_path(str(CSRC / "ptx/gen_wgmma.py"))
-    assert (CSRC / "ptx/wgmma_mma.cuh").read_text() == generator["source"]()
+    for name, text in generator["sources"]().items():
+        assert (CSRC / "ptx" / name).read_text() == text

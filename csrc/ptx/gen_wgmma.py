@@ -1,4 +1,5 @@
-"""Writes wgmma_mma.cuh: one wrapper per tile width, because inline assembly takes no loops.
+"""Writes wgmma_16bit.cuh and wgmma_8bit.cuh: one wrapper per tile width, because inline assembly
+takes no loops.
 
 Run it after a change: python csrc/ptx/gen_wgmma.py. Its output is checked in; a test compares.
 """
@@ -101,12 +102,21 @@ def wrapper_int8(width: int) -> str:
     return wrapper("int8_t", width, functions)
 
 
-def source() -> str:
-    wrappers = [wrapper_16bit(n, p, width) for n, p in TYPES.items() for width in WIDTHS]
-    wrappers += [wrapper_e4m3(width) for width in E4M3_WIDTHS]
-    wrappers += [wrapper_int8(width) for width in INT8_WIDTHS]
-    return HEADER + "".join(wrappers) + "\n}  // namespace effllm::ptx\n"
+def sources() -> dict[str, str]:
+    """The text of each file, by its name."""
+    wrappers = {
+        "wgmma_16bit.cuh": [
+            wrapper_16bit(n, p, width) for n, p in TYPES.items() for width in WIDTHS
+        ],
+        "wgmma_8bit.cuh": [
+            *(wrapper_e4m3(width) for width in E4M3_WIDTHS),
+            *(wrapper_int8(width) for width in INT8_WIDTHS),
+        ],
+    }
+    end = "\n}  // namespace effllm::ptx\n"
+    return {name: HEADER + "".join(texts) + end for name, texts in wrappers.items()}
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("wgmma_mma.cuh").write_text(source())
+    for name, text in sources().items():
+        Path(__file__).with_name(name).write_text(text)

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "ptx/wgmma_mma.cuh"
+#include "ptx/wgmma_16bit.cuh"
+#include "ptx/wgmma_8bit.cuh"
 
 namespace effllm::ptx {
 
