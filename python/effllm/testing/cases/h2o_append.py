@@ -218,7 +218,7 @@ def _bench() -> list[H2oAppendCase]:
         H2oAppendCase((slots + 7,) * batch, slots, slots // 2, 4, False, 8, 128, 64)
         for batch, slots in ((1, 4096), (8, 4096), (64, 1024), (64, 4096))
     ]
-    growing = H2oAppendCase((2000,) * 64, 4096, 2048, 4, False, 8, 128, 64)
+    growing = H2oAppendCase((2000,) * 64, None, 1000, 4, False, 8, 128, 64)
     normalized = replace(full[-1], normalize=True)
     return [*full, growing, normalized, *(replace(full[-1], kv_dtype=n) for n in QUANTIZED_KV)]
 
