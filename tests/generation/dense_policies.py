@@ -40,6 +40,10 @@ class DensePolicy:
     pooling: str = "max"
     smallest_gap: float = float("inf")
     """Between the scores of who went and who was next, relative: how sure the choices are."""
+    follows: list[list[set[int]]] | None = None
+    """What each head of each layer is to keep of the step that is fed: others chose."""
+    largest_regret: float = 0.0
+    """By how much the score of who went was above the lowest, relative: how bad their choices."""
 
     def __post_init__(self) -> None:
         self.layers = [Layer() for _ in range(self.model.config.num_hidden_layers)]
@@ -78,8 +82,9 @@ class DensePolicy:
         new = torch.ones(heads, n, dtype=torch.bool)
         layer.kept = torch.cat([layer.kept.view(heads, -1), new], 1)
         layer.scores = torch.cat([layer.scores.view(heads, -1), new.double() * 0], 1)
+        wanted = None if self.follows is None else self.follows[module.layer_idx]
         if n == 1 and self.kind != "snap":
-            self.evict(layer, now=total - 1)
+            self.evict(layer, wanted, now=total - 1)
 
         at, token = torch.arange(total - n, total), torch.arange(total)
         sees = layer.kept[:, None] & (token <= at[:, None])
@@ -102,12 +107,15 @@ class DensePolicy:
         if n > 1 and self.kind == "snap":
             self.snap(layer, of_keys[:, -self.recent :].sum(1))
         elif n > 1:
-            self.evict(layer, now=total - 1, seen=total)
+            self.evict(layer, wanted, now=total - 1, seen=total)
         out = (weights @ v[:, None]).flatten(0, 1)
         return out.transpose(0, 1)[None].to(query.dtype), None
 
-    def evict(self, layer: Layer, now: int, seen: int | None = None) -> None:
-        """One token after the other, as long as there are too many."""
+    def evict(
+        self, layer: Layer, wanted: list[set[int]] | None, now: int, seen: int | None = None
+    ) -> None:
+        """One token after the other, as long as there are too many; only such as others want gone,
+        if ``wanted`` says what they kept."""
         for head, kept in enumerate(layer.kept):
             while kept.sum() > self.budget:
                 rank = []
@@ -118,7 +126,10 @@ class DensePolicy:
                             score /= (seen or now) - token
                         rank.append((score, token))
                 (least, goes), *others = sorted(rank)
-                if others and others[0][0] > 0:
+                if wanted is not None:
+                    score, goes = min(entry for entry in rank if entry[1] not in wanted[head])
+                    self.largest_regret = max(self.largest_regret, (score - least) / least)
+                elif others and others[0][0] > 0:
                     gap = (others[0][0] - least) / others[0][0]
                     self.smallest_gap = min(self.smallest_gap, gap)
                 kept[goes] = False
