@@ -24,7 +24,7 @@ void h2o_append_cuda(const Tensor& k, const Tensor& v, const Tensor& k_cache, co
                        budget, recent, n_sink, normalize);
   if (params.append.num_tokens == 0 || params.append.num_kv_heads == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
-  launch_h2o_append(params, current_cuda_stream(k));
+  launch_h2o_append(params, k.get_device_index(), current_cuda_stream(k));
 }
 
 }  // namespace

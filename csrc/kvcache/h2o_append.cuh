@@ -3,6 +3,14 @@
 // Roofline: bytes, 8 for every slot of a full head. All threads look for the slot of the lowest
 // rank, each with several vectors of slots on the way; then one warp writes the rows, its lower
 // half that of K, its upper half that of V.
+//
+// Of few heads it is latency: a chain of misses, lengths, slots, page, rows. So the kernel may be
+// launched before the one ahead is done, and asks until then for all of that to come to L2, going
+// by the length that it finds; everything is read again afterwards.
+//
+//   kernel ahead   ... | done
+//   before             | lines of slots, pages, rows -> L2
+//   after                lengths, pages | slots -> lowest | rows -> slot
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,6 +23,8 @@
 #include "cuda/launch.h"
 #include "kvcache/h2o_append.h"
 #include "kvcache/kv_row.cuh"
+#include "ptx/grid.cuh"
+#include "ptx/load.cuh"
 
 namespace effllm {
 
@@ -30,12 +40,15 @@ struct LowestSlot {
     rank = other_rank, slot = other_slot;
   }
 
+  // Both halves of the rank one after the other, then the slot: an instruction each.
   __device__ __forceinline__ void take_of_warp() {
-#pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      const int64_t other_rank = __shfl_xor_sync(~0u, rank, lanes);
-      take(other_rank, __shfl_xor_sync(~0u, slot, lanes));
-    }
+    const auto order = static_cast<int32_t>(rank >> 32);
+    const auto token = static_cast<uint32_t>(rank);
+    const int32_t lowest = __reduce_min_sync(~0u, order);
+    const uint32_t oldest = __reduce_min_sync(~0u, order == lowest ? token : UINT32_MAX);
+    const bool best = order == lowest && token == oldest;
+    slot = __reduce_min_sync(~0u, best ? slot : INT32_MAX);
+    rank = static_cast<int64_t>(lowest) * (int64_t{1} << 32) + oldest;
   }
 };
 
@@ -46,7 +59,7 @@ class SlotSearch {
                                         const int32_t* slot_pos, int num_slots)
       : rule_(rule), scores_(scores), slot_pos_(slot_pos), num_slots_(num_slots) {}
 
-  // `found` has room for each warp.
+  // `found` has room for each warp. The first one learns the slot.
   __device__ __forceinline__ int run(LowestSlot* found) {
     constexpr int kVector = 4, kAhead = 4;  // vectors of a thread that are on the way together
     constexpr int kStep = kEvictThreads * kVector;
@@ -83,10 +96,9 @@ class SlotSearch {
     lowest_.take_of_warp();
     if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = lowest_;
     __syncthreads();
-#pragma unroll
-    for (int warp = 0; warp < kEvictThreads / 32; ++warp) {
-      lowest_.take(found[warp].rank, found[warp].slot);
-    }
+    if (threadIdx.x >= 32) return 0;
+    lowest_ = threadIdx.x < kEvictThreads / 32 ? found[threadIdx.x] : LowestSlot();
+    lowest_.take_of_warp();
     return lowest_.slot;
   }
 
@@ -169,53 +181,101 @@ struct EncodeRow {
   }
 };
 
+// A sequence and KV head, and where it has its state.
+struct AppendHead {
+  int64_t seq, head;
+  float* scores;
+  int32_t* slot_pos;
+  int32_t* used;  // slots in use
+  const int32_t* page_row;
+
+  __device__ __forceinline__ AppendHead(const H2oAppendParams& params, unsigned idx) {
+    const auto num_heads = static_cast<unsigned>(params.append.num_kv_heads);
+    seq = idx / num_heads;
+    head = idx % num_heads;
+    scores = params.scores + seq * params.stride_scores_seq + head * params.stride_scores_head;
+    slot_pos =
+        params.slot_pos + seq * params.stride_slot_pos_seq + head * params.stride_slot_pos_head;
+    used = params.seq_lens + seq * params.stride_seq_lens_seq + head;
+    page_row = params.page_table + seq * params.stride_page_table_seq +
+               head * params.stride_page_table_head;
+  }
+
+  __device__ __forceinline__ const char* row(const KvAppendRows& rows) const {
+    return rows.tokens + seq * rows.stride_token_bytes + head * rows.stride_head_bytes;
+  }
+};
+
+// By all threads: so many bytes to L2.
+__device__ __forceinline__ void prefetch_bytes(const void* src_gmem, int64_t bytes) {
+  constexpr int64_t kLine = 128;
+  const auto* src = static_cast<const char*>(src_gmem);
+  for (int64_t i = threadIdx.x * kLine; i < bytes; i += kEvictThreads * kLine) {
+    ptx::prefetch_l2(src + i);
+  }
+}
+
+// What the kernel will read, as far as can be told while others may still write.
+__device__ __forceinline__ void prefetch_head(const H2oAppendParams& params,
+                                              const AppendHead& head) {
+  const int32_t num_slots = __ldcg(head.used);  // not to be found in L1 by who reads it later
+  if (threadIdx.x == 0) ptx::prefetch_l2(params.positions + head.seq);
+  for (const KvAppendRows* rows : {&params.append.k, &params.append.v}) {
+    prefetch_bytes(head.row(*rows), params.append.row_bytes);
+  }
+  prefetch_bytes(head.page_row, params.max_pages_per_seq * sizeof(int32_t));
+  if (num_slots < params.budget || num_slots > params.max_slots()) return;
+  prefetch_bytes(head.scores, num_slots * sizeof(float));
+  prefetch_bytes(head.slot_pos, num_slots * sizeof(int32_t));
+}
+
 template <class Writer>
 __global__ void __launch_bounds__(kEvictThreads)
     h2o_append_kernel(const __grid_constant__ H2oAppendParams params) {
   __shared__ LowestSlot found[kEvictThreads / 32];
-  const auto num_heads = static_cast<unsigned>(params.append.num_kv_heads);
-  const int64_t seq = blockIdx.x / num_heads;
-  const int64_t head = blockIdx.x % num_heads;
-  const int64_t position = params.positions[seq];
-  int32_t& used = params.seq_lens[seq * params.stride_seq_lens_seq + head];
-  const int32_t num_slots = used;
-  if (!params.is_position(position) || num_slots < 0 || num_slots > params.max_slots()) return;
-  float* const scores =
-      params.scores + seq * params.stride_scores_seq + head * params.stride_scores_head;
-  int32_t* const slot_pos =
-      params.slot_pos + seq * params.stride_slot_pos_seq + head * params.stride_slot_pos_head;
+  __shared__ int32_t pages[kEvictThreads];  // the first entries of the head's page table
+  const AppendHead head(params, blockIdx.x);
+  prefetch_head(params, head);
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
 
+  const int64_t position = params.positions[head.seq];
+  const int32_t num_slots = *head.used;
+  if (threadIdx.x < params.max_pages_per_seq) pages[threadIdx.x] = head.page_row[threadIdx.x];
+  if (!params.is_position(position) || num_slots < 0 || num_slots > params.max_slots()) return;
   __syncthreads();  // all know how many slots are in use
   int slot = num_slots;
   if (num_slots >= params.budget) {
-    slot = SlotSearch(params.rule(position), scores, slot_pos, num_slots).run(found);
+    slot = SlotSearch(params.rule(position), head.scores, head.slot_pos, num_slots).run(found);
   }
   if (threadIdx.x >= 32) return;
-  const int64_t page = params.page_of(seq, head, slot);
+  const auto [entry, offset] = params.place_of(slot);
+  const int64_t page =
+      params.valid_page(entry < kEvictThreads ? pages[entry] : head.page_row[entry]);
   if (page < 0) return;
-  const int64_t offset = slot % params.append.page_size;
   const auto lane = static_cast<int>(threadIdx.x % kRowLanes);
   const KvAppendRows& rows = threadIdx.x < kRowLanes ? params.append.k : params.append.v;
-  Writer::write(params.append,
-                rows.tokens + seq * rows.stride_token_bytes + head * rows.stride_head_bytes,
-                rows.target(page, offset, head), lane);
+  Writer::write(params.append, head.row(rows), rows.target(page, offset, head.head), lane);
   if (threadIdx.x == 0) {
-    scores[slot] = 0.f;
-    slot_pos[slot] = static_cast<int32_t>(position);
-    if (num_slots < params.budget) used = num_slots + 1;
+    head.scores[slot] = 0.f;
+    head.slot_pos[slot] = static_cast<int32_t>(position);
+    if (num_slots < params.budget) *head.used = num_slots + 1;
   }
 }
 
-inline void launch_h2o_append(const H2oAppendParams& params, cudaStream_t stream) {
+inline void launch_h2o_append(const H2oAppendParams& params, int device, cudaStream_t stream) {
   const KvAppendParams& append = params.append;
   const int64_t pairs = append.num_tokens * append.num_kv_heads;
   if (pairs > INT32_MAX || append.head_dim > INT32_MAX / 8) {
     fail("h2o_append", "B * HKV must be below 2^31 and D below 2^28, got " + std::to_string(pairs) +
                            " and " + std::to_string(append.head_dim));
   }
+  const bool early_start =
+      device_attribute(cudaDevAttrComputeCapabilityMajor, device, "h2o_append") >= 9;
   const auto launch = [&]<class Writer>(Writer) {
-    const Launch launch{"h2o_append", dim3(static_cast<unsigned>(pairs)), dim3(kEvictThreads), 0,
-                        stream};
+    const Launch launch{
+        "h2o_append", dim3(static_cast<unsigned>(pairs)), dim3(kEvictThreads), 0, stream, 1,
+        early_start};
     launch(h2o_append_kernel<Writer>, params);
   };
   if (append.quantizes()) {

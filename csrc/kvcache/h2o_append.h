@@ -34,6 +34,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "common/check.h"
 #include "common/view.h"
@@ -99,14 +100,23 @@ struct H2oAppendParams {
             normalize};
   }
 
-  // The page of a slot below max_slots(); -1 if the table has none for it.
-  constexpr int64_t page_of(int64_t seq, int64_t head, int64_t slot) const {
+  // Where a slot below max_slots() lies: the entry of the page table, and the place in the page.
+  constexpr std::pair<uint32_t, uint32_t> place_of(int64_t slot) const {
     // In 32 bits, which a GPU divides several times as fast.
     const auto size =
         static_cast<uint32_t>(append.page_size < INT32_MAX ? append.page_size : INT32_MAX);
-    const int64_t page = page_table[seq * stride_page_table_seq + head * stride_page_table_head +
-                                    static_cast<uint32_t>(slot) / size];
+    const auto idx = static_cast<uint32_t>(slot);
+    return {idx / size, idx % size};
+  }
+
+  // -1 if it is none.
+  constexpr int64_t valid_page(int64_t page) const {
     return page >= 0 && page < num_pages ? page : -1;
+  }
+
+  constexpr int64_t page_of(int64_t seq, int64_t head, int64_t slot) const {
+    return valid_page(page_table[seq * stride_page_table_seq + head * stride_page_table_head +
+                                 place_of(slot).first]);
   }
 };
 

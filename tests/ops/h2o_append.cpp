@@ -15,5 +15,5 @@ extern "C" void h2o_append_on_warps(const TensorArgument* tensors, int64_t budge
       check_h2o_append(*view(0), *view(1), *view(2), *view(3), *view(4), *view(5), *view(6),
                        *view(7), *view(8), view(9), view(10), budget, recent, n_sink, normalize);
   if (params.append.num_tokens == 0 || params.append.num_kv_heads == 0) return;
-  launch_h2o_append(params, nullptr);
+  launch_h2o_append(params, 0, nullptr);
 }

@@ -250,6 +250,12 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   return unsigned(*std::max_element(values.begin(), values.end()));
 }
 
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  unsigned smallest = value;
+  for (const uint64_t word : warp::exchange(value)) smallest = std::min(smallest, unsigned(word));
+  return smallest;
+}
+
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
 inline int __ffs(int bits) {
