@@ -71,15 +71,16 @@ class PartialResults {
   }
 
   // By a warp: outputs weighted by 2^(maximum - maximum of all) and added in the order of the
-  // parts, whichever came last.
+  // parts, whichever came last. Returns the row's lse.
   // `kBatch`: loads of a lane that are on the way together.
   template <int kBatch>
-  __device__ __forceinline__ void merge(int row_in_tile, const OutputRow& out_row) const {
+  __device__ __forceinline__ float merge(int row_in_tile, const OutputRow& out_row) const {
     const int lane_idx = static_cast<int>(threadIdx.x % 32);
     const int head_dim = static_cast<int>(args_.head_dim);
     const int num_parts = part_.num_parts;
     const int64_t first_row = row(0, row_in_tile), second_row = row(1, row_in_tile);
     const int64_t rows_per_part = int64_t{args_.num_row_tiles} * num_places() * Config::kRows;
+    float lse = 0.f;
     for (int dim = lane_idx * 4; dim - lane_idx * 4 < head_dim; dim += 32 * 4) {
       float4 values[kBatch];
       const auto load_batch = [&](int first) {
@@ -136,8 +137,10 @@ class PartialResults {
             args_, out_row.idx, dim,
             {sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse});
       }
-      if (dim == 0) args_.lse[out_row.idx] = total.lse2() * kLn2;
+      lse = total.lse2() * kLn2;
+      if (dim == 0) args_.lse[out_row.idx] = lse;
     }
+    return lse;
   }
 
  private:

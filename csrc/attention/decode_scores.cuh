@@ -12,10 +12,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/online_softmax.cuh"
 #include "attention/paged_sequence.cuh"
 #include "common/math.h"
+#include "ptx/load.cuh"
 
 namespace effllm {
 
@@ -47,57 +49,9 @@ class ScoreScratch {
     return args_.logits + pair * args_.stride_logits * rows_of_key(args_.group);
   }
 
-  // By all threads of a CTA, once all of it can be read, and the lse of the rows.
-  template <int kThreads>
-  __device__ __forceinline__ void add_weights() const {
-    constexpr int kBatch = 4;  // keys of a thread that are on the way together
-    const int num_keys = static_cast<int>(min(int64_t{sequence_.num_keys}, args_.num_score_slots));
-    const float* const of_pair = this->of_pair();
-    float* const sums = args_.scores + sequence_.seq_idx * args_.stride_scores_seq +
-                        kv_head_ * args_.stride_scores_head;
-    for (int first = threadIdx.x; first < num_keys; first += kBatch * kThreads) {
-      // The last key in place of those behind it, so that a loop of loads has no branches.
-      const auto key_at = [&](int i) { return min(first + i * kThreads, num_keys - 1); };
-      float weights[kBatch] = {};
-#pragma unroll 1
-      for (int row = 0; row < args_.group; row += 4) {
-        float4 scores[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const auto offset = static_cast<uint32_t>(key_at(i) * rows_of_key(args_.group) + row);
-          // Past L1, as others wrote.
-          scores[i] = __ldcg(reinterpret_cast<const float4*>(of_pair + offset));
-        }
-#pragma unroll
-        for (int within = 0; within < 4; ++within) {
-          if (row + within >= args_.group) break;
-          const float base = base_of(row + within);
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            const float score = within == 0   ? scores[i].x
-                                : within == 1 ? scores[i].y
-                                : within == 2 ? scores[i].z
-                                              : scores[i].w;
-            weights[i] += ptx::exp2_approx(score - base);
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int key = first + i * kThreads;
-        if (key < num_keys) sums[key] += weights[i];
-      }
-    }
-  }
-
   static constexpr int rows_of_key(int group) { return (group + 3) / 4 * 4; }
 
  private:
-  __device__ __forceinline__ float base_of(int row) const {
-    const OutputRow out_row(args_, sequence_, kv_head_, row);
-    return weight_base(args_.lse[out_row.idx], sink_score(args_, out_row.head));
-  }
-
   const PagedAttentionArgs& args_;
   const Sequence& sequence_;
   const int kv_head_;
@@ -118,5 +72,130 @@ __device__ __forceinline__ void store_scores(const PagedAttentionArgs& args, flo
         make_float2(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
   }
 }
+
+// Adds to the sums of a pair what its keys weigh: by all threads of the CTA that has the lse of the
+// rows, once all of its scores can be read. The first keys are on the way before the lse is there.
+template <class Config>
+class ScoreSums {
+  // Keys of a thread that are on the way together, and whether the first ones are while parts are
+  // merged: as registers allow.
+  static constexpr int kBatch = Config::kWarpsPerSm <= 12 ? 16 : 8;
+  static constexpr bool kAhead = Config::kWarpsPerSm <= 8;
+  static constexpr int kStep = kBatch * Config::kThreads;
+
+ public:
+  __device__ __forceinline__ ScoreSums(const PagedAttentionArgs& args, const Sequence& sequence,
+                                       int kv_head)
+      : group_(args.group),
+        num_keys_(static_cast<int>(min(int64_t{sequence.num_keys}, args.num_score_slots))),
+        scores_gmem_(ScoreScratch(args, sequence, kv_head).of_pair()),
+        sums_gmem_(args.scores + sequence.seq_idx * args.stride_scores_seq +
+                   kv_head * args.stride_scores_head) {}
+
+  // The sums of some keys into L2.
+  __device__ __forceinline__ void prefetch(KeyRange keys) const {
+    constexpr int kLine = 128 / sizeof(float);
+    const int end = min(keys.end, num_keys_);
+    for (int key = keys.begin + static_cast<int>(threadIdx.x) * kLine; key < end;
+         key += Config::kThreads * kLine) {
+      ptx::prefetch_l2(sums_gmem_ + key);
+    }
+  }
+
+  __device__ __forceinline__ void start() {
+    if constexpr (kAhead) with_rows([&](auto rows) { load<rows>(thread_key(0)); });
+  }
+
+  // `base`: of each row, what its weights are powers against.
+  __device__ __forceinline__ void finish(const float* base) {
+    with_rows([&](auto rows) { add<rows>(base); });
+  }
+
+ private:
+  // The first key of this thread among those of a step.
+  static __device__ __forceinline__ int thread_key(int step_begin) {
+    return step_begin + static_cast<int>(threadIdx.x);
+  }
+
+  // Calls `body` with the rows of a key, a constant, so that all addresses are one and an offset.
+  template <class Body>
+  __device__ __forceinline__ void with_rows(Body body) const {
+    if (group_ <= 4) {
+      body(std::integral_constant<int, 4>{});
+    } else {
+      body(std::integral_constant<int, 8>{});
+    }
+  }
+
+  __device__ __forceinline__ bool has_key(int first, int i) const {
+    return first + i * Config::kThreads < num_keys_;
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void add(const float* base) {
+#pragma unroll 1
+    for (int begin = 0; begin < num_keys_; begin += kStep) {
+      const int first = thread_key(begin);
+      if (!kAhead || begin > 0) load<kRows>(first);
+      float weights[kBatch] = {};
+      add_rows(weights, base, 0);
+      if constexpr (kRows > 4) {
+        load_rows<kRows>(first, 4);
+        add_rows(weights, base, 4);
+      }
+      float* const sums = sums_gmem_ + first;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (has_key(first, i)) sums[i * Config::kThreads] = sums_[i] + weights[i];
+      }
+    }
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void load(int first) {
+    load_rows<kRows>(first, 0);
+    const float* const sums = sums_gmem_ + first;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      sums_[i] = has_key(first, i) ? sums[i * Config::kThreads] : 0.f;
+    }
+  }
+
+  // Past L1, as others wrote.
+  template <int kRows>
+  __device__ __forceinline__ void load_rows(int first, int row) {
+    const auto* const scores =
+        reinterpret_cast<const float4*>(scores_gmem_ + static_cast<uint32_t>(first * kRows + row));
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      scores_[i] =
+          has_key(first, i) ? __ldcg(scores + i * Config::kThreads * (kRows / 4)) : float4{};
+    }
+  }
+
+  // The rows from `row` on of those that were loaded.
+  __device__ __forceinline__ void add_rows(float (&weights)[kBatch], const float* base,
+                                           int row) const {
+#pragma unroll
+    for (int within = 0; within < 4; ++within) {
+      if (row + within >= group_) break;
+      const float base_of_row = base[row + within];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float score = within == 0   ? scores_[i].x
+                            : within == 1 ? scores_[i].y
+                            : within == 2 ? scores_[i].z
+                                          : scores_[i].w;
+        weights[i] += ptx::exp2_approx(score - base_of_row);
+      }
+    }
+  }
+
+  const int group_, num_keys_;
+  const float* const scores_gmem_;
+  float* const sums_gmem_;
+  float4 scores_[kBatch];
+  float sums_[kBatch];
+};
 
 }  // namespace effllm

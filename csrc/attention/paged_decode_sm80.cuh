@@ -45,7 +45,10 @@ struct PagedDecodeStorage {
   AlibiRow alibi[Config::kRows];  // unless there are no slopes
   TreeRow tree[Config::kRows];    // unless there is no tree
   bool is_last;                   // this CTA merges the parts
-  float* scratch;                 // of the pair's scores, if they are wanted
+  // Of the pair's scores, if they are wanted: where they are left, and what weights of each row are
+  // powers against.
+  float* scratch;
+  float weight_base[Config::kRows];
 };
 
 template <class Config>
@@ -272,17 +275,17 @@ __device__ __forceinline__ float4 merge_warps(const PagedDecodeStorage<Config>& 
   return sum;
 }
 
-// One CTA's part of a row tile; whether that has its results now. What the loop does not need is
-// read again after it, from shared memory: registers are for keys and values on the way.
+// One CTA's part of a row tile. What the loop does not need is read again after it, from shared
+// memory: registers are for keys and values on the way.
 template <class Config>
-__device__ __forceinline__ bool decode_part(const PagedAttentionArgs& args,
+__device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
                                             PagedDecodeStorage<Config>& smem) {
   using Element = typename Config::Element;
   const DecodePart& part = smem.share.schedule.part();
   const Sequence sequence(args, part.table_idx, typename Config::LoadLengths{});
   const int kv_head = sequence.first_kv_head + part.head;
   const DecodeTile<Config> tile(args, sequence, smem.share.row_tile);
-  if (part.begin == part.end || tile.empty()) return false;
+  if (part.begin == part.end || tile.empty()) return;
   if (part.num_parts > 1 && part.idx == 0 && threadIdx.x == 0) {
     PartialResults<Config>(args, part, smem.share.row_tile).open();
   }
@@ -310,6 +313,14 @@ __device__ __forceinline__ bool decode_part(const PagedAttentionArgs& args,
 
   const bool whole = part.num_parts == 1;
   const PartialResults<Config> partial(args, part, smem.share.row_tile);
+  [[maybe_unused]] ScoreSums<Config> sums(args, sequence, kv_head);
+  [[maybe_unused]] const auto leave_base = [&](int row, const OutputRow& out_row, float lse) {
+    smem.weight_base[row] = weight_base(lse, sink_score(args, out_row.head));
+  };
+  if constexpr (Config::kScores) {
+    if (whole) sums.start();
+    sums.prefetch(keys_of_part<Config>(args, sequence.seen_keys(args), part, tile.keys));
+  }
   const int num_rows = min(tile.num_rows - tile.first_row, Config::kRows);
   const int dim_quads = static_cast<int>(args.head_dim) / 4;
   for (int i = threadIdx.x; i < num_rows * dim_quads; i += Config::kThreads) {
@@ -321,7 +332,11 @@ __device__ __forceinline__ bool decode_part(const PagedAttentionArgs& args,
       const float inverse = total.inverse_sum(sink_score(args, out_row.head));
       value = {value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse};
       store_output<Element>(args, out_row.idx, dim, value);
-      if (dim == 0) args.lse[out_row.idx] = total.lse2() * kLn2;
+      if (dim == 0) {
+        const float lse = total.lse2() * kLn2;
+        args.lse[out_row.idx] = lse;
+        if constexpr (Config::kScores) leave_base(row, out_row, lse);
+      }
     } else {
       const int64_t partial_row = partial.row(part.idx, row);
       *reinterpret_cast<float4*>(args.partial_out + partial_row * args.head_dim + dim) = value;
@@ -330,30 +345,23 @@ __device__ __forceinline__ bool decode_part(const PagedAttentionArgs& args,
       }
     }
   }
-  if (whole) return true;
-
-  __syncthreads();
-  if (threadIdx.x == 0) smem.is_last = partial.arrive_last();
-  __syncthreads();
-  if (!smem.is_last) return false;
-  for (int row = threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
-    partial.template merge<16>(row, OutputRow(args, sequence, kv_head, tile.first_row + row));
+  if (!whole) {
+    __syncthreads();
+    if (threadIdx.x == 0) smem.is_last = partial.arrive_last();
+    __syncthreads();
+    if (!smem.is_last) return;
+    if constexpr (Config::kScores) sums.start();
+    for (int row = threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
+      const OutputRow out_row(args, sequence, kv_head, tile.first_row + row);
+      [[maybe_unused]] const float lse = partial.template merge<16>(row, out_row);
+      if constexpr (Config::kScores) {
+        if (threadIdx.x % 32 == 0) leave_base(row, out_row, lse);
+      }
+    }
   }
-  return true;
-}
-
-// The same, and what h2o_attention wants besides.
-template <class Config>
-__device__ __forceinline__ void decode_and_score_part(const PagedAttentionArgs& args,
-                                                      PagedDecodeStorage<Config>& smem) {
-  [[maybe_unused]] const bool is_done = decode_part(args, smem);
   if constexpr (Config::kScores) {
-    __syncthreads();  // the lse of all rows is there
-    if (!is_done) return;
-    const DecodePart& part = smem.share.schedule.part();
-    const Sequence sequence(args, part.table_idx, typename Config::LoadLengths{});
-    const int kv_head = sequence.first_kv_head + part.head;
-    ScoreScratch(args, sequence, kv_head).add_weights<Config::kThreads>();
+    __syncthreads();  // what weights are powers against is there
+    sums.finish(smem.weight_base);
   }
 }
 
@@ -361,7 +369,7 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     paged_decode_kernel(const __grid_constant__ PagedAttentionArgs args) {
   __shared__ PagedDecodeStorage<Config> smem;
-  for_each_part<Config>(args, smem.share, [&] { decode_and_score_part(args, smem); });
+  for_each_part<Config>(args, smem.share, [&] { decode_part(args, smem); });
 }
 
 // `args` has num_row_tiles and all that is of the decode kernel.
