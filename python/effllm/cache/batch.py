@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .. import ops
 from .._host import TokenTree
 
 if TYPE_CHECKING:
@@ -47,6 +48,33 @@ class PagedBatch:
     positions: Tensor  # int64 [T]; position of each new token in its sequence, 0 for padding
     tree_mask: Tensor | None = None  # int64 [T]; which new tokens each one sees, None: all before
     eviction: Eviction | None = None  # of caches that evict: what this step does about it
+
+    def attention(
+        self,
+        q: Tensor,
+        layer: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """``ops.paged_attention`` of the step: out and lse of q [T, HQ, D] to what a layer of the
+        cache holds, as ``PagedKVCache.layer`` gives it."""
+        k_cache, v_cache, k_scale, v_scale = layer
+        return ops.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            self.page_table,
+            self.seq_lens,
+            self.cu_seqlens_q,
+            k_scale,
+            v_scale,
+            sinks,
+            alibi_slopes,
+            self.tree_mask,
+            max_seqlen_q=self.max_seqlen_q,
+            **options,
+        )
 
     def with_trees(self, trees: Sequence[TokenTree]) -> PagedBatch:
         """The same step with the new tokens of row b being the nodes of `trees[b]`, in their order.

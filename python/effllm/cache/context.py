@@ -76,19 +76,11 @@ class PagedContext:
                 v_scale,
                 interleaved=interleaved,
             )
-        out, _ = ops.paged_attention(
+        out, _ = batch.attention(
             q,
-            k_cache,
-            v_cache,
-            batch.page_table,
-            batch.seq_lens,
-            batch.cu_seqlens_q,
-            k_scale,
-            v_scale,
+            self.cache.layer(layer),
             None if sinks is None else sinks.float(),
             None if alibi_slopes is None else alibi_slopes.float(),
-            batch.tree_mask,
-            max_seqlen_q=batch.max_seqlen_q,
             scale=scale,
             window=window,
             softcap=softcap,

@@ -58,6 +58,19 @@ class Slots:
 
 
 @dataclass(frozen=True)
+class _LayerStep:
+    """What a layer brings, and how it attends."""
+
+    batch: PagedBatch
+    layer: int
+    q: Tensor  # [T, HQ, D]
+    k: Tensor  # [T, HKV, D]
+    v: Tensor
+    sinks: Tensor | None  # fp32 [HQ]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Eviction:
     """What a step evicts. A prompt is attended to as a whole, then evicted from; a step of one
     token of each row first makes room for it, so that it sees as many keys as are kept."""
@@ -100,30 +113,21 @@ class Eviction:
         sinks: Tensor | None,
     ) -> Tensor:
         """Appends k, v [T, HKV, D] and attends q [T, HQ, D] to what is kept; as PagedContext."""
-        options = {"scale": scale, "softcap": softcap}
         sinks = None if sinks is None else sinks.float()
-        run = self._decode if self.is_decoding and self.slots is not None else self._extend
-        return run(batch, layer, q, k, v, sinks, options)
+        step = _LayerStep(batch, layer, q, k, v, sinks, {"scale": scale, "softcap": softcap})
+        decodes = self.is_decoding and self.slots is not None
+        return self._decode(step) if decodes else self._extend(step)
 
-    def _decode(
-        self,
-        batch: PagedBatch,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        options: dict[str, Any],
-    ) -> Tensor:
+    def _decode(self, step: _LayerStep) -> Tensor:
         assert self.slots is not None
-        policy = self.cache.policy
+        policy, batch, layer = self.cache.policy, step.batch, step.layer
         scores, positions = self.slots.scores[layer], self.slots.positions[layer]
         k_cache, v_cache, k_scale, v_scale = self.cache.layer(layer)
-        heads = k.shape[1]
+        heads = step.k.shape[1]
         # All heads of a sequence use equally many slots, in their own rows of the same pages.
         ops.h2o_append(
-            k,
-            v,
+            step.k,
+            step.v,
             k_cache,
             v_cache,
             scores,
@@ -140,11 +144,11 @@ class Eviction:
         if self.slots.sinks is not None:
             self._rotate_sinks(batch, layer, self.slots.sinks[layer])
         if not policy.counts_decoding:
-            return self._attention(batch, layer, q, sinks, options)[0]
+            return self._attention(step)[0]
         if not policy.sums:
             scores.zero_()
         out, _ = ops.h2o_attention(
-            q,
+            step.q,
             k_cache,
             v_cache,
             scores,
@@ -152,56 +156,49 @@ class Eviction:
             batch.seq_lens,
             k_scale,
             v_scale,
-            sinks,
-            **options,
+            step.sinks,
+            **step.options,
         )
         if not policy.sums:
             scores.copy_(policy.of_step(scores))
         return out
 
-    def _extend(
-        self,
-        batch: PagedBatch,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        options: dict[str, Any],
-    ) -> Tensor:
+    def _extend(self, step: _LayerStep) -> Tensor:
         """Prompts: all tokens in the order of the text, attention, and what stays of them."""
-        policy, rows = self.cache.policy, range(len(self.seq_ids))
+        policy, batch, layer = self.cache.policy, step.batch, step.layer
+        rows = range(len(self.seq_ids))
         totals = [held + n for held, n in zip(self.held, self.counts, strict=True)]
         if self.slots is not None:
             for row in rows:
                 if self.evicts[row] and self.held[row]:
                     self._sort(batch, layer, row, self.slots)
         k_cache, v_cache, k_scale, v_scale = self.cache.layer(layer)
-        ops.kv_append(k, v, k_cache, v_cache, batch.slot_mapping, k_scale, v_scale)
+        ops.kv_append(step.k, step.v, k_cache, v_cache, batch.slot_mapping, k_scale, v_scale)
         if any(self.evicts) and policy.prompt_window is not None:
             seen = {"window": policy.prompt_window, "sink_tokens": policy.n_sink}
         else:
             seen = {}
-        out, lse = self._attention(batch, layer, q, sinks, options | seen)
+        out, lse = self._attention(step, **seen)
         if self.slots is None and not any(self.evicts):
             return out
 
         longest = max(totals)
         if policy.counts_prompt == 0:
-            weights = q.new_zeros(len(rows), k.shape[1], longest, dtype=torch.float32)
+            shape = (len(rows), step.k.shape[1], longest)
+            weights = step.q.new_zeros(shape, dtype=torch.float32)
         else:
             weights = ops.attn_colsum(
-                q,
+                step.q,
                 k_cache,
                 batch.page_table,
                 batch.seq_lens,
                 batch.cu_seqlens_q,
                 lse,
                 k_scale,
-                sinks,
+                step.sinks,
                 max_seqlen_k=longest,
                 last_n=policy.counts_prompt,
-                **options,
+                **step.options,
             )
         for row in rows if self.slots is not None else [r for r in rows if self.evicts[r]]:
             self._evict(batch, layer, row, weights[row, :, : totals[row]])
@@ -210,28 +207,9 @@ class Eviction:
             self.cache.settle([seq_id for seq_id, has_to in evicting if has_to])
         return out
 
-    def _attention(
-        self,
-        batch: PagedBatch,
-        layer: int,
-        q: Tensor,
-        sinks: Tensor | None,
-        options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor]:
-        k_cache, v_cache, k_scale, v_scale = self.cache.layer(layer)
-        return ops.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            batch.page_table,
-            batch.seq_lens,
-            batch.cu_seqlens_q,
-            k_scale,
-            v_scale,
-            sinks,
-            max_seqlen_q=batch.max_seqlen_q,
-            **options,
-        )
+    def _attention(self, step: _LayerStep, **seen: Any) -> tuple[Tensor, Tensor]:
+        layer = self.cache.layer(step.layer)
+        return step.batch.attention(step.q, layer, step.sinks, **step.options, **seen)
 
     def _evict(self, batch: PagedBatch, layer: int, row: int, weights: Tensor) -> None:
         """After a prompt: adds its weights [HKV, N] to the scores, keeps what the policy says."""

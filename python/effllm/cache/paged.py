@@ -408,19 +408,20 @@ class PagedKVCache:
         plan: list[tuple[int, list[int], int]] = []  # (seq_id, which pages to copy, how many more)
         for seq_id, n, first in items:
             seq = self._on_device(seq_id)
-            if n < 0 or seq.held + n > self.max_seq_len:
+            held = seq.held
+            if n < 0 or held + n > self.max_seq_len:
                 raise ValueError(
-                    f"PagedKVCache: sequence {seq_id} has {seq.held} tokens, cannot add {n}: "
+                    f"PagedKVCache: sequence {seq_id} has {held} tokens, cannot add {n}: "
                     f"max_seq_len is {self.max_seq_len}"
                 )
             shared = []
-            for index in range(first // self.page_size, self._pages_for(seq.held) if n else 0):
+            for index in range(first // self.page_size, self._pages_for(held) if n else 0):
                 page = seq.pages[index]
                 left = holders.setdefault(page, self.pool.ref_count(page))
                 if left > 1 or self.pool.is_committed(page):
                     shared.append(index)
                     holders[page] = left - 1
-            grow = max(0, self._pages_for(seq.held + n) - len(seq.pages))
+            grow = max(0, self._pages_for(held + n) - len(seq.pages))
             plan.append((seq_id, shared, grow))
         taken = self.pool.allocate(sum(len(shared) + grow for _, shared, grow in plan))
 
