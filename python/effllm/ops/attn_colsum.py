@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._autograd import refuse_backward
 from .._load import ops
+from ._kv_codes import as_bits, dequantize_kv
 from .paged_attention import cache_rows, check_cu_seqlens, check_paged_shapes
 
 _op = ops.attn_colsum.default
@@ -126,8 +127,10 @@ def attn_colsum_ref(
     scale: float | None = None,
     softcap: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    tensor_cores: bool = False,
 ) -> Tensor:
-    """Plain PyTorch, one sequence and KV head after the other, in ``dtype``."""
+    """Plain PyTorch, one sequence and KV head after the other, in ``dtype``. With ``tensor_cores``
+    the products of queries and keys are those of a GPU for 16-bit operands, in fp32."""
     num_kv_heads, dim = k_cache.shape[2], q.shape[2]
     page_size, group = k_cache.shape[1], q.shape[1] // num_kv_heads
     scale = 1.0 / math.sqrt(dim) if scale is None else scale
@@ -154,7 +157,12 @@ def attn_colsum_ref(
             first = max(start, end - last_n) if last_n is not None else start
             for begin in range(first, end, _REF_QUERIES):
                 rows = slice(begin, min(begin + _REF_QUERIES, end))
-                scores = torch.einsum("qgd,kd->gqk", q[rows, of_q].to(dtype), keys[:, 0]) * scale
+                if tensor_cores:
+                    cached = (k_cache[:, :, of_head], of_cache, pages, slot % page_size)
+                    products = _tensor_core_products(q[rows, of_q], *cached).to(dtype)
+                else:
+                    products = torch.einsum("qgd,kd->gqk", q[rows, of_q].to(dtype), keys[:, 0])
+                scores = products * scale
                 if softcap > 0:
                     scores = softcap * torch.tanh(scores / softcap)
                 weights = torch.exp(scores - base[rows, of_q].T[..., None])
@@ -162,3 +170,24 @@ def attn_colsum_ref(
                 hidden = slot > position[:, None]
                 sums[index, head, :num_keys] += weights.masked_fill(hidden, 0.0).sum((0, 1))
     return sums
+
+
+def _tensor_core_products(
+    q: Tensor, cache: Tensor, scale: Tensor | None, pages: Tensor, slots: Tensor
+) -> Tensor:
+    """q [Q, G, D] times keys of one head, fp32 [G, Q, S]. Codes are operands in fp16, which holds
+    them exactly, and their scales meet the products."""
+    keys = as_bits(cache)[pages, slots].view(cache.dtype)[:, 0]
+    factor = None
+    if scale is not None:
+        of_keys = scale[pages, slots][:, 0]
+        factor = (of_keys[:, 0] if cache.dtype == torch.uint8 else of_keys).float()
+        ones = torch.ones_like(of_keys)
+        if cache.dtype == torch.uint8:
+            ones[:, 1] = of_keys[:, 1]  # the zeros
+        keys = dequantize_kv(keys, ones, torch.float16)
+    rows = q.transpose(0, 1).flatten(0, 1).to(keys.dtype)
+    products = torch.mm(rows, keys.T, out_dtype=torch.float32)
+    if factor is not None:
+        products *= factor
+    return products.view(q.shape[1], q.shape[0], -1)
