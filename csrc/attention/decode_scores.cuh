@@ -2,8 +2,8 @@
 // kernel, where they come up, to the CTA that knows the lse of all rows and what they weigh.
 //
 // Roofline: bytes. For each key 4 for each row, written and soon read again, from L2 if not too
-// many come between, and 8 of what is added to; K and V of 16 bits are 4 * D. The CTA that merges
-// has all keys of the pair to itself, and many of them on the way.
+// many come between, which then lets go of them unwritten; and 8 of what is added to. K and V of 16
+// bits are 4 * D. The CTA that merges has all keys of the pair to itself, and many on the way.
 //
 //   scratch [B * HKV, stride_logits keys, rows]   log2(e) * score, the rows rounded up to 4
 #pragma once
@@ -17,6 +17,7 @@
 #include "attention/online_softmax.cuh"
 #include "attention/paged_sequence.cuh"
 #include "common/math.h"
+#include "ptx/l2.cuh"
 #include "ptx/load.cuh"
 
 namespace effllm {
@@ -148,6 +149,19 @@ class ScoreSums {
       for (int i = 0; i < kBatch; ++i) {
         if (has_key(first, i)) sums[i * Config::kThreads] = sums_[i] + weights[i];
       }
+      discard<kRows>(first);
+    }
+  }
+
+  // The scores of a step, of which a warp has 32 keys in a row at a time, need not go to memory.
+  template <int kRows>
+  __device__ __forceinline__ void discard(int first) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    constexpr int kLineKeys = 32 / kRows;
+    __syncwarp();  // all have read
+    for (int i = lane; i < kBatch * kRows; i += 32) {
+      const int key = first - lane + i / kRows * Config::kThreads + i % kRows * kLineKeys;
+      if (key < num_keys_) ptx::discard_l2(scores_gmem_ + static_cast<uint32_t>(key * kRows));
     }
   }
 
