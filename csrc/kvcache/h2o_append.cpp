@@ -25,7 +25,8 @@ int64_t find_lowest(const EvictionRule& rule, const float* scores, const int32_t
     int32_t orders[kBlock];
     const int64_t count = std::min(num_slots - begin, kBlock);
     for (int64_t idx = 0; idx < count; ++idx) {
-      orders[idx] = rule.order(scores[begin + idx], slot_pos[begin + idx]);
+      const int32_t token = slot_pos[begin + idx];
+      orders[idx] = rule.order(rule.value(scores[begin + idx], token), token);
     }
     int32_t lowest = std::numeric_limits<int32_t>::max();
     for (int64_t idx = 0; idx < count; ++idx) lowest = std::min(lowest, orders[idx]);

@@ -1,16 +1,17 @@
 // The kernel of h2o_append: a CTA for each sequence and KV head.
 //
 // Roofline: bytes, 8 for every slot of a full head. All threads look for the slot of the lowest
-// rank, each with several vectors of slots on the way; then one warp writes the rows, its lower
-// half that of K, its upper half that of V.
+// rank, with all that they read on the way together; then one warp writes the rows, its lower half
+// that of K, its upper half that of V.
 //
 // Of few heads it is latency: a chain of misses, lengths, slots, page, rows. So the kernel may be
 // launched before the one ahead is done, and asks until then for all of that to come to L2, going
-// by the length that it finds; everything is read again afterwards.
+// by the length that it finds. Everything is read again afterwards, at once: slots by that length,
+// which but for a head that was changed in between is right.
 //
 //   kernel ahead   ... | done
 //   before             | lines of slots, pages, rows -> L2
-//   after                lengths, pages | slots -> lowest | rows -> slot
+//   after                lengths, slots, pages, rows | lowest | rows -> slot
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,12 +24,13 @@
 #include "cuda/launch.h"
 #include "kvcache/h2o_append.h"
 #include "kvcache/kv_row.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/load.cuh"
 
 namespace effllm {
 
-inline constexpr int kEvictThreads = 256;
+inline constexpr int kEvictThreads = 512;
 
 // The best slot that a thread, a warp, a CTA knows of.
 struct LowestSlot {
@@ -54,63 +56,72 @@ struct LowestSlot {
 
 // Of the slots of one head, by all threads of a CTA.
 class SlotSearch {
- public:
-  __device__ __forceinline__ SlotSearch(const EvictionRule& rule, const float* scores,
-                                        const int32_t* slot_pos, int num_slots)
-      : rule_(rule), scores_(scores), slot_pos_(slot_pos), num_slots_(num_slots) {}
+  // Slots of a thread that are on the way together. One by one: heads need not start at a multiple
+  // of 16 bytes, and a warp reads whole lines.
+  static constexpr int kAhead = 9;
 
-  // `found` has room for each warp. The first one learns the slot.
-  __device__ __forceinline__ int run(LowestSlot* found) {
-    constexpr int kVector = 4, kAhead = 4;  // vectors of a thread that are on the way together
-    constexpr int kStep = kEvictThreads * kVector;
-    const auto addresses =
-        reinterpret_cast<uintptr_t>(scores_) | reinterpret_cast<uintptr_t>(slot_pos_);
-    int first = 0;
-    if (addresses % 16 == 0) {
-      for (; first < num_slots_; first += kAhead * kStep) {
-        float4 scores[kAhead];
-        int4 tokens[kAhead];
+  static constexpr int kStep = kAhead * kEvictThreads;
+
+ public:
+  __device__ __forceinline__ SlotSearch(const float* scores, const int32_t* slot_pos)
+      : scores_gmem_(scores), slot_pos_gmem_(slot_pos) {}
+
+  // The slots of a step. What is not there has the highest rank of all.
+  __device__ __forceinline__ void load(int begin, int num_slots) {
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          const int slot = first + i * kStep + static_cast<int>(threadIdx.x) * kVector;
-          if (slot + kVector > num_slots_) continue;
-          scores[i] = *reinterpret_cast<const float4*>(scores_ + slot);
-          tokens[i] = *reinterpret_cast<const int4*>(slot_pos_ + slot);
-        }
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-          const int slot = first + i * kStep + static_cast<int>(threadIdx.x) * kVector;
-          if (slot + kVector > num_slots_) continue;
-          take(scores[i].x, tokens[i].x, slot);
-          take(scores[i].y, tokens[i].y, slot + 1);
-          take(scores[i].z, tokens[i].z, slot + 2);
-          take(scores[i].w, tokens[i].w, slot + 3);
-        }
-      }
-      first = num_slots_ / kVector * kVector;
+    for (int i = 0; i < kAhead; ++i) {
+      const int slot = thread_slot(begin, i);
+      const bool used = slot < num_slots;
+      scores_[i] = used ? scores_gmem_[slot] : 0.f;
+      tokens_[i] = used ? slot_pos_gmem_[slot] : -1;
     }
-    for (int slot = first + static_cast<int>(threadIdx.x); slot < num_slots_;
-         slot += kEvictThreads) {
-      take(scores_[slot], slot_pos_[slot], slot);
+  }
+
+  // `loaded`: the number of slots that the first step has been loaded for. `found` has room for
+  // each warp.
+  __device__ __forceinline__ void run(const EvictionRule& rule, int num_slots, int loaded,
+                                      LowestSlot* found) {
+#pragma unroll 1
+    for (int begin = 0; begin < num_slots; begin += kStep) {
+      if (begin > 0 || num_slots != loaded) load(begin, num_slots);
+      take(rule, begin, num_slots);
     }
     lowest_.take_of_warp();
     if (threadIdx.x % 32 == 0) found[threadIdx.x / 32] = lowest_;
-    __syncthreads();
-    if (threadIdx.x >= 32) return 0;
-    lowest_ = threadIdx.x < kEvictThreads / 32 ? found[threadIdx.x] : LowestSlot();
-    lowest_.take_of_warp();
-    return lowest_.slot;
+  }
+
+  // By a warp, after a barrier.
+  static __device__ __forceinline__ int lowest_of(const LowestSlot* found) {
+    LowestSlot lowest;
+    if (threadIdx.x < kEvictThreads / 32) lowest = found[threadIdx.x];
+    lowest.take_of_warp();
+    return lowest.slot;
   }
 
  private:
-  __device__ __forceinline__ void take(float score, int32_t token, int slot) {
-    lowest_.take(EvictionRule::rank(rule_.order(score, token), token), slot);
+  static __device__ __forceinline__ int thread_slot(int begin, int i) {
+    return begin + i * kEvictThreads + static_cast<int>(threadIdx.x);
   }
 
-  const EvictionRule rule_;
-  const float* const scores_;
-  const int32_t* const slot_pos_;
-  const int num_slots_;
+  __device__ __forceinline__ void take(const EvictionRule& rule, int begin, int num_slots) {
+    if (rule.normalize) {  // apart: divisions are long
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        scores_[i] = rule.value(scores_[i], tokens_[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (begin + i * kEvictThreads >= num_slots) break;
+      lowest_.take(EvictionRule::rank(rule.order(scores_[i], tokens_[i]), tokens_[i]),
+                   thread_slot(begin, i));
+    }
+  }
+
+  const float* const scores_gmem_;
+  const int32_t* const slot_pos_gmem_;
+  float scores_[kAhead];
+  int32_t tokens_[kAhead];
   LowestSlot lowest_;
 };
 
@@ -131,6 +142,7 @@ struct CopyRow {
   static __device__ __forceinline__ void copy(const KvAppendParams& params, const char* source,
                                               char* target, int lane) {
     const auto words = static_cast<int>(params.row_bytes / sizeof(Word));
+#pragma unroll 1
     for (int idx = lane; idx < words; idx += kRowLanes) {
       reinterpret_cast<Word*>(target)[idx] = reinterpret_cast<const Word*>(source)[idx];
     }
@@ -181,6 +193,32 @@ struct EncodeRow {
   }
 };
 
+// The new rows of K and V, on their way to shared memory while slots are compared, if they are
+// short. Each half of the warp that writes them brings its own.
+struct NewRows {
+  static constexpr int kMaxBytes = 512;
+  alignas(16) char at[2][kMaxBytes];
+
+  static __device__ __forceinline__ bool take(const KvAppendParams& params) {
+    return params.word_bytes == 16 && params.row_bytes <= kMaxBytes;
+  }
+
+  __device__ __forceinline__ void start(const KvAppendParams& params, const char* source) {
+    const int lane = static_cast<int>(threadIdx.x % kRowLanes);
+#pragma unroll 1
+    for (int byte = lane * 16; byte < static_cast<int>(params.row_bytes); byte += kRowLanes * 16) {
+      ptx::cp_async_16(at[threadIdx.x / kRowLanes] + byte, source + byte);
+    }
+    ptx::cp_async_commit();
+  }
+
+  __device__ __forceinline__ const char* wait() const {
+    ptx::cp_async_wait<0>();
+    __syncwarp();
+    return at[threadIdx.x / kRowLanes];
+  }
+};
+
 // A sequence and KV head, and where it has its state.
 struct AppendHead {
   int64_t seq, head;
@@ -208,25 +246,29 @@ struct AppendHead {
 
 // By all threads: so many bytes to L2.
 __device__ __forceinline__ void prefetch_bytes(const void* src_gmem, int64_t bytes) {
-  constexpr int64_t kLine = 128;
+  constexpr int kLine = 128;
+  const auto lines = static_cast<int>((bytes + kLine - 1) / kLine);
   const auto* src = static_cast<const char*>(src_gmem);
-  for (int64_t i = threadIdx.x * kLine; i < bytes; i += kEvictThreads * kLine) {
-    ptx::prefetch_l2(src + i);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < lines; i += kEvictThreads) {
+    ptx::prefetch_l2(src + int64_t{i} * kLine);
   }
 }
 
-// What the kernel will read, as far as can be told while others may still write.
-__device__ __forceinline__ void prefetch_head(const H2oAppendParams& params,
-                                              const AppendHead& head) {
+// What the kernel will read, as far as can be told while others may still write. Returns how many
+// slots it is to read if all stays as it is.
+__device__ __forceinline__ int prefetch_head(const H2oAppendParams& params,
+                                             const AppendHead& head) {
   const int32_t num_slots = __ldcg(head.used);  // not to be found in L1 by who reads it later
   if (threadIdx.x == 0) ptx::prefetch_l2(params.positions + head.seq);
   for (const KvAppendRows* rows : {&params.append.k, &params.append.v}) {
     prefetch_bytes(head.row(*rows), params.append.row_bytes);
   }
   prefetch_bytes(head.page_row, params.max_pages_per_seq * sizeof(int32_t));
-  if (num_slots < params.budget || num_slots > params.max_slots()) return;
+  if (num_slots < params.budget || num_slots > params.max_slots()) return 0;
   prefetch_bytes(head.scores, num_slots * sizeof(float));
   prefetch_bytes(head.slot_pos, num_slots * sizeof(int32_t));
+  return num_slots;
 }
 
 template <class Writer>
@@ -234,32 +276,40 @@ __global__ void __launch_bounds__(kEvictThreads)
     h2o_append_kernel(const __grid_constant__ H2oAppendParams params) {
   __shared__ LowestSlot found[kEvictThreads / 32];
   __shared__ int32_t pages[kEvictThreads];  // the first entries of the head's page table
+  __shared__ NewRows new_rows;
   const AppendHead head(params, blockIdx.x);
-  prefetch_head(params, head);
+  const int expected_slots = prefetch_head(params, head);
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
 
+  // All that is read, before anything waits for some of it.
+  const bool has_entry = threadIdx.x < params.max_pages_per_seq;
+  const int32_t table_entry = has_entry ? head.page_row[threadIdx.x] : 0;
+  SlotSearch search(head.scores, head.slot_pos);
+  search.load(0, expected_slots);
+  const bool writes = threadIdx.x < 32, stages = NewRows::take(params.append);
+  const KvAppendRows& rows = threadIdx.x < kRowLanes ? params.append.k : params.append.v;
+  if (writes && stages) new_rows.start(params.append, head.row(rows));
   const int64_t position = params.positions[head.seq];
   const int32_t num_slots = *head.used;
-  if (threadIdx.x < params.max_pages_per_seq) pages[threadIdx.x] = head.page_row[threadIdx.x];
   if (!params.is_position(position) || num_slots < 0 || num_slots > params.max_slots()) return;
+  const bool full = num_slots >= params.budget;
+  if (full) search.run(params.rule(position), num_slots, expected_slots, found);
+  pages[threadIdx.x] = table_entry;
   __syncthreads();  // all know how many slots are in use
-  int slot = num_slots;
-  if (num_slots >= params.budget) {
-    slot = SlotSearch(params.rule(position), head.scores, head.slot_pos, num_slots).run(found);
-  }
-  if (threadIdx.x >= 32) return;
+  if (!writes) return;
+  const int slot = full ? SlotSearch::lowest_of(found) : num_slots;
   const auto [entry, offset] = params.place_of(slot);
   const int64_t page =
       params.valid_page(entry < kEvictThreads ? pages[entry] : head.page_row[entry]);
+  const char* const source = stages ? new_rows.wait() : head.row(rows);
   if (page < 0) return;
   const auto lane = static_cast<int>(threadIdx.x % kRowLanes);
-  const KvAppendRows& rows = threadIdx.x < kRowLanes ? params.append.k : params.append.v;
-  Writer::write(params.append, head.row(rows), rows.target(page, offset, head.head), lane);
+  Writer::write(params.append, source, rows.target(page, offset, head.head), lane);
   if (threadIdx.x == 0) {
     head.scores[slot] = 0.f;
     head.slot_pos[slot] = static_cast<int32_t>(position);
-    if (num_slots < params.budget) *head.used = num_slots + 1;
+    if (!full) *head.used = num_slots + 1;
   }
 }
 

@@ -52,16 +52,19 @@ struct EvictionRule {
   // last.
   static constexpr int32_t kNaN = 0x7f800001, kRecent = 0x7ffffffe, kFirst = 0x7fffffff;
 
-  // In the order of scores; of an infinite score, less than that of NaN.
-  constexpr int32_t order(float score, int32_t slot_pos) const {
+  // What tokens are compared by.
+  constexpr float value(float score, int32_t slot_pos) const {
+    if (!normalize || slot_pos < first || slot_pos > last) return score;
+    const int32_t queries = position - slot_pos;
+    return score / static_cast<float>(queries > 1 ? queries : 1);
+  }
+
+  // In the order of values; of an infinite one, less than that of NaN.
+  constexpr int32_t order(float value, int32_t slot_pos) const {
     if (slot_pos < first) return kFirst;
     if (slot_pos > last) return kRecent;
-    if (normalize) {
-      const int32_t queries = position - slot_pos;
-      score /= static_cast<float>(queries > 1 ? queries : 1);
-    }
-    const auto bits = std::bit_cast<int32_t>(score + 0.0f);  // -0 is 0
-    return score != score ? kNaN : bits ^ (bits >> 31 & 0x7fffffff);
+    const auto bits = std::bit_cast<int32_t>(value + 0.0f);  // -0 is 0
+    return value != value ? kNaN : bits ^ (bits >> 31 & 0x7fffffff);
   }
 
   static constexpr int64_t rank(int32_t order, int32_t slot_pos) {
