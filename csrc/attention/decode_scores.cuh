@@ -182,8 +182,11 @@ class ScoreSums {
         reinterpret_cast<const float4*>(scores_gmem_ + static_cast<uint32_t>(first * kRows + row));
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      scores_[i] =
-          has_key(first, i) ? __ldcg(scores + i * Config::kThreads * (kRows / 4)) : float4{};
+      if (has_key(first, i)) {
+        scores_[i] = __ldcg(scores + i * Config::kThreads * (kRows / 4));
+      } else if constexpr (!kAhead) {
+        scores_[i] = {};  // or those of the step before would be kept
+      }
     }
   }
 
