@@ -38,28 +38,29 @@ inline constexpr int kArrivalBits = 16;
 inline constexpr uint64_t kArrivalMark = uint64_t{0xE57A9D34C86B} << kArrivalBits;
 inline constexpr int kMaxShares = (1 << kArrivalBits) - 1;
 
-// The parts of one row tile of a pair.
+// The parts of one row tile of a pair. Where a cluster has each part, CTA `rank` of every cluster
+// has the same rows of it, and their arrivals are counted for themselves.
 template <class Config>
 class PartialResults {
  public:
   __device__ __forceinline__ PartialResults(const PagedAttentionArgs& args, const DecodePart& part,
-                                            int row_tile)
-      : args_(args), part_(part), row_tile_(row_tile) {}
+                                            int row_tile, uint32_t rank = 0)
+      : args_(args),
+        part_(part),
+        row_tile_(row_tile),
+        arrivals_(args.arrivals + slot_of(0) * Config::kMaxCluster + rank) {}
 
   // By one thread of the CTA that has the first part.
-  __device__ __forceinline__ void open() const {
-    ptx::store_relaxed(args_.arrivals + slot_of(0), kArrivalMark);
-  }
+  __device__ __forceinline__ void open() const { ptx::store_relaxed(arrivals_, kArrivalMark); }
 
   // By one thread of each CTA, after all have written: whether the parts of all CTAs can be read.
   __device__ __forceinline__ bool arrive_last() const {
-    uint64_t* const arrivals = args_.arrivals + slot_of(0);
     uint64_t before;
     do {
-      before = ptx::atomic_add_acq_rel(arrivals, 1);
+      before = ptx::atomic_add_acq_rel(arrivals_, 1);
     } while (before >> kArrivalBits != kArrivalMark >> kArrivalBits);
     if (before + 1 != kArrivalMark + part_.num_parts) return false;
-    ptx::store_relaxed(arrivals, 0);
+    ptx::store_relaxed(arrivals_, 0);
     return true;
   }
 
@@ -160,6 +161,7 @@ class PartialResults {
   const PagedAttentionArgs& args_;
   const DecodePart& part_;
   const int row_tile_;
+  uint64_t* const arrivals_;
 };
 
 }  // namespace effllm

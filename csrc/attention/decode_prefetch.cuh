@@ -21,7 +21,7 @@ namespace effllm {
 template <class Config>
 __device__ __forceinline__ void prefetch_tables(const PagedAttentionArgs& args) {
   constexpr int64_t kLineInts = 128 / sizeof(int32_t), kMaxTableInts = 64 * 1024;
-  const int64_t idx = (int64_t{blockIdx.x} * Config::kThreads + threadIdx.x) * kLineInts;
+  const int64_t idx = (int64_t{blockIdx.x} * Config::kTileThreads + threadIdx.x) * kLineInts;
   if constexpr (!Config::kScores) {
     if (idx < args.num_seqs) ptx::prefetch_l2(args.cu_seqlens_q + idx);
   }
@@ -31,6 +31,9 @@ __device__ __forceinline__ void prefetch_tables(const PagedAttentionArgs& args) 
   const int64_t table = last_seq * args.stride_page_table_seq +
                         last_head * args.stride_page_table_head + args.max_pages_per_seq;
   if (idx < table && table <= kMaxTableInts) ptx::prefetch_l2(args.page_table + idx);
+  if (args.tree_mask != nullptr && idx < args.num_tokens * 2) {
+    ptx::prefetch_l2(reinterpret_cast<const int32_t*>(args.tree_mask) + idx);
+  }
 }
 
 // The keys' entries of the page table, 32 of them by each thread: of small pages there are many,
@@ -48,11 +51,12 @@ template <class Config>
 __device__ __forceinline__ void prefetch_part(const PagedAttentionArgs& args,
                                               const DecodePart& part) {
   constexpr uint32_t kLine = 128;
-  constexpr uint32_t kBytes = 64 * 1024 / Config::kCtasPerSm;
+  constexpr uint32_t kBytes = 64 * 1024 / Config::kTeamsPerSm;
   const Sequence sequence(args, part.table_idx, typename Config::LoadLengthsPastL1{});
   const int kv_head = sequence.first_kv_head + part.head;
-  const KeyRange keys =
-      keys_of_part<Config>(args, sequence.seen_keys(args), part, KeyRange{0, INT32_MAX});
+  const KeyRange keys = keys_of_team<Config>(
+      keys_of_part<Config>(args, sequence.seen_keys(args), part, KeyRange{0, INT32_MAX}),
+      team_idx<Config>());
   // Less than none if the lengths have changed since the share was found.
   const auto num_keys = static_cast<uint32_t>(std::max(keys.end - keys.begin, 0));
   const int64_t element_bytes = Config::kQuantized ? 1 : sizeof(typename Config::Element);
@@ -60,7 +64,7 @@ __device__ __forceinline__ void prefetch_part(const PagedAttentionArgs& args,
       args.kv_dtype == DType::kUInt8 ? args.head_dim / 2 : args.head_dim * element_bytes);
   const uint32_t lines = ceil_div(row_bytes, kLine);
   const uint32_t num_lines = std::min(num_keys, kBytes / 2 / row_bytes) * lines;
-  for (uint32_t i = threadIdx.x; i < num_lines; i += Config::kThreads) {
+  for (uint32_t i = thread_in_team<Config>(); i < num_lines; i += Config::kTileThreads) {
     const uint32_t key = keys.begin + i / lines, offset = i % lines * kLine;
     const uint32_t entry = args.page_size_divisor.quotient(key);
     const KeyLocation location(args, LoadPastL1{}(sequence.page_row + entry),

@@ -4,6 +4,7 @@
 
 #include "attention/decode_prefetch.cuh"
 #include "attention/decode_split.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/grid.cuh"
 
 namespace effllm {
@@ -46,34 +47,37 @@ template <class Config, class DoPart>
 __device__ __forceinline__ void for_each_part(const PagedAttentionArgs& args,
                                               DecodeShare<Config>& share, DoPart do_part) {
   const auto num_row_tiles = static_cast<unsigned>(args.num_row_tiles);
-  const auto find_share = [&](unsigned of_first) {
-    DecodeSchedule<Config> schedule;
-    schedule.start(args, of_first, static_cast<int>(blockIdx.x / num_row_tiles));
-    if (threadIdx.x == 0) {
-      share.schedule = schedule;
-      share.row_tile = static_cast<int>(blockIdx.x % num_row_tiles);
-    }
-  };
+  // The CTAs of a cluster have a share together.
+  const unsigned owner = Config::kMaxCluster == 1 ? blockIdx.x : blockIdx.x / ptx::cluster_size();
   prefetch_tables<Config>(args);
   unsigned of_first = 0;  // as warp 0 counts blocks
-  if (args.early_start) {
-    if (threadIdx.x < 32) {
-      of_first = DecodeSchedule<Config>::blocks_of_lane(args);
-      find_share(of_first);
+  // Twice in one place: all code of a kernel has to be fetched, and this is much.
+#pragma unroll 1
+  for (bool is_early = args.early_start;; is_early = false) {
+    if (!is_early) {
+      ptx::grid_dependency_wait();
+      ptx::grid_launch_dependents();
     }
+    if (threadIdx.x < 32) {
+      // Nothing but the blocks of 32 tables went into a share that was found early: of the same
+      // ones it is the share that all others find, whatever lengths stood there in the meantime.
+      // What keys the blocks hold is looked up for each part.
+      const unsigned blocks = DecodeSchedule<Config>::blocks_of_lane(args);
+      const bool is_known = !is_early && args.early_start && args.num_tables <= 32;
+      if (!__all_sync(~0u, is_known && blocks == of_first)) {
+        DecodeSchedule<Config> schedule;
+        schedule.start(args, blocks, static_cast<int>(owner / num_row_tiles));
+        if (threadIdx.x == 0) {
+          share.schedule = schedule;
+          share.row_tile = static_cast<int>(owner % num_row_tiles);
+        }
+      }
+      of_first = blocks;
+    }
+    if (!is_early) break;
     __syncthreads();
     if (share.schedule.valid()) prefetch_part<Config>(args, share.schedule.part());
     __syncthreads();
-  }
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
-  if (threadIdx.x < 32) {
-    // Nothing but the blocks of 32 tables went into the share that was found: of the same ones it
-    // is the share that all others find, whatever lengths stood there in the meantime. What keys
-    // the blocks hold is looked up for each part.
-    const unsigned blocks = DecodeSchedule<Config>::blocks_of_lane(args);
-    const bool same = __all_sync(~0u, args.num_tables <= 32 && blocks == of_first);
-    if (!args.early_start || !same) find_share(blocks);
   }
   clear_keyless_tokens<Config>(args);  // by the other warps in the meantime
   __syncthreads();

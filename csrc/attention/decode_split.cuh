@@ -22,8 +22,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "attention/paged_row_tile_storage.cuh"
 #include "attention/paged_sequence.cuh"
 #include "common/math.h"
+#include "ptx/cluster.cuh"
 
 namespace effllm {
 
@@ -46,11 +48,14 @@ struct PagedDecodeConfig {
   static constexpr int kTileKeys = kInt4 && kHeadDim <= 128 ? 32 : 16;
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = kWarps * 32;
+  static constexpr int kTileThreads = kThreads;
+  static constexpr int kMaxTeams = 1, kMaxCluster = 1;
   // As registers allow. Codes take fewer, and need more warps for as many bytes on the way.
   static constexpr int kWarpsPerSm = kHeadDim == 64                  ? 16
                                      : kHeadDim == 128 && kQuantized ? (kInt4 ? 12 : 16)
                                                                      : 8;
   static constexpr int kCtasPerSm = kWarpsPerSm / kWarps;
+  static constexpr int kTeamsPerSm = kCtasPerSm;
   // V arrives while the scores are computed, and the next K while V is used. K and V of D = 256
   // together do not fit into the registers of a thread: there the other warps hide the latency.
   static constexpr bool kOverlapLoads = kQuantized || kHeadDim <= 128;
@@ -120,6 +125,21 @@ __device__ __forceinline__ KeyRange keys_of_part(const PagedAttentionArgs& args,
           min(of_pair.begin + num_keys, of_tile.end)};
 }
 
+// Of keys that a cluster has, those of a team of this CTA: whole blocks, as even as can be.
+template <class Config>
+__device__ __forceinline__ KeyRange keys_of_team(const KeyRange& keys, uint32_t team) {
+  if constexpr (Config::kMaxCluster * Config::kMaxTeams == 1) return keys;
+  const uint32_t teams = ptx::cluster_size() * num_teams<Config>();
+  const uint32_t idx = ptx::cluster_rank() * num_teams<Config>() + team;
+  const uint32_t blocks = ceil_div(max(keys.end - keys.begin, 0), Config::kBlockKeys);
+  const uint32_t each = blocks / teams, more = blocks - each * teams;  // the first have one more
+  const auto border = [&](uint32_t idx) {
+    const auto before = static_cast<int>(each * idx + min(idx, more));
+    return min(keys.begin + before * Config::kBlockKeys, keys.end);
+  };
+  return {border(idx), border(idx + 1)};
+}
+
 // The pairs of one share, from the last to the first: the CTA that has the first part of a pair
 // that others have parts of thus begins with it. Row tiles of the same keys have the same shares,
 // side by side, and meet in L2. A warp computes it, its lanes look at a table each, and leaves it
@@ -157,7 +177,9 @@ class DecodeSchedule {
     const bool share_done = pair_begin_ <= begin_;
     if (share_done) {
       num_blocks_ = 0;
-    } else if (part_.head > 0) {
+      return;
+    }
+    if (part_.head > 0) {
       --part_.head;
     } else {
       find_table_before(args);
@@ -168,6 +190,12 @@ class DecodeSchedule {
 
  private:
   __device__ __forceinline__ static int lane_idx() { return static_cast<int>(threadIdx.x % 32); }
+
+  // Rounded up. In 32 bits where these do: a quotient of 64 takes a microsecond.
+  __device__ __forceinline__ static uint64_t ceil_quotient(uint64_t value, uint32_t divisor) {
+    value += divisor - 1;
+    return value >> 32 == 0 ? static_cast<uint32_t>(value) / divisor : value / divisor;
+  }
 
   // Blocks of the keys that a sequence's queries see.
   __device__ __forceinline__ static unsigned count_blocks(const PagedAttentionArgs& args,
@@ -198,7 +226,7 @@ class DecodeSchedule {
     if (args.split_size > 0) {
       const uint64_t of_piece = args.split_size / Config::kBlockKeys;
       place_blocks_ = static_cast<unsigned>(min(of_piece, kMaxBlocks));
-      const uint64_t even = ceil_div(count_places(args, of_first), num_shares);
+      const uint64_t even = ceil_quotient(count_places(args, of_first), args.num_shares);
       share_size_ = static_cast<unsigned>(max(even, uint64_t{1}));
       return;
     }
@@ -214,7 +242,7 @@ class DecodeSchedule {
     const uint64_t all = blocks + Config::kStartBlocks * pairs;
     constexpr unsigned kUnsplitBlocks = Config::kUnsplitBlocks;
     const uint64_t least = longest > kUnsplitBlocks ? Config::kMinBlocks : kUnsplitBlocks;
-    const uint64_t even = max(ceil_div(all, num_shares), least);
+    const uint64_t even = max(ceil_quotient(all, args.num_shares), least);
     // Pairs in whole shares, if these need not be much larger for it. The second size is certain to
     // do: rounding adds less than one share for each pair.
     if (pairs <= num_shares) {
@@ -222,7 +250,12 @@ class DecodeSchedule {
       if (count_places(args, of_first) <= num_shares) return;
     }
     if (pairs < num_shares) {
-      const uint64_t enough = max(ceil_div(blocks, num_shares - pairs), even);
+      // Where all are of one length, as many shares for each as there can be.
+      const auto per_pair = static_cast<unsigned>(num_shares) / static_cast<unsigned>(pairs);
+      const uint64_t enough =
+          max(min(ceil_quotient(blocks, static_cast<uint32_t>(num_shares - pairs)),
+                  uint64_t{ceil_div(longest, per_pair)}),
+              even);
       place_blocks_ = static_cast<unsigned>(min(enough, kMaxBlocks));
       if (enough <= even + Config::kStartBlocks) return;
     }
@@ -230,8 +263,9 @@ class DecodeSchedule {
     lead_ = Config::kStartBlocks;
     place_blocks_ = static_cast<unsigned>(1 + (all >> 30));
     share_size_ = static_cast<unsigned>(
-        place_blocks_ == 1 ? even
-                           : ceil_div(blocks / place_blocks_ + (1 + lead_) * pairs, num_shares));
+        place_blocks_ == 1
+            ? even
+            : ceil_quotient(blocks / place_blocks_ + (1 + lead_) * pairs, args.num_shares));
   }
 
   // Of all pairs.

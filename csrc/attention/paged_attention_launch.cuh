@@ -11,26 +11,15 @@
 #include <type_traits>
 
 #include "attention/paged_decode_sm80.cuh"
-#include "attention/paged_extend.cuh"
+#include "attention/paged_extend_launch.cuh"
 #include "attention/paged_kv.h"
 #include "attention/paged_prefill.cuh"
+#include "attention/share_keys.cuh"
 #include "common/math.h"
 #include "cuda/launch.h"
 #include "quant/kv_layout.h"
 
 namespace effllm {
-
-// Where the op runs, and memory for so many floats there that lives until the op has returned: the
-// allocator keeps the stream's order.
-struct AttentionContext {
-  int device;
-  cudaStream_t stream;
-  std::function<float*(int64_t)> allocate;
-
-  int attribute(cudaDeviceAttr attribute) const {
-    return device_attribute(attribute, device, "paged_attention");
-  }
-};
 
 // Bytes, of rows of q and of caches in its dtype: all loads are of so many.
 inline constexpr int64_t kRowAlignment = 16;
@@ -57,71 +46,29 @@ inline void prepare_args(PagedAttentionArgs& args) {
   args.heads_per_table = static_cast<int32_t>(args.num_kv_heads / args.table_heads);
 }
 
-// How many CTAs share the keys, and memory for what they leave.
-template <class Config>
-void share_keys(PagedAttentionArgs& args, const AttentionContext& context) {
-  const int num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
-  args.early_start = context.attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  const int64_t max_rows = std::min<int64_t>(args.group * args.max_seqlen_q, args.max_rows);
-  args.num_row_tiles = static_cast<int32_t>(ceil_div<int64_t>(max_rows, Config::kRows));
-  // As many CTAs as run together, or as parts that are worth one.
-  const int64_t resident =
-      std::clamp<int64_t>(num_sms * Config::kCtasPerSm / args.num_row_tiles, 1, kMaxShares);
-  const int64_t pairs = args.num_seqs * args.num_kv_heads;
-  const int64_t table_keys = args.max_pages_per_seq * args.page_size;
-  const int64_t max_keys = std::min(table_keys, args.sink_tokens + args.window + args.max_seqlen_q);
-  if (args.sink_tokens > 0 && args.split_size == 0) {
-    // Pieces of no promised size, as no part may reach over the gap: for each CTA about one.
-    const int64_t even = ceil_div(max_keys * pairs, resident);
-    args.split_size = ceil_div(std::max<int64_t>(even, Config::kUnsplitBlocks * Config::kBlockKeys),
-                               kSplitSizeStep) *
-                      kSplitSizeStep;
-    args.split_size_divisor = FastDivisor::of(args.split_size);
-  }
-  const bool fixed = args.split_size > 0;
-  const int64_t part_keys = fixed ? args.split_size : Config::kMinBlocks * Config::kBlockKeys;
-  int64_t parts_per_pair = std::max<int64_t>(ceil_div(max_keys, part_keys), 1);
-  if (fixed) {
-    // The head and what is behind it end and begin anywhere in a piece.
-    const int64_t cuts = args.sink_tokens > 0 ? 2 : 1;
-    const int64_t of_table = std::max<int64_t>(ceil_div(table_keys, part_keys), 1);
-    parts_per_pair = std::min(parts_per_pair + cuts, of_table + cuts - 1);
-    if (parts_per_pair > kMaxShares) {
-      fail("paged_attention", "split_size must make at most " + std::to_string(kMaxShares) +
-                                  " pieces of MAXP * P = " + std::to_string(table_keys) +
-                                  " keys, got " + std::to_string(args.split_size));
-    }
-  } else {
-    parts_per_pair = std::min(parts_per_pair, resident);
-  }
-  const int64_t parts = pairs * parts_per_pair;
-  args.num_shares = static_cast<int32_t>(std::min(parts, resident));
-
-  const int64_t slots = (fixed ? parts : args.num_shares) * args.num_row_tiles;
-  const int64_t rows = slots * (fixed ? 1 : 2) * Config::kRows;
-  const int64_t tiles = pairs * args.num_row_tiles;
-  args.partial_out = context.allocate(rows * (args.head_dim + 2) + (slots + tiles) * 2);
-  args.partial_softmax = args.partial_out + rows * args.head_dim;
-  args.arrivals = reinterpret_cast<uint64_t*>(args.partial_softmax + rows * 2);
-  args.pair_parts = reinterpret_cast<int2*>(args.arrivals + slots);
-}
-
 template <class Config>
 void decode(PagedAttentionArgs args, const AttentionContext& context) {
-  share_keys<Config>(args, context);
+  const int num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
+  share_keys<Config>(args, context, num_sms * Config::kCtasPerSm);
   launch_paged_decode<Config>(args, context.stream);
 }
 
-template <class Config>
-void extend(PagedAttentionArgs args, const AttentionContext& context) {
-  share_keys<Config>(args, context);
-  launch_paged_extend<Config>(args, context.stream);
+// Rows of a KV head up to which decoding reads its keys once per 8 rows, from L2 after the first
+// time. Of two such tiles the extend kernel is quicker where the keys take long and it can share
+// them out evenly: by 5 to 14 % on an H100. With a split_size the batch must not show.
+inline int32_t max_decode_rows(const PagedAttentionArgs& args, const AttentionContext& context) {
+  constexpr int64_t kManyKeys = 1 << 18;
+  const int64_t pairs = args.num_seqs * args.num_kv_heads;
+  const int64_t num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
+  const bool even =
+      is_even(pairs, num_sms / 2) || is_even(pairs, num_sms) || is_even(pairs, num_sms * 2);
+  const bool many = pairs * args.max_pages_per_seq * args.page_size >= kManyKeys;
+  return args.split_size == 0 && even && many ? 8 : 16;
 }
 
 template <class Element, class Kv, int kHeadDim>
 void launch_paged_attention(PagedAttentionArgs args, const AttentionContext& context) {
-  // Up to here it pays to read the keys once per 8 rows, from L2 after the first time.
-  constexpr int32_t kMaxDecodeRows = 16;
+  const int32_t decode_rows = max_decode_rows(args, context);
   // More than a tile of rows: keys are split where row tiles are too few for the GPU. The prefill
   // kernel has a CTA for all keys of a tile, and no masks of trees.
   using Prefill = PagedPrefillConfig<Element, kHeadDim, Kv>;
@@ -138,11 +85,11 @@ void launch_paged_attention(PagedAttentionArgs args, const AttentionContext& con
     if (!fixed) return;
     args.max_rows = Extend::kRows;
   }
-  if (max_rows > kMaxDecodeRows) {
-    args.min_rows = fixed ? kMaxDecodeRows + 1 : 0;
-    extend<Extend>(args, context);
+  if (max_rows > decode_rows) {
+    args.min_rows = fixed ? decode_rows + 1 : 0;
+    launch_paged_extend<Element, Kv>(args, context);
     if (!fixed) return;
-    args.min_rows = 0, args.max_rows = kMaxDecodeRows;
+    args.min_rows = 0, args.max_rows = decode_rows;
   }
   // Shared memory is for four warps of D = 256.
   constexpr int kWarps = kHeadDim == 256 || std::is_same_v<Kv, KvInt4> ? 4 : 8;

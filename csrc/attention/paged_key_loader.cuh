@@ -16,14 +16,15 @@
 
 namespace effllm {
 
-// Tile `t` of a range of keys begins at its key t * kBlockN. All threads of the CTA call together.
+// Tile `t` of a range of keys begins at its key t * kBlockN. All threads of the tile's team call
+// together.
 template <class Config>
 class PagedKeyLoader {
   using Element = typename Config::Element;
   using Octet = KvOctet<typename Config::Kv>;
   using Storage = PagedRowTileStorage<Config>;
-  // Of a tile of K or V: a thread copies chunk threadIdx.x % kChunks of every kRowsPerPass-th row.
-  static constexpr int kRowsPerPass = Config::kThreads / Config::kChunks;
+  // Of a tile of K or V: thread i copies chunk i % kChunks of every kRowsPerPass-th row.
+  static constexpr int kRowsPerPass = Config::kTileThreads / Config::kChunks;
   static constexpr int kPasses = Config::kBlockN / kRowsPerPass;
   static constexpr int64_t kCacheElementBytes = Config::kQuantized ? 1 : sizeof(Element);
 
@@ -37,12 +38,12 @@ class PagedKeyLoader {
   // looked up nor read: their slots may hold anything, NaN too.
   __device__ __forceinline__ void find_pages(KeyRange keys, int tile) {
     const int key = key_of(keys, tile);
-    if (threadIdx.x >= Config::kBlockN || key >= keys.end) return;
+    if (thread_idx() >= Config::kBlockN || key >= keys.end) return;
     page_ = sequence_.page_row[args_.page_size_divisor.quotient(key)];
   }
 
   __device__ __forceinline__ void locate_keys(KeyRange keys, int tile) {
-    if (threadIdx.x >= Config::kBlockN) return;
+    if (thread_idx() >= Config::kBlockN) return;
     const int key = key_of(keys, tile);
     const char *k_row = nullptr, *v_row = nullptr;
     k_word_ = v_word_ = 0;
@@ -58,24 +59,27 @@ class PagedKeyLoader {
         v_word_ = location.word(args_.v_scales, kv_head_);
       }
     }
-    smem_.k_row[slot(tile)][threadIdx.x] = k_row;
-    smem_.v_row[slot(tile)][threadIdx.x] = v_row;
+    smem_.k_row[slot(tile)][thread_idx()] = k_row;
+    smem_.v_row[slot(tile)][thread_idx()] = v_row;
   }
 
   __device__ __forceinline__ void store_words(int tile) {
     if constexpr (Config::kQuantized) {
-      if (threadIdx.x >= Config::kBlockN) return;
-      smem_.k_word[slot(tile)][threadIdx.x] = k_word_;
-      smem_.v_word[slot(tile)][threadIdx.x] = v_word_;
+      if (thread_idx() >= Config::kBlockN) return;
+      smem_.k_word[slot(tile)][thread_idx()] = k_word_;
+      smem_.v_word[slot(tile)][thread_idx()] = v_word_;
     }
   }
 
-  // Of tiles past the last nothing. Only the last may have fewer keys.
-  __device__ __forceinline__ void begin_keys(int tile, int num_tiles) {
-    begin_load(smem_.k[tile % Config::kStages], smem_.k_row[slot(tile)], tile, num_tiles);
-  }
-  __device__ __forceinline__ void begin_values(int tile, int num_tiles) {
-    begin_load(smem_.v[tile % Config::kStages], smem_.v_row[slot(tile)], tile, num_tiles);
+  // Load `idx` is K of tile idx / 2, or its V; of tiles past the last nothing.
+  __device__ __forceinline__ void begin(int idx, int num_tiles) {
+    const int tile = idx / 2, stage = tile % Config::kStages;
+    if (tile < num_tiles) {
+      const bool is_key = idx % 2 == 0;
+      load(is_key ? smem_.k[stage] : smem_.v[stage],
+           is_key ? smem_.k_row[slot(tile)] : smem_.v_row[slot(tile)]);
+    }
+    ptx::cp_async_commit();
   }
 
   // Of a tile that nobody reads any more. It is there after the next barrier, and all that was
@@ -90,50 +94,39 @@ class PagedKeyLoader {
  private:
   using Tile = typename Storage::KeyTile;
 
+  static __device__ __forceinline__ int thread_idx() { return thread_in_team<Config>(); }
+
   static __device__ __forceinline__ int slot(int tile) { return Storage::slot(tile); }
 
   // This thread's row of a pass, and its chunk there.
   static __device__ __forceinline__ int row_of(int pass) {
-    return pass * kRowsPerPass + static_cast<int>(threadIdx.x / Config::kChunks);
+    return pass * kRowsPerPass + thread_idx() / Config::kChunks;
   }
   static __device__ __forceinline__ uint4& place(Tile& tile, int pass) {
     constexpr int kSameOrder = ceil_div(8, kRowsPerPass);  // rows that differ by multiples of 8
-    uint4& first = chunk_of(tile, row_of(pass % kSameOrder), threadIdx.x % Config::kChunks);
+    uint4& first = chunk_of(tile, row_of(pass % kSameOrder), thread_idx() % Config::kChunks);
     return (&first)[pass / kSameOrder * kSameOrder * kRowsPerPass * 8];
   }
 
   // Of this thread.
   static __device__ __forceinline__ int key_of(KeyRange keys, int tile) {
-    return keys.begin + tile * Config::kBlockN + static_cast<int>(threadIdx.x);
-  }
-
-  __device__ __forceinline__ void begin_load(Tile& tile, const char* const* rows, int idx,
-                                             int num_tiles) {
-    if (idx + 1 < num_tiles && args_.head_dim == Config::kHeadDim) {
-      load<true>(tile, rows);
-    } else if (idx < num_tiles) {
-      load<false>(tile, rows);
-    }
-    ptx::cp_async_commit();
+    return keys.begin + tile * Config::kBlockN + thread_idx();
   }
 
   // Zeros where there is no key, or no such dims: a weight of 0 does not silence a NaN in V.
-  template <bool kWhole>
   __device__ __forceinline__ void load(Tile& tile, const char* const* rows) {
     constexpr int kBytes = Config::kQuantized ? Octet::kWords * 4 : 16;
-    const int chunk = threadIdx.x % Config::kChunks;
+    const int chunk = thread_idx() % Config::kChunks;
     const bool has_dims = chunk < static_cast<int>(args_.head_dim) / 8;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const char* src = rows[row_of(pass)];
-      const bool valid = kWhole || (src != nullptr && has_dims);
+      const bool valid = src != nullptr && has_dims;
       src += chunk * kBytes;
       if constexpr (Config::kQuantized) {
 #pragma unroll
         for (uint32_t& word : codes_[pass]) word = 0;
         if (valid) ptx::load_streaming<Octet::kWords>(codes_[pass], src);
-      } else if constexpr (kWhole) {
-        ptx::cp_async_16(&place(tile, pass), src);
       } else {
         ptx::cp_async_16(&place(tile, pass), src, valid);
       }

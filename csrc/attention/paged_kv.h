@@ -49,15 +49,14 @@ struct PagedAttentionArgs : PagedAttentionParams {
   int32_t num_row_tiles;           // tiles that cover group * max_seqlen_q rows
   // Of which sequences this launch takes care: those with so many rows.
   int32_t min_rows, max_rows;
-  // Of kernels that split keys: shares of the keys, CTAs per row tile, and what these leave for who
-  // merges the parts of a row tile. A slot is a share's and has two places, or, with a split_size,
-  // a piece's and has one.
+  // Of kernels that split keys: shares of the keys, a CTA or a cluster each for every row tile, and
+  // what these leave for who merges the parts of a row tile. A slot is a share's and has two places,
+  // or, with a split_size, a piece's and has one.
   int32_t num_shares;
   bool early_start;        // whether the GPU can start it before the kernel ahead has finished
   float* partial_out;      // [slots, num_row_tiles, places, rows of a tile, D]
   float* partial_softmax;  // [slots, num_row_tiles, places, rows of a tile, 2]: maximum and sum
-  uint64_t* arrivals;      // [slots, num_row_tiles], of decode
-  int2* pair_parts;        // [pairs, num_row_tiles], of extend: first slot and parts
+  uint64_t* arrivals;      // [slots, num_row_tiles, CTAs of a cluster]
   // Of h2o_attention, which has no cu_seqlens_q: [B, HKV, S], with 1 from slot to slot.
   float* scores;
   int64_t stride_scores_seq, stride_scores_head, num_score_slots;

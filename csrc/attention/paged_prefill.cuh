@@ -26,13 +26,14 @@ struct PagedPrefillConfig
     : PagedRowTileConfig<Element, kHeadDim, Kv,
                          kHeadDim <= 128 && std::is_same_v<Element, Kv> ? 2 : 1> {
   static constexpr bool kTrees = false;
+  static constexpr int kMaxTeams = 1;
   static constexpr int kStages = 1;
   // Where the compiler has to be told that fewer registers would do; 0: it finds out itself.
   static constexpr int kMinCtasPerSm = !std::is_same_v<Element, Kv> && kHeadDim == 128 ? 3 : 0;
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, Config::kMinCtasPerSm)
+__global__ void __launch_bounds__(Config::kTileThreads, Config::kMinCtasPerSm)
     paged_prefill_kernel(const __grid_constant__ PagedAttentionArgs args) {
   extern __shared__ __align__(1024) uint4 smem_raw[];
   auto& smem = *reinterpret_cast<PagedRowTileStorage<Config>*>(smem_raw);
@@ -65,7 +66,7 @@ void launch_paged_prefill(const PagedAttentionArgs& problem, cudaStream_t stream
              std::to_string(rows) + " and " + std::to_string(blocks));
   }
   const Launch launch{"paged_attention", dim3(static_cast<unsigned>(blocks)),
-                      dim3(Config::kThreads), sizeof(PagedRowTileStorage<Config>), stream};
+                      dim3(Config::kTileThreads), sizeof(PagedRowTileStorage<Config>), stream};
   launch(paged_prefill_kernel<Config>, args);
 }
 

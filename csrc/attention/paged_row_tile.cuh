@@ -53,10 +53,9 @@ class PagedRowTile {
         kv_head_(kv_head),
         first_row_(first_row),
         num_rows_(sequence.num_queries * args.group),
-        warp_row_(threadIdx.x / 32 * 16),
-        lane_idx_(threadIdx.x % 32) {
-    load_queries();
-    locate_biases();
+        thread_idx_(thread_in_team<Config>()),
+        warp_row_(thread_idx_ / 32 * 16),
+        lane_idx_(thread_idx_ % 32) {
     find_common_keys();
   }
 
@@ -66,33 +65,36 @@ class PagedRowTile {
     keys_ = keys;
     const int num_tiles = ceil_div(keys.end - keys.begin, Config::kBlockN);
     constexpr int kStages = Config::kStages;
-    __syncthreads();  // every warp is done with the words of the keys before
+    sync_team<Config>();  // every warp is done with the words of the keys before
     loader_.find_pages(keys, 0);
-#pragma unroll
+    const bool is_first = !has_queries_;
+    has_queries_ = true;
+    if (is_first) load_queries();
+#pragma unroll 1
     for (int tile = 0; tile < kStages; ++tile) {
       locate_tile(tile, num_tiles);
       loader_.store_words(tile);
     }
-    __syncthreads();  // the offsets are there, so are the biases
-#pragma unroll
-    for (int tile = 0; tile < kStages; ++tile) {
-      loader_.begin_keys(tile, num_tiles);
-      if (tile + 1 < kStages) loader_.begin_values(tile, num_tiles);
-    }
+    sync_team<Config>();  // the offsets are there
+#pragma unroll 1
+    for (int i = 0; i < kStages * 2 - 1; ++i) loader_.begin(i, num_tiles);
+    if (is_first) locate_biases();  // seen behind the next barrier
     int tile = 0;
     do {  // a loop that could run zero times would make ptxas serialise wgmma
       loader_.finish_keys(tile);
       Products::publish();
-      __syncthreads();  // this K is there, so are the queries; every warp is done with the last V
-      loader_.begin_values(tile + kStages - 1, num_tiles);
+      sync_team<Config>();  // this K is there, so are the queries; every warp is done with the last
+                            // V
+      loader_.begin(2 * (tile + kStages) - 1, num_tiles);
       locate_tile(tile + kStages, num_tiles);
       Scores scores;
       Products::scores(scores, smem_.q, smem_.k[tile % kStages], warp_has_rows());
       loader_.finish_values(tile);
       loader_.store_words(tile + kStages);
       Products::publish();
-      __syncthreads();  // this V is there, so are the next offsets; every warp is done with this K
-      loader_.begin_keys(tile + kStages, num_tiles);
+      sync_team<Config>();  // this V is there, so are the next offsets; every warp is done with
+                            // this K
+      loader_.begin(2 * (tile + kStages), num_tiles);
       if (warp_has_rows()) softmax(scores, tile);
       Products::accumulate(output_, scores, smem_.v[tile % kStages], warp_has_rows());
     } while (++tile < num_tiles);
@@ -109,16 +111,17 @@ class PagedRowTile {
   // The rows' results, where they have seen all their keys.
   __device__ __forceinline__ void store() {
     ptx::cp_async_wait<0>();
-    __syncthreads();  // nothing comes to the queries' place any more
+    sync_team<Config>();  // nothing comes to the queries' place any more
     if (!warp_has_rows()) return;
     finish_sums();
     store_output();
   }
 
-  // What `merge` makes results of: outputs [rows, D] not yet divided, maxima and sums [rows].
-  __device__ __forceinline__ void store_part(float* outputs, float2* softmax) {
+  // In shared memory, for others to add up: outputs, not yet divided, as smem.output_quad, and
+  // maxima and sums of weights [rows].
+  __device__ __forceinline__ void leave(float2* softmax) {
     ptx::cp_async_wait<0>();
-    __syncthreads();  // nobody reads or writes queries, keys or values any more
+    sync_team<Config>();  // nobody reads or writes queries, keys or values any more
     if (!warp_has_rows()) return;
     finish_sums();
     static_assert(kRowTiles == 1);
@@ -133,13 +136,6 @@ class PagedRowTile {
             reinterpret_cast<float2*>(&smem_.output_quad(row, tile * 2 + lane_idx_ % 4 / 2));
         pairs[lane_idx_ % 2] = {output_[0][tile][half * 2], output_[0][tile][half * 2 + 1]};
       }
-    }
-    __syncwarp();
-    const int dim_quads = static_cast<int>(args_.head_dim) / 4;
-    for (int i = lane_idx_; i < 16 * Config::kHeadDim / 4; i += 32) {
-      const int row = warp_row_ + i / (Config::kHeadDim / 4), quad = i % (Config::kHeadDim / 4);
-      if (first_row_ + row >= num_rows_ || quad >= dim_quads) continue;
-      reinterpret_cast<float4*>(outputs)[row * dim_quads + quad] = smem_.output_quad(row, quad);
     }
   }
 
@@ -167,10 +163,13 @@ class PagedRowTile {
     return Config::kTrees && args_.tree_mask != nullptr;
   }
 
-  // Those that all rows of the warp see; of a tree no more than the keys ahead of it.
+  // Keys that all rows of the warp see; of a tree none but those ahead of it. There a row's path is
+  // not longer than the tokens up to its own, so that it sees what a chain of these would.
   __device__ __forceinline__ void find_common_keys() {
     // Rows 16 i + lane % 16 of the warp's, for all i that there are.
-    KeyRange keys = visible_keys_of_row(row_of(lane_idx_ / 16 % kRowTiles) + lane_idx_ % 16);
+    const int row = row_of(lane_idx_ / 16 % kRowTiles) + lane_idx_ % 16;
+    KeyRange keys =
+        sequence_.visible_keys(args_, query_of_row(min(first_row_ + row, num_rows_ - 1)));
     if (in_tree()) keys.end = min(keys.end, max(sequence_.first_position, 0));
     common_keys_ = {__reduce_max_sync(~0u, keys.begin), __reduce_min_sync(~0u, keys.end)};
   }
@@ -183,7 +182,8 @@ class PagedRowTile {
   __device__ __forceinline__ void load_queries() {
     const auto* q = static_cast<const Element*>(args_.q);
     const int dim_chunks = static_cast<int>(args_.head_dim) / 8;
-    for (int i = threadIdx.x; i < Config::kBlockM * Config::kChunks; i += Config::kThreads) {
+#pragma unroll 2
+    for (int i = thread_idx_; i < Config::kBlockM * Config::kChunks; i += Config::kTileThreads) {
       const int row = i / Config::kChunks, chunk = i % Config::kChunks;
       const bool valid = first_row_ + row < num_rows_ && chunk < dim_chunks;
       const Element* src = q;
@@ -200,16 +200,16 @@ class PagedRowTile {
 
   // What the scores of each row get besides. Rows past the last go along with it.
   __device__ __forceinline__ void locate_biases() {
-    static_assert(Config::kBlockM <= Config::kThreads);
-    if (threadIdx.x >= Config::kBlockM) return;
-    const int row = min(first_row_ + static_cast<int>(threadIdx.x), num_rows_ - 1);
+    static_assert(Config::kBlockM <= Config::kTileThreads);
+    if (thread_idx_ >= Config::kBlockM) return;
+    const int row = min(first_row_ + thread_idx_, num_rows_ - 1);
     const OutputRow out_row(args_, sequence_, kv_head_, row);
-    smem_.sink[threadIdx.x] = sink_score(args_, out_row.head);
-    if (in_tree()) smem_.tree[threadIdx.x] = TreeRow::of(args_, sequence_, row);
+    smem_.sink[thread_idx_] = sink_score(args_, out_row.head);
+    if (in_tree()) smem_.tree[thread_idx_] = TreeRow::of(args_, sequence_, row);
     if (args_.alibi_slopes != nullptr) {
-      AlibiRow& alibi = smem_.alibi[threadIdx.x];
+      AlibiRow& alibi = smem_.alibi[thread_idx_];
       alibi = AlibiRow::of(args_, sequence_, kv_head_, row);
-      if (in_tree()) alibi.position = smem_.tree[threadIdx.x].position();
+      if (in_tree()) alibi.position = smem_.tree[thread_idx_].position();
     }
   }
 
@@ -292,35 +292,33 @@ class PagedRowTile {
 
   __device__ __forceinline__ void mask(float (&scores)[kKeyTiles][4], int row_tile,
                                        int first_key) const {
-    const int row = row_of(row_tile) + lane_idx_ / 4;
-    KeyRange visible[2] = {visible_keys_of_row(row), visible_keys_of_row(row + 8)};
-    for (KeyRange& keys : visible) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // A bit for each key: with a comparison for each there would be much code, fetched for it.
+      const int row = row_of(row_tile) + half * 8 + lane_idx_ / 4;
+      KeyRange keys = visible_keys_of_row(row);
       if (first_key < args_.sink_tokens) keys.begin = 0;
-      keys.end = min(keys.end, keys_.end);
-    }
+      uint64_t seen =
+          bits_below(min(keys.end, keys_.end) - first_key) & ~bits_below(keys.begin - first_key);
+      if (in_tree()) {
+        const TreeRow& tree = smem_.tree[row];
+        uint64_t on_path = tree.sees(first_key);
+        if constexpr (Config::kBlockN > 32) {
+          on_path |= uint64_t{tree.sees(first_key + 32)} << 32;
+        }
+        seen &= on_path;
+      }
+      seen >>= lane_idx_ % 4 * 2;
 #pragma unroll
-    for (int tile = 0; tile < kKeyTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = first_key + tile * 8 + lane_idx_ % 4 * 2 + i % 2;
-        if (!visible[i / 2].contains(key)) scores[tile][i] = kMaskedScore;
+      for (int i = 0; i < kKeyTiles * 2; ++i) {
+        float& score = scores[i / 2][half * 2 + i % 2];
+        if ((seen >> (i / 2 * 8 + i % 2) & 1) == 0) score = kMaskedScore;
       }
     }
-    if (in_tree()) mask_siblings(scores, row, first_key);
   }
 
-  // In a tree: keys beside the paths of the rows.
-  __device__ __forceinline__ void mask_siblings(float (&scores)[kKeyTiles][4], int row,
-                                                int first_key) const {
-#pragma unroll
-    for (int tile = 0; tile < kKeyTiles; ++tile) {
-      const int key = first_key + tile * 8;
-      const uint32_t seen[2] = {smem_.tree[row].sees(key), smem_.tree[row + 8].sees(key)};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if ((seen[i / 2] >> (lane_idx_ % 4 * 2 + i % 2) & 1) == 0) scores[tile][i] = kMaskedScore;
-      }
-    }
+  static __device__ __forceinline__ uint64_t bits_below(int count) {
+    return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << max(count, 0)) - 1;
   }
 
   // `factor`: what scores lack, positive.
@@ -415,8 +413,10 @@ class PagedRowTile {
   Storage& smem_;
   const Sequence& sequence_;
   PagedKeyLoader<Config> loader_;
-  const int kv_head_, first_row_, num_rows_, warp_row_, lane_idx_;
-  KeyRange keys_;         // that `run` adds
+  const int kv_head_, first_row_, num_rows_;
+  const int thread_idx_, warp_row_, lane_idx_;  // in the tile's team
+  KeyRange keys_;                               // that `run` adds
+  bool has_queries_ = false;
   KeyRange common_keys_;  // that all rows of the warp see
   // This thread's part of its warp's row tiles: rows lane / 4 and lane / 4 + 8 of each.
   SoftmaxRow rows_[kRowTiles][2];

@@ -8,6 +8,7 @@
 
 #include "attention/alibi.cuh"
 #include "attention/tree_row.cuh"
+#include "ptx/barrier.cuh"
 
 namespace effllm {
 
@@ -24,13 +25,37 @@ struct PagedRowTileConfig {
   static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
   static constexpr int kWarps = 4;
   static constexpr int kBlockM = kRowTiles * kWarps * 16;
-  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kTileThreads = kWarps * 32;
   static constexpr int kChunks = kHeadDim / 8;
   static_assert(kHeadDim % 64 == 0, "rows must be multiples of 128 bytes for the swizzle");
 };
 
+// A CTA may have up to kMaxTeams tiles, of a team of threads each, which wait for one another
+// alone.
 template <class Config>
-struct PagedRowTileStorage {
+__device__ __forceinline__ int num_teams() {
+  return Config::kMaxTeams == 1 ? 1 : static_cast<int>(blockDim.x) / Config::kTileThreads;
+}
+template <class Config>
+__device__ __forceinline__ int team_idx() {
+  return Config::kMaxTeams == 1 ? 0 : static_cast<int>(threadIdx.x) / Config::kTileThreads;
+}
+template <class Config>
+__device__ __forceinline__ int thread_in_team() {
+  return static_cast<int>(threadIdx.x) - team_idx<Config>() * Config::kTileThreads;
+}
+template <class Config>
+__device__ __forceinline__ void sync_team() {
+  if constexpr (Config::kMaxTeams == 1) {
+    __syncthreads();
+  } else {
+    ptx::named_barrier_sync<Config::kTileThreads>(1 + team_idx<Config>());
+  }
+}
+
+// Aligned as the swizzle wants it.
+template <class Config>
+struct alignas(1024) PagedRowTileStorage {
   using QueryTile = uint4[Config::kChunks / 8][Config::kBlockM][8];
   using KeyTile = uint4[Config::kChunks / 8][Config::kBlockN][8];
 

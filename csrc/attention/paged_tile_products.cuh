@@ -74,7 +74,7 @@ struct PagedTileProducts {
         uint32_t q[kRowTiles][4];
 #pragma unroll
         for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-          const int first_row = row_tile * 64 + static_cast<int>(threadIdx.x / 32) * 16;
+          const int first_row = row_tile * 64 + thread_in_team<Config>() / 32 * 16;
           ptx::ldmatrix_x4(q[row_tile], block_row(queries, first_row, step));
         }
 #pragma unroll

@@ -74,6 +74,9 @@ struct TreePath {
   // Its tokens from a depth on.
   EFFLLM_HOST_DEVICE uint64_t from_depth(int64_t depth) const {
     uint64_t rest = tokens;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
     for (; depth > 0 && rest != 0; --depth) rest &= rest - 1;
     return rest;
   }

@@ -52,6 +52,19 @@ __device__ __forceinline__ T* cluster_peer(T* own, uint32_t rank) {
 #endif
 }
 
+// The two halves of a barrier for those who read from each other's shared memory: `arrive` when
+// this CTA has its values, `wait` before it overwrites its own or exits.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // The same, but no write before it need be seen after it. Reads are over, as the values are there.
 __device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile(

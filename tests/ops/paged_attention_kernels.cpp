@@ -14,6 +14,19 @@ alignas(1024) thread_local uint4 smem_raw[16 * 1024];
 
 #include "tensor_argument.h"
 
+namespace effllm {
+
+template void launch_paged_extend<bfloat16, bfloat16>(const PagedAttentionArgs&,
+                                                      const AttentionContext&);
+template void launch_paged_extend<bfloat16, KvE4M3>(const PagedAttentionArgs&,
+                                                    const AttentionContext&);
+template void launch_paged_extend<bfloat16, KvInt8>(const PagedAttentionArgs&,
+                                                    const AttentionContext&);
+template void launch_paged_extend<bfloat16, KvInt4>(const PagedAttentionArgs&,
+                                                    const AttentionContext&);
+
+}  // namespace effllm
+
 // For q of bf16. Tensors in the order of the schema, then out and lse. `window`: 0 is none; `num_sms` and
 // `capability`: of the GPU that is played.
 extern "C" void paged_attention_on_warps(const TensorArgument* tensors, int64_t max_seqlen_q,

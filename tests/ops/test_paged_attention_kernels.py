@@ -70,7 +70,9 @@ def is_played(case: PagedAttentionCase) -> bool:
     return case.dtype == torch.bfloat16 and (case.tree or rows <= 64) and pairs > 0 and small
 
 
-@pytest.mark.parametrize(("num_sms", "capability"), [(1, 8), (5, 9)])
+# Shares with parts of several pairs, on GPUs with and without an early start; and a multiprocessor
+# for each pair of most cases, whose teams then have its keys together.
+@pytest.mark.parametrize(("num_sms", "capability"), [(1, 8), (5, 9), (18, 9)])
 @pytest.mark.parametrize("case", [c for c in CASES if is_played(c)], ids=lambda case: case.id)
 def test_values(
     case: PagedAttentionCase, num_sms: int, capability: int, library: ctypes.CDLL

@@ -16,9 +16,10 @@ inline int device_attribute(cudaDeviceAttr attribute, int, const char*) {
   return attribute == cudaDevAttrMultiProcessorCount ? fake_num_sms : fake_capability;
 }
 
+// There is no shared memory for more CTAs than one at a time.
 template <class Params>
-int max_resident_clusters(const char*, void (*)(Params), int, int, int) {
-  return 1;
+int max_resident_clusters(const char*, void (*)(Params), int, int, int cluster) {
+  return cluster == 1;
 }
 
 struct Launch {
@@ -26,7 +27,7 @@ struct Launch {
   dim3 grid, block;
   size_t smem_bytes;
   cudaStream_t stream;
-  int cluster = 1;  // there is no shared memory for more
+  int cluster = 1;
   bool early_start = false;
 
   template <class Params>

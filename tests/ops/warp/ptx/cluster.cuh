@@ -15,6 +15,12 @@ inline void cluster_sync() {
 
 inline void cluster_sync_relaxed() { cluster_sync(); }
 
+// In two halves: who has arrived may go on.
+inline void cluster_arrive_relaxed() { ++warp::lanes[warp::current.x].cluster_barriers; }
+inline void cluster_wait() {
+  warp::wait(0, static_cast<unsigned>(warp::lanes.size()), &warp::Lane::cluster_barriers);
+}
+
 template <class T>
 T* cluster_peer(T* own, uint32_t rank) {
   const auto ctas = static_cast<int64_t>(rank) - cluster_rank();

@@ -1,0 +1,82 @@
+// What kernels that split keys need besides their problem: how many CTAs, or clusters of them,
+// share the keys, and memory for what these leave for one another.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "attention/combine.cuh"
+#include "attention/paged_kv.h"
+#include "common/math.h"
+#include "cuda/launch.h"
+
+namespace effllm {
+
+// Where the op runs, and memory for so many floats there that lives until the op has returned: the
+// allocator keeps the stream's order.
+struct AttentionContext {
+  int device;
+  cudaStream_t stream;
+  std::function<float*(int64_t)> allocate;
+
+  int attribute(cudaDeviceAttr attribute) const {
+    return device_attribute(attribute, device, "paged_attention");
+  }
+};
+
+// Whether few of so many that run together are left over when each pair has as many as the others.
+inline bool is_even(int64_t pairs, int64_t owners) {
+  return pairs <= owners && owners / pairs * pairs * 10 >= owners * 9;
+}
+
+// How many share the keys, of `owners` (CTAs or clusters of them) that run together, and memory for
+// what they leave.
+template <class Config>
+void share_keys(PagedAttentionArgs& args, const AttentionContext& context, int64_t owners) {
+  args.early_start = context.attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  const int64_t max_rows = std::min<int64_t>(args.group * args.max_seqlen_q, args.max_rows);
+  args.num_row_tiles = static_cast<int32_t>(ceil_div<int64_t>(max_rows, Config::kRows));
+  // As many as run together, or as parts that are worth one.
+  const int64_t resident = std::clamp<int64_t>(owners / args.num_row_tiles, 1, kMaxShares);
+  const int64_t pairs = args.num_seqs * args.num_kv_heads;
+  const int64_t table_keys = args.max_pages_per_seq * args.page_size;
+  const int64_t max_keys = std::min(table_keys, args.sink_tokens + args.window + args.max_seqlen_q);
+  if (args.sink_tokens > 0 && args.split_size == 0) {
+    // Pieces of no promised size, as no part may reach over the gap: for each CTA about one.
+    const int64_t even = ceil_div(max_keys * pairs, resident);
+    args.split_size = ceil_div(std::max<int64_t>(even, Config::kUnsplitBlocks * Config::kBlockKeys),
+                               kSplitSizeStep) *
+                      kSplitSizeStep;
+    args.split_size_divisor = FastDivisor::of(args.split_size);
+  }
+  const bool fixed = args.split_size > 0;
+  const int64_t part_keys = fixed ? args.split_size : Config::kMinBlocks * Config::kBlockKeys;
+  int64_t parts_per_pair = std::max<int64_t>(ceil_div(max_keys, part_keys), 1);
+  if (fixed) {
+    // The head and what is behind it end and begin anywhere in a piece.
+    const int64_t cuts = args.sink_tokens > 0 ? 2 : 1;
+    const int64_t of_table = std::max<int64_t>(ceil_div(table_keys, part_keys), 1);
+    parts_per_pair = std::min(parts_per_pair + cuts, of_table + cuts - 1);
+    if (parts_per_pair > kMaxShares) {
+      fail("paged_attention", "split_size must make at most " + std::to_string(kMaxShares) +
+                                  " pieces of MAXP * P = " + std::to_string(table_keys) +
+                                  " keys, got " + std::to_string(args.split_size));
+    }
+  } else {
+    parts_per_pair = std::min(parts_per_pair, resident);
+  }
+  const int64_t parts = pairs * parts_per_pair;
+  args.num_shares = static_cast<int32_t>(std::min(parts, resident));
+
+  const int64_t slots = (fixed ? parts : args.num_shares) * args.num_row_tiles;
+  const int64_t rows = slots * (fixed ? 1 : 2) * Config::kRows;
+  args.partial_out = context.allocate(rows * (args.head_dim + 2) + slots * Config::kMaxCluster * 2);
+  args.partial_softmax = args.partial_out + rows * args.head_dim;
+  args.arrivals = reinterpret_cast<uint64_t*>(args.partial_softmax + rows * 2);
+}
+
+}  // namespace effllm
