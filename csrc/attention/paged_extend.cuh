@@ -80,7 +80,8 @@ struct PagedExtendStorage {
 // how few instructions there are, and how many loads are on the way together.
 template <class Config>
 class ExtendMerge {
-  static constexpr int kRows = MergeSource::kRows, kLoads = 4;  // of each row at a time
+  static constexpr int kRows = MergeSource::kRows;
+  static constexpr int kLoads = Config::kMaxTeams > 2 ? 2 : 4;  // of each row, as registers allow
   static constexpr int kLanes = 32 / kRows;                     // of a row
 
  public:

@@ -71,13 +71,20 @@ class PagedKeyLoader {
     }
   }
 
-  // Load `idx` is K of tile idx / 2, or its V; of tiles past the last nothing.
+  // Load `idx` is K of tile idx / 2, or its V; of tiles past the last nothing. Where arithmetic is
+  // the bound there is code for whole tiles, which have nothing to check: all but the last may be.
   __device__ __forceinline__ void begin(int idx, int num_tiles) {
+    constexpr bool kChecksLess = !Config::kTrees;
     const int tile = idx / 2, stage = tile % Config::kStages;
     if (tile < num_tiles) {
       const bool is_key = idx % 2 == 0;
-      load(is_key ? smem_.k[stage] : smem_.v[stage],
-           is_key ? smem_.k_row[slot(tile)] : smem_.v_row[slot(tile)]);
+      Tile& dst = is_key ? smem_.k[stage] : smem_.v[stage];
+      const char* const* const rows = is_key ? smem_.k_row[slot(tile)] : smem_.v_row[slot(tile)];
+      if (kChecksLess && tile + 1 < num_tiles && args_.head_dim == Config::kHeadDim) {
+        load<true>(dst, rows);
+      } else {
+        load<false>(dst, rows);
+      }
     }
     ptx::cp_async_commit();
   }
@@ -114,6 +121,7 @@ class PagedKeyLoader {
   }
 
   // Zeros where there is no key, or no such dims: a weight of 0 does not silence a NaN in V.
+  template <bool kWhole>
   __device__ __forceinline__ void load(Tile& tile, const char* const* rows) {
     constexpr int kBytes = Config::kQuantized ? Octet::kWords * 4 : 16;
     const int chunk = thread_idx() % Config::kChunks;
@@ -121,12 +129,14 @@ class PagedKeyLoader {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const char* src = rows[row_of(pass)];
-      const bool valid = src != nullptr && has_dims;
+      const bool valid = kWhole || (src != nullptr && has_dims);
       src += chunk * kBytes;
       if constexpr (Config::kQuantized) {
 #pragma unroll
         for (uint32_t& word : codes_[pass]) word = 0;
         if (valid) ptx::load_streaming<Octet::kWords>(codes_[pass], src);
+      } else if constexpr (kWhole) {
+        ptx::cp_async_16(&place(tile, pass), src);
       } else {
         ptx::cp_async_16(&place(tile, pass), src, valid);
       }
