@@ -10,14 +10,15 @@
 //
 //   a tile of rows x the keys of a pair (sequence, KV head)
 //
-//         |           part 0          |           part 1          |  a cluster each:
-//         decode_split.cuh |    CTA 0    |    CTA 1    |    CTA 0    |    CTA 1    | |team 0 team
-//         1|team 0 team 1|team 0 team 1|team 0 team 1|  what one does: paged_row_tile.cuh
-//   row 0 [ o,m,s  o,m,s  o,m,s  o,m,s| o,m,s  o,m,s  o,m,s  o,m,s]  shared memory
-//           \______|______|______|      \______|______|______|       merged by a warp of CTA r % 2
-//   row 0 [        o,m,s              |        o,m,s              ]  memory
-//                    \__________________________|                    by who is last: combine.cuh
-//   row 0          out, lse
+//          part 0: a cluster           part 1                 decode_split.cuh
+//          CTA 0        CTA 1          CTA 0        CTA 1
+//          team  team   team  team     team  team   team  team
+//            0     1      0     1        0     1      0     1  paged_row_tile.cuh
+//   row r  [oms]-[oms]--[oms]-[oms]    [oms]-[oms]--[oms]-[oms]  o, m, s in shared memory
+//                     |                           |           a warp of CTA r % 2 merges
+//                   [oms]----------+------------[oms]         in memory
+//                                  |                          who is last merges: combine.cuh
+//                              out, lse
 #pragma once
 
 #include <cuda_runtime.h>
