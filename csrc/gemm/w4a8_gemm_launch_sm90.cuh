@@ -59,12 +59,13 @@ inline constexpr std::array<W4A8GemmShape, 5> kW4A8ChannelShapes{{
     {{128, 1, 7, 1, 1, 128, false}, 330},
     {{256, 1, 4, 1, 1, 128, false}, 720},
 }};
-// There are two sets of sums, of a group and of all groups.
-inline constexpr std::array<W4A8GemmShape, 4> kW4A8GroupShapes{{
-    {{16, 1, 10, 2, 1, 16, false}, 150},
-    {{32, 1, 8, 2, 1, 32, false}, 170},
+// Registers have the sums of all groups, and of one group those of two parts of the tokens.
+inline constexpr std::array<W4A8GemmShape, 5> kW4A8GroupShapes{{
+    {{16, 1, 9, 2, 1, 16, false}, 150},
+    {{32, 1, 7, 2, 1, 32, false}, 170},
     {{64, 1, 12, 1, 1, 64, false}, 230},
     {{128, 1, 7, 1, 1, 128, false}, 400},
+    {{256, 1, 4, 1, 1, 128, false}, 760},
 }};
 
 // The kernels of one way to scale.

@@ -3,23 +3,32 @@
 //
 // Roofline: for few tokens N * K / 2 bytes of codes, of which a CTA's ring keeps some 64 KB on
 // their way; for many 2 M N K operations of the tensor cores. A stage of 128 rows by 256 tokens
-// takes 1024 clocks of them; shared memory gives wgmma 64 KB of x meanwhile, and takes 40 KB from
-// TMA, at 128 bytes a clock. A warp makes int8 of its 16 x 128 codes in 36 instructions, 68 with
-// zero points. A group's scale is applied to its sum, by two instructions for each of a thread's
-// sums: with 128 rows by 128 tokens a warp takes some 250 instructions for a stage in all, two
-// warps share a scheduler, and the products take 512 clocks. One warpgroup scales while the other
-// multiplies.
+// takes 1024 clocks of them; shared memory gives wgmma 64 KB of x meanwhile, math warps 16 KB of
+// codes, and takes 40 KB from TMA, at 128 bytes a clock. A warp makes int8 of its 16 x 128 codes in
+// 36 instructions, 68 with zero points. A group's scale is applied to its sum, by two instructions
+// for each of a thread's sums: a warp takes 383 instructions for such a stage in all, and two warps
+// share a scheduler; of 128 tokens 231, for 512 clocks of products.
 //
 //                 tokens ->
 //   rows of W   [ warpgroup 0 ]     a tile of the output: 2 strips of 64 rows by kCols tokens
 //               [ warpgroup 1 ]
 //
 //   stage of the ring, 128 columns of K:  [ x: kCols rows | codes: 4 KB a strip ]
+//                                         [ scales and zero points of its groups ]
 //
 //   warp 8            one lane fills the ring: x by TMA, contiguous codes by bulk copies
+//   warp 9            the scales, in float32 and in the order of the accumulators
 //
 //   warpgroups 0, 1   codes -> registers -> int8 -> wgmma with x, in units of 64 columns: while one
 //                     unit's products are made, the codes of the next are converted
+//
+// With several groups a part of 64 tokens is multiplied at a time, into one of two sets of sums:
+//
+//   products    part 0   part 1   part 2   part 3   part 0 of the next group ..
+//   scaling       -      part 0   part 1   part 2   part 3
+//
+// else both warpgroups, which wait for the same stages, would multiply at the same time and scale
+// at the same time, and the tensor cores would be idle meanwhile.
 //
 // x lies in shared memory as it does in global memory: words of codes are brought into its order
 // (w4a8_codes.cuh), by one instruction for 8 codes and a second load from shared memory. To permute
@@ -31,6 +40,7 @@
 
 #include <cuda.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -38,83 +48,30 @@
 #include "common/math.h"
 #include "cuda/pipeline.cuh"
 #include "cuda/vec.cuh"
-#include "gemm/int8_finish.cuh"
 #include "gemm/ss_gemm_sm90.h"
 #include "gemm/tile_epilogue_sm90.cuh"
 #include "gemm/tile_schedule.cuh"
 #include "gemm/w4a8_codes.cuh"
+#include "gemm/w4a8_finish.cuh"
 #include "gemm/w4a8_gemm_sm90.h"
+#include "gemm/w4a8_groups_sm90.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/load.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/prmt.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warp_roles.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace effllm {
 
-// What becomes of a tile's sums. With one group they are exact: int8_gemm.h's operations follow.
-template <bool kGrouped, int kShift>
-struct W4A8Finish;
-
-struct W4A8FinishBase {
-  struct Token {
-    float scale;
-  };
-
-  __device__ __forceinline__ explicit W4A8FinishBase(const W4A8GemmParams& params)
-      : params(params), m(params.m), n(params.n), out(params.out) {}
-
-  __device__ __forceinline__ Token token(int64_t token) const {
-    return {load_int8_scale(params.x_scales, min(token, m - 1))};
-  }
-  __device__ __forceinline__ float bias(int64_t feature) const {
-    if (params.bias == nullptr) return 0.0f;
-    return device_load_float(params.bias, params.bias_dtype, feature * params.stride_bias);
-  }
-
-  const W4A8GemmParams& params;
-  const int64_t m, n;
-  void* const out;
-};
-
-template <int kShift>
-struct W4A8Finish<false, kShift> : W4A8FinishBase {
-  struct Feature {
-    float scale, bias;
-  };
-  using W4A8FinishBase::W4A8FinishBase;
-
-  __device__ __forceinline__ Feature feature(int64_t feature) const {
-    const int64_t row = min(feature, n - 1);
-    return {device_load_float(params.scales, params.scales_dtype, row * params.stride_scales_n),
-            bias(row)};
-  }
-  __device__ __forceinline__ float apply(int32_t sum, Feature feature, Token token) const {
-    const float exact = __int2float_rn(sum >> kShift);
-    return __fadd_rn(__fmul_rn(exact, __fmul_rn(feature.scale, token.scale)), feature.bias);
-  }
-};
-
-template <int kShift>
-struct W4A8Finish<true, kShift> : W4A8FinishBase {
-  using Feature = float;  // its bias
-  using W4A8FinishBase::W4A8FinishBase;
-
-  __device__ __forceinline__ float feature(int64_t feature) const {
-    return bias(min(feature, n - 1));
-  }
-  __device__ __forceinline__ float apply(float sum, float bias, Token token) const {
-    return __fadd_rn(__fmul_rn(sum, token.scale), bias);
-  }
-};
-
 // `kGroupUnits`: units of 64 columns per scale; 0 for a single group.
-template <int kGroupUnits_, bool kHasZeros, SsGemmShape kShape>
+template <int kGroupUnits_, bool kHasZeros_, SsGemmShape kShape>
 struct W4A8Gemm {
   static constexpr int kGroupUnits = kGroupUnits_;
   static constexpr bool kGrouped = kGroupUnits > 0;
+  static constexpr bool kHasZeros = kHasZeros_;
   using Decode = W4A8Codes<kHasZeros>;
   using Finish = W4A8Finish<kGrouped, Decode::kShift>;
   using Sum = std::conditional_t<kGrouped, float, int32_t>;
@@ -136,11 +93,21 @@ struct W4A8Gemm {
   static constexpr int kStageBytes = kXBytes + kStrips * kStripBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kOutStripBytes = kOutCols * 128;
-  static constexpr int kSmemBytes = 1024 + kRingBytes + kStrips * kOutStripBytes;
+  static constexpr int kStageGroups = kGrouped ? kUnits / kGroupUnits : 0;
+  static constexpr int kScaleBytes = kRows * 4;  // of a group
+  static constexpr int kGroupBytes = kScaleBytes + (kHasZeros ? kRows : 0);
+  static constexpr int kSmemBytes =
+      1024 + kRingBytes + kStrips * kOutStripBytes + kStages * kStageGroups * kGroupBytes;
+  // Of wide tiles' tokens a part at a time is multiplied: sums of one are scaled while those of
+  // the next are made.
+  static constexpr int kPartCols = kGrouped ? std::min(kCols, 64) : kCols;
+  static constexpr int kParts = kCols / kPartCols;
+  static constexpr int kSets = std::min(kParts, 2);  // of sums on their way
   static constexpr int kThreads = kMathThreads + 128;
+  static constexpr int kProducers = kGrouped ? 2 : 1;  // of a stage
   // A CTA starts with 168 (80) registers per thread; what the producers give up, the others get.
-  static constexpr int kProducerRegisters = kCtasPerSm == 1 ? 40 : 32;
-  static constexpr int kMathRegisters = kCtasPerSm == 1 ? 232 : 104;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kMathRegisters = kCtasPerSm == 1 ? 232 : 96;
   static constexpr bool kSplits = kShape.splits();
   static_assert(!kSplits || SliceSums<W4A8Gemm>::kSmemBytes <= kRingBytes);
   static_assert(kCtasPerSm * (kSmemBytes + sizeof(TileTerms<W4A8Gemm, Finish>) + 2048) <=
@@ -164,6 +131,10 @@ struct W4A8Shared {
     return x(stage) + C::kXBytes + strip * C::kStripBytes;
   }
   __device__ __forceinline__ uint8_t* out() const { return base + C::kRingBytes; }
+  __device__ __forceinline__ uint8_t* scales(int stage, int group) const {
+    return out() + C::kStrips * C::kOutStripBytes +
+           (stage * C::kStageGroups + group) * C::kGroupBytes;
+  }
 };
 
 // Where the codes of a tile's strips begin, and how many of these there are.
@@ -234,122 +205,61 @@ __device__ __forceinline__ void produce(const W4A8GemmArgs& args, const W4A8Shar
   }
 }
 
-// Scales and zero points of this thread's two rows: what of the next group is needed is on its way
-// from memory while one is multiplied. With one group there are zero points alone.
+// The scales' warp's share of a piece of work.
 template <class C>
-class W4A8Groups {
- public:
-  __device__ __forceinline__ W4A8Groups(const W4A8GemmParams& params,
-                                        const TileSchedule::Work& work)
-      : params_(params) {
-    int group = 0;
-    if constexpr (C::kGrouped) group = work.first_k_tile * C::kUnits / C::kGroupUnits;
-    groups_left_ = static_cast<int>(params.num_groups) - group;
-    const int first_row = work.row_tile * C::kRows + static_cast<int>(threadIdx.x) / 32 * 16;
-    const int last_row = static_cast<int>(params.n) - 1;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // Rows past N are computed on what is there and never stored: any scale in bounds will do.
-      const int row = min(first_row + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half, last_row);
-      scales_[half] = position(row, group, params.stride_scales_n, params.stride_scales_g);
-      zeros_[half] = position(row, group, params.stride_zeros_n, params.stride_zeros_g);
+__device__ __forceinline__ void produce_scales(const W4A8GemmArgs& args, const W4A8Shared<C>& smem,
+                                               const TileSchedule::Work& work,
+                                               Ring<C::kStages>& ring) {
+  W4A8Groups<C> groups(args.params, work);
+#pragma unroll 1
+  for (int tile = 0; tile < work.num_k_tiles; ++tile, ring.advance()) {
+    ptx::mbarrier_wait(&smem.empty[ring.stage], ring.phase ^ 1);
+    uint8_t* scales = smem.scales(ring.stage, 0);
+#pragma unroll 1
+    for (int group = 0; group < C::kStageGroups; ++group, scales += C::kGroupBytes) {
+      groups.store(scales);
     }
-    load_zeros();
-    load_scales();
-    if constexpr (!C::kGrouped) enter();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&smem.full[ring.stage]);
   }
-
-  // Before the codes of the next group are converted.
-  __device__ __forceinline__ void enter() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) zero[half] = C::Decode::zero_bytes(zero_codes_[half]);
-    load_zeros();
-  }
-
-  // When the sum of the group before has been scaled, and the next one's products are on their way.
-  __device__ __forceinline__ void leave() {
-    // A sum of 16-fold codes, exactly: the scale may be a sixteenth of itself.
-    constexpr float kFactor = 1.f / (1 << C::Decode::kShift);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) scale[half] = bits_to_float(scale_bits_[half]) * kFactor;
-    load_scales();
-  }
-
-  float scale[2] = {};  // nothing has been added up before the first group
-  uint32_t zero[2];
-
- private:
-  // In elements; takes_w4a8_gemm_sm90 knows that 32 bits are enough.
-  static __device__ __forceinline__ uint32_t position(int row, int group, int64_t stride_n,
-                                                      int64_t stride_g) {
-    return static_cast<uint32_t>(row) * static_cast<uint32_t>(stride_n) +
-           static_cast<uint32_t>(group) * static_cast<uint32_t>(stride_g);
-  }
-
-  // device_bits_to_float without branches.
-  __device__ __forceinline__ float bits_to_float(uint32_t bits) const {
-    const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
-    const int shift = params_.scales_dtype == DType::kBFloat16 ? 16 : 0;
-    return params_.scales_dtype == DType::kFloat16 ? half : __uint_as_float(bits << shift);
-  }
-
-  // Of the next group, if there is one: a stage may have columns past K, where x is zero.
-  __device__ __forceinline__ void load_zeros() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      zero_codes_[half] = kInt4PaddingCode;
-      if (C::Decode::kShift > 0 || groups_left_ <= 0) continue;
-      zero_codes_[half] = params_.zeros[zeros_[half]];
-      zeros_[half] += static_cast<uint32_t>(params_.stride_zeros_g);
-    }
-  }
-
-  // Likewise, and counts it.
-  __device__ __forceinline__ void load_scales() {
-    const bool exists = --groups_left_ >= 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      scale_bits_[half] = 0;
-      if (!C::kGrouped || !exists) continue;
-      scale_bits_[half] = params_.scales_dtype == DType::kFloat32
-                              ? static_cast<const uint32_t*>(params_.scales)[scales_[half]]
-                              : static_cast<const uint16_t*>(params_.scales)[scales_[half]];
-      scales_[half] += static_cast<uint32_t>(params_.stride_scales_g);
-    }
-  }
-
-  const W4A8GemmParams& params_;
-  uint32_t scales_[2], zeros_[2];
-  int groups_left_;
-  uint32_t scale_bits_[2];  // nothing waits for a load before it is used
-  int zero_codes_[2];
-};
+}
 
 // sums = W x^T of this warpgroup's strip.
 template <class C>
 __device__ __forceinline__ void mainloop(const W4A8GemmArgs& args, const W4A8Shared<C>& smem,
                                          const TileSchedule::Work& work, Ring<C::kStages>& ring,
                                          Accumulators<C>& sums) {
-  const int strip = ptx::uniform_warp_idx() / 4, thread = threadIdx.x % 128;
-  const int lane = threadIdx.x % 32;
+  const int warp = ptx::uniform_warp_idx(), lane = threadIdx.x % 32;
   const W4A8Exchange exchange(lane);
-  const int first_chunk = thread / 32 * 32 + exchange.first_lane;
-  W4A8Groups<C> groups(args.params, work);
-  int32_t partial[C::kCols / 2] = {};  // of a group, or of all
-  const auto add_group = [&] {
-    ptx::wgmma_wait<0>();
-    ptx::pin_accumulators(partial);
+  const int first_chunk = warp % 4 * 32 + exchange.first_lane;
+  const int pair = warp * 8 + lane / 4;  // of rows, of the tile's
+  constexpr int kPartSums = C::kPartCols / 2;
+  constexpr int kReleasingUnit = C::kParts > 1 ? 0 : 1;
+  int32_t partial[C::kSets][kPartSums] = {};  // of a group, or of all
+  float scale[2] = {};  // of what is being added up: nothing, before the first group
+  uint32_t zeros[2] = {};
+  if constexpr (C::kHasZeros && !C::kGrouped) load_channel_zeros<C>(args.params, work, zeros);
+  uint32_t a[C::kUnits][C::kUnitSteps][4];
+
+  const auto multiply = [&](int part, int unit, uint64_t x, bool accumulate) {
 #pragma unroll
-    for (int i = 0; i < C::kCols / 2; ++i) {
-      if constexpr (C::kGrouped) {
-        sums[0][i] += groups.scale[i / 2 % 2] * __int2float_rn(partial[i]);
-      } else {
-        sums[0][i] = partial[i];
-      }
+    for (int step = 0; step < C::kUnitSteps; ++step) {
+      const int byte = part * C::kPartCols * C::kTileK + 32 * (unit * C::kUnitSteps + step);
+      ptx::Wgmma<int8_t, C::kPartCols>::mma(partial[part % C::kSets], a[unit][step],
+                                            ptx::advance_descriptor(x, byte),
+                                            accumulate || step > 0);
+    }
+  };
+  // Of a group whose products are done.
+  const auto add_group = [&](int part) {
+    int32_t (&products)[kPartSums] = partial[part % C::kSets];
+    ptx::pin_accumulators(products);
+#pragma unroll
+    for (int i = 0; i < kPartSums; ++i) {
+      sums[0][part * kPartSums + i] += scale[i / 2 % 2] * __int2float_rn(products[i]);
     }
   };
 
-  uint32_t a[C::kUnits][C::kUnitSteps][4];
   int read_stage = -1;  // wgmma may still read x from it
   int tiles_left = work.num_k_tiles;
   do {  // a loop that could run zero times would make ptxas serialise wgmma
@@ -358,39 +268,75 @@ __device__ __forceinline__ void mainloop(const W4A8GemmArgs& args, const W4A8Sha
 #pragma unroll
     for (int unit = 0; unit < C::kUnits; ++unit) {
       const auto* chunks =
-          reinterpret_cast<const uint4*>(smem.codes(ring.stage, strip) + unit * C::kUnitBytes);
+          reinterpret_cast<const uint4*>(smem.codes(ring.stage, warp / 4) + unit * C::kUnitBytes);
       const uint4 first = chunks[first_chunk], second = chunks[first_chunk + 1];
       const uint32_t words[4] = {exchange(first.x, second.x), exchange(first.y, second.y),
                                  exchange(first.z, second.z), exchange(first.w, second.w)};
-      const bool starts_group = C::kGrouped && unit % max(C::kGroupUnits, 1) == 0;
-      if (starts_group) groups.enter();
-#pragma unroll
-      for (int step = 0; step < C::kUnitSteps; ++step) {
-        uint32_t (&regs)[4] = a[unit][step];
-        C::Decode::decode(words[2 * step], groups.zero, regs[0], regs[1]);
-        C::Decode::decode(words[2 * step + 1], groups.zero, regs[2], regs[3]);
-        ptx::pin_operand(regs);
+      const int group_unit = unit % max(C::kGroupUnits, 1);
+      const bool starts_group = C::kGrouped && group_unit == 0;
+      const bool ends_group = C::kGrouped && group_unit == C::kGroupUnits - 1;
+      const uint8_t* scales = smem.scales(ring.stage, unit / max(C::kGroupUnits, 1));
+      if constexpr (C::kHasZeros && C::kGrouped) {
+        if (starts_group) {
+          const uint32_t codes = reinterpret_cast<const uint16_t*>(scales + C::kScaleBytes)[pair];
+          zeros[0] = ptx::Permute()(codes, codes, 0x0000);
+          zeros[1] = ptx::Permute()(codes, codes, 0x1111);
+        }
       }
-      if (starts_group) add_group();  // the one before; zeros at first
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < C::kUnitSteps; ++step) {
-        ptx::Wgmma<int8_t, C::kCols>::mma(
-            partial, a[unit][step], ptx::advance_descriptor(x, 32 * (unit * C::kUnitSteps + step)),
-            !starts_group || step > 0);
+      if (C::kParts > 1 && starts_group) {
+        ptx::wgmma_wait<0>();
+      } else {
+        ptx::wgmma_wait<1>();  // what was multiplied with these registers is done
       }
-      ptx::wgmma_commit();
-      if (starts_group) groups.leave();
-      ptx::wgmma_wait<1>();  // the unit before is done: its registers and its x are free
-      if (unit == 0) {
+      if (unit == kReleasingUnit) {  // and all of the stage before
         __syncwarp();
         if (read_stage >= 0 && lane == 0) ptx::mbarrier_arrive(&smem.empty[read_stage]);
         read_stage = ring.stage;
       }
+#pragma unroll
+      for (int step = 0; step < C::kUnitSteps; ++step) {
+        uint32_t (&regs)[4] = a[unit][step];
+        C::Decode::decode(words[2 * step], zeros, regs[0], regs[1]);
+        C::Decode::decode(words[2 * step + 1], zeros, regs[2], regs[3]);
+        ptx::pin_operand(regs);
+      }
+      const auto add_last_group = [&] {
+        add_group(C::kParts - 1);
+        const float2 next = reinterpret_cast<const float2*>(scales)[pair];
+        scale[0] = next.x, scale[1] = next.y;
+      };
+      if (C::kParts == 1 && starts_group) {
+        ptx::wgmma_wait<0>();
+        add_last_group();
+      }
+      ptx::wgmma_fence();
+      multiply(0, unit, x, !starts_group);
+      ptx::wgmma_commit();
+      if (C::kParts > 1 && ends_group) {
+        add_last_group();
+#pragma unroll
+        for (int part = 1; part < C::kParts; ++part) {
+          ptx::wgmma_fence();
+#pragma unroll
+          for (int i = unit - group_unit; i <= unit; ++i) {
+            multiply(part, i, x, i > unit - group_unit);
+          }
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<1>();
+          add_group(part - 1);
+        }
+      }
     }
     ring.advance();
   } while (--tiles_left > 0);
-  add_group();  // the last unit is done, and with it the last stage
+  ptx::wgmma_wait<0>();
+  if constexpr (C::kGrouped) {
+    add_group(C::kParts - 1);
+  } else {
+    ptx::pin_accumulators(partial[0]);
+#pragma unroll
+    for (int i = 0; i < kPartSums; ++i) sums[0][i] = partial[0][i];
+  }
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(&smem.empty[read_stage]);
 }
@@ -427,7 +373,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
                            &received};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
-      ptx::mbarrier_init(&full[stage], 1);
+      ptx::mbarrier_init(&full[stage], C::kProducers);
       ptx::mbarrier_init(&empty[stage], kMathThreads / 32);
     }
     ptx::mbarrier_init(&received, 1);
@@ -447,6 +393,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     ptx::grid_dependency_wait();
     for (int item = 1; more; ++item) {
       if (is_producer && ptx::elect_one()) produce<C>(args, smem, work, ring);
+      if constexpr (C::kGrouped) {
+        if (warp == kMathThreads / 32 + 1) produce_scales<C>(args, smem, work, ring);
+      }
       __syncwarp();
       const bool split = work.split;
       more = args.schedule.get(item, work);

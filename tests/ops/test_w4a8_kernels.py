@@ -82,8 +82,9 @@ def test_wgmma(
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_wgmma_of_256_tokens(zeros: bool, library: ctypes.CDLL) -> None:
-    check(W4A8GemmCase(270, 192, 208, -1, BF16, zeros, True), library, 256, 2)
+@pytest.mark.parametrize("group_size", [64, 128, -1])
+def test_wgmma_of_256_tokens(group_size: int, zeros: bool, library: ctypes.CDLL) -> None:
+    check(W4A8GemmCase(270, 192, 208, group_size, BF16, zeros, True), library, 256, 2)
 
 
 @pytest.mark.parametrize("group_size", [64, 128, -1])

@@ -75,7 +75,7 @@ void slice_kernel(const SliceArgs args) {
   const W4A8Shared<C> smem{dynamic_smem, full, empty, nullptr};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
-      ptx::mbarrier_init(&full[stage], 1);
+      ptx::mbarrier_init(&full[stage], C::kProducers);
       ptx::mbarrier_init(&empty[stage], kMathThreads / 32);
     }
   }
@@ -84,6 +84,9 @@ void slice_kernel(const SliceArgs args) {
   Ring<C::kStages> ring;
   if (warp >= kMathThreads / 32) {
     if (warp == kMathThreads / 32 && lane == 0) produce<C>(args.gemm, smem, args.work, ring);
+    if constexpr (C::kGrouped) {
+      if (warp == kMathThreads / 32 + 1) produce_scales<C>(args.gemm, smem, args.work, ring);
+    }
     return;
   }
   Accumulators<C> sums = {};
