@@ -10,7 +10,7 @@ WIDTHS = (8, 16, 32, 64, 128, 256)
 SHARED_WIDTHS = (32, 64, 128, 256)  # with A in shared memory, of 16-bit types
 MN_MAJOR_WIDTHS = (64, 128, 256)  # with B the other way round, of 16-bit types
 E4M3_WIDTHS = (8, 16, 32, 64, 128, 192, 256)
-INT8_WIDTHS = (16, 32, 64, 128, 256)
+INT8_WIDTHS = (16, 32, 64, 128, 192, 256)
 TYPES = {"float16": "f16", "bfloat16": "bf16"}
 
 HEADER = """\
