@@ -50,8 +50,8 @@ struct PagedAttentionArgs : PagedAttentionParams {
   // Of which sequences this launch takes care: those with so many rows.
   int32_t min_rows, max_rows;
   // Of kernels that split keys: shares of the keys, a CTA or a cluster each for every row tile, and
-  // what these leave for who merges the parts of a row tile. A slot is a share's and has two places,
-  // or, with a split_size, a piece's and has one.
+  // what these leave for who merges the parts of a row tile. A slot is a share's and has two
+  // places, or, with a split_size, a piece's and has one.
   int32_t num_shares;
   bool early_start;        // whether the GPU can start it before the kernel ahead has finished
   float* partial_out;      // [slots, num_row_tiles, places, rows of a tile, D]

@@ -30,8 +30,6 @@
 
 namespace effllm {
 
-inline constexpr int kEvictThreads = 512;
-
 // The best slot that a thread, a warp, a CTA knows of.
 struct LowestSlot {
   int64_t rank = INT64_MAX;
@@ -54,13 +52,13 @@ struct LowestSlot {
   }
 };
 
-// Of the slots of one head, by all threads of a CTA.
+// Of the slots of one head, by all threads of a CTA: as many at a time, whatever that has.
+template <int kThreads>
 class SlotSearch {
   // Slots of a thread that are on the way together. One by one: heads need not start at a multiple
   // of 16 bytes, and a warp reads whole lines.
-  static constexpr int kAhead = 9;
-
-  static constexpr int kStep = kAhead * kEvictThreads;
+  static constexpr int kStep = 4608, kAhead = kStep / kThreads;
+  static_assert(kStep % kThreads == 0);
 
  public:
   __device__ __forceinline__ SlotSearch(const float* scores, const int32_t* slot_pos)
@@ -93,14 +91,14 @@ class SlotSearch {
   // By a warp, after a barrier.
   static __device__ __forceinline__ int lowest_of(const LowestSlot* found) {
     LowestSlot lowest;
-    if (threadIdx.x < kEvictThreads / 32) lowest = found[threadIdx.x];
+    if (threadIdx.x < kThreads / 32) lowest = found[threadIdx.x];
     lowest.take_of_warp();
     return lowest.slot;
   }
 
  private:
   static __device__ __forceinline__ int thread_slot(int begin, int i) {
-    return begin + i * kEvictThreads + static_cast<int>(threadIdx.x);
+    return begin + i * kThreads + static_cast<int>(threadIdx.x);
   }
 
   __device__ __forceinline__ void take(const EvictionRule& rule, int begin, int num_slots) {
@@ -112,7 +110,7 @@ class SlotSearch {
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (begin + i * kEvictThreads >= num_slots) break;
+      if (begin + i * kThreads >= num_slots) break;
       lowest_.take(EvictionRule::rank(rule.order(scores_[i], tokens_[i]), tokens_[i]),
                    thread_slot(begin, i));
     }
@@ -250,7 +248,7 @@ __device__ __forceinline__ void prefetch_bytes(const void* src_gmem, int64_t byt
   const auto lines = static_cast<int>((bytes + kLine - 1) / kLine);
   const auto* src = static_cast<const char*>(src_gmem);
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < lines; i += kEvictThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < lines; i += static_cast<int>(blockDim.x)) {
     ptx::prefetch_l2(src + int64_t{i} * kLine);
   }
 }
@@ -271,11 +269,11 @@ __device__ __forceinline__ int prefetch_head(const H2oAppendParams& params,
   return num_slots;
 }
 
-template <class Writer>
-__global__ void __launch_bounds__(kEvictThreads)
+template <class Writer, int kThreads>
+__global__ void __launch_bounds__(kThreads)
     h2o_append_kernel(const __grid_constant__ H2oAppendParams params) {
-  __shared__ LowestSlot found[kEvictThreads / 32];
-  __shared__ int32_t pages[kEvictThreads];  // the first entries of the head's page table
+  __shared__ LowestSlot found[kThreads / 32];
+  __shared__ int32_t pages[kThreads];  // the first entries of the head's page table
   __shared__ NewRows new_rows;
   const AppendHead head(params, blockIdx.x);
   const int expected_slots = prefetch_head(params, head);
@@ -285,7 +283,7 @@ __global__ void __launch_bounds__(kEvictThreads)
   // All that is read, before anything waits for some of it.
   const bool has_entry = threadIdx.x < params.max_pages_per_seq;
   const int32_t table_entry = has_entry ? head.page_row[threadIdx.x] : 0;
-  SlotSearch search(head.scores, head.slot_pos);
+  SlotSearch<kThreads> search(head.scores, head.slot_pos);
   search.load(0, expected_slots);
   const bool writes = threadIdx.x < 32, stages = NewRows::take(params.append);
   const KvAppendRows& rows = threadIdx.x < kRowLanes ? params.append.k : params.append.v;
@@ -298,10 +296,9 @@ __global__ void __launch_bounds__(kEvictThreads)
   pages[threadIdx.x] = table_entry;
   __syncthreads();  // all know how many slots are in use
   if (!writes) return;
-  const int slot = full ? SlotSearch::lowest_of(found) : num_slots;
+  const int slot = full ? SlotSearch<kThreads>::lowest_of(found) : num_slots;
   const auto [entry, offset] = params.place_of(slot);
-  const int64_t page =
-      params.valid_page(entry < kEvictThreads ? pages[entry] : head.page_row[entry]);
+  const int64_t page = params.valid_page(entry < kThreads ? pages[entry] : head.page_row[entry]);
   const char* const source = stages ? new_rows.wait() : head.row(rows);
   if (page < 0) return;
   const auto lane = static_cast<int>(threadIdx.x % kRowLanes);
@@ -322,11 +319,19 @@ inline void launch_h2o_append(const H2oAppendParams& params, int device, cudaStr
   }
   const bool early_start =
       device_attribute(cudaDevAttrComputeCapabilityMajor, device, "h2o_append") >= 9;
-  const auto launch = [&]<class Writer>(Writer) {
+  // Few heads want each to be done soon, many that more of them run beside one another.
+  const bool few = pairs <= device_attribute(cudaDevAttrMultiProcessorCount, device, "h2o_append");
+  const auto run = [&](auto kernel, unsigned threads) {
     const Launch launch{
-        "h2o_append", dim3(static_cast<unsigned>(pairs)), dim3(kEvictThreads), 0, stream, 1,
-        early_start};
-    launch(h2o_append_kernel<Writer>, params);
+        "h2o_append", dim3(static_cast<unsigned>(pairs)), dim3(threads), 0, stream, 1, early_start};
+    launch(kernel, params);
+  };
+  const auto launch = [&]<class Writer>(Writer) {
+    if (few) {
+      run(h2o_append_kernel<Writer, 512>, 512);
+    } else {
+      run(h2o_append_kernel<Writer, 256>, 256);
+    }
   };
   if (append.quantizes()) {
     return dispatch_kv_codec(append.cache_dtype,
