@@ -30,6 +30,11 @@
 // else both warpgroups, which wait for the same stages, would multiply at the same time and scale
 // at the same time, and the tensor cores would be idle meanwhile.
 //
+// Measured, a stage of 256 tokens takes some 1560 clocks, not 1024. Neither waiting less between
+// stages nor letting the warpgroups start half a stage apart changes that by more than 2 %. Of all
+// executed instructions 60 % are the two for each sum, and the largest stall, a quarter of samples,
+// is that of dispatch: what they and products of weights in registers need at the same time.
+//
 // x lies in shared memory as it does in global memory: words of codes are brought into its order
 // (w4a8_codes.cuh), by one instruction for 8 codes and a second load from shared memory. To permute
 // x there would be as many bytes again as wgmma reads.
