@@ -37,6 +37,7 @@ template <class Element, int kHeadDim, class Kv = Element>
 struct PagedExtendConfig : PagedRowTileConfig<Element, kHeadDim, Kv, 1> {
   using Base = PagedRowTileConfig<Element, kHeadDim, Kv, 1>;
   static constexpr bool kTrees = true;
+  static constexpr bool kRunsOnce = true;  // so that it looks up keys before it needs queries
   static constexpr bool kScores = false;
   using LoadLengths = LoadCached;
   using LoadLengthsPastL1 = LoadPastL1;

@@ -27,6 +27,7 @@ struct PagedPrefillConfig
                          kHeadDim <= 128 && std::is_same_v<Element, Kv> ? 2 : 1> {
   static constexpr bool kTrees = false;
   static constexpr int kMaxTeams = 1;
+  static constexpr bool kRunsOnce = false;  // but for keys of the head and those behind it
   static constexpr int kStages = 1;
   // Where the compiler has to be told that fewer registers would do; 0: it finds out itself.
   static constexpr int kMinCtasPerSm = !std::is_same_v<Element, Kv> && kHeadDim == 128 ? 3 : 0;

@@ -53,10 +53,13 @@ class PagedRowTile {
         kv_head_(kv_head),
         first_row_(first_row),
         num_rows_(sequence.num_queries * args.group),
-        thread_idx_(thread_in_team<Config>()),
-        warp_row_(thread_idx_ / 32 * 16),
-        lane_idx_(thread_idx_ % 32) {
+        warp_row_(thread_in_team<Config>() / 32 * 16),
+        lane_idx_(thread_in_team<Config>() % 32) {
     find_common_keys();
+    if constexpr (!Config::kRunsOnce) {
+      load_queries();
+      locate_biases();
+    }
   }
 
   // Adds keys of the head, or keys behind it, to what the rows have seen.
@@ -67,9 +70,7 @@ class PagedRowTile {
     constexpr int kStages = Config::kStages;
     sync_team<Config>();  // every warp is done with the words of the keys before
     loader_.find_pages(keys, 0);
-    const bool is_first = !has_queries_;
-    has_queries_ = true;
-    if (is_first) load_queries();
+    if constexpr (Config::kRunsOnce) load_queries();
 #pragma unroll 1
     for (int tile = 0; tile < kStages; ++tile) {
       locate_tile(tile, num_tiles);
@@ -78,7 +79,7 @@ class PagedRowTile {
     sync_team<Config>();  // the offsets are there
 #pragma unroll 1
     for (int i = 0; i < kStages * 2 - 1; ++i) loader_.begin(i, num_tiles);
-    if (is_first) locate_biases();  // seen behind the next barrier
+    if constexpr (Config::kRunsOnce) locate_biases();  // seen behind the next barrier
     int tile = 0;
     do {  // a loop that could run zero times would make ptxas serialise wgmma
       loader_.finish_keys(tile);
@@ -183,7 +184,8 @@ class PagedRowTile {
     const auto* q = static_cast<const Element*>(args_.q);
     const int dim_chunks = static_cast<int>(args_.head_dim) / 8;
 #pragma unroll 2
-    for (int i = thread_idx_; i < Config::kBlockM * Config::kChunks; i += Config::kTileThreads) {
+    for (int i = thread_in_team<Config>(); i < Config::kBlockM * Config::kChunks;
+         i += Config::kTileThreads) {
       const int row = i / Config::kChunks, chunk = i % Config::kChunks;
       const bool valid = first_row_ + row < num_rows_ && chunk < dim_chunks;
       const Element* src = q;
@@ -201,15 +203,16 @@ class PagedRowTile {
   // What the scores of each row get besides. Rows past the last go along with it.
   __device__ __forceinline__ void locate_biases() {
     static_assert(Config::kBlockM <= Config::kTileThreads);
-    if (thread_idx_ >= Config::kBlockM) return;
-    const int row = min(first_row_ + thread_idx_, num_rows_ - 1);
+    const int idx = thread_in_team<Config>();
+    if (idx >= Config::kBlockM) return;
+    const int row = min(first_row_ + idx, num_rows_ - 1);
     const OutputRow out_row(args_, sequence_, kv_head_, row);
-    smem_.sink[thread_idx_] = sink_score(args_, out_row.head);
-    if (in_tree()) smem_.tree[thread_idx_] = TreeRow::of(args_, sequence_, row);
+    smem_.sink[idx] = sink_score(args_, out_row.head);
+    if (in_tree()) smem_.tree[idx] = TreeRow::of(args_, sequence_, row);
     if (args_.alibi_slopes != nullptr) {
-      AlibiRow& alibi = smem_.alibi[thread_idx_];
+      AlibiRow& alibi = smem_.alibi[idx];
       alibi = AlibiRow::of(args_, sequence_, kv_head_, row);
-      if (in_tree()) alibi.position = smem_.tree[thread_idx_].position();
+      if (in_tree()) alibi.position = smem_.tree[idx].position();
     }
   }
 
@@ -414,10 +417,9 @@ class PagedRowTile {
   const Sequence& sequence_;
   PagedKeyLoader<Config> loader_;
   const int kv_head_, first_row_, num_rows_;
-  const int thread_idx_, warp_row_, lane_idx_;  // in the tile's team
-  KeyRange keys_;                               // that `run` adds
-  bool has_queries_ = false;
-  KeyRange common_keys_;  // that all rows of the warp see
+  const int warp_row_, lane_idx_;  // in the tile's team
+  KeyRange keys_;                  // that `run` adds
+  KeyRange common_keys_;           // that all rows of the warp see
   // This thread's part of its warp's row tiles: rows lane / 4 and lane / 4 + 8 of each.
   SoftmaxRow rows_[kRowTiles][2];
   typename Products::Output output_ = {};
