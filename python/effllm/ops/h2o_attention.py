@@ -122,9 +122,10 @@ def h2o_attention_ref(
     softcap: float = 0.0,
     dtype: torch.dtype = torch.float64,
     weights_dtype: torch.dtype = torch.float64,
+    tensor_cores: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch in ``dtype``: scores as h2o_attention leaves them, out and lse;
-    ``weights_dtype`` as in paged_attention_ref."""
+    ``weights_dtype`` as in paged_attention_ref, ``tensor_cores`` as in attn_colsum_ref."""
     starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
     out, lse = paged_attention_ref(
         q,
@@ -155,5 +156,6 @@ def h2o_attention_ref(
         scale=scale,
         softcap=softcap,
         dtype=dtype,
+        tensor_cores=tensor_cores,
     )
     return scores.to(dtype) + of_keys, out, lse

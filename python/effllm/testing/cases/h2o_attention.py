@@ -83,9 +83,14 @@ class H2oAttentionCase(Case):
         return h2o_attention_ref(*args, **kwargs)
 
     def baseline(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """fp32 arithmetic, weights and result rounded as ``PagedAttentionCase.baseline`` does."""
+        """fp32 arithmetic, weights and result rounded as ``PagedAttentionCase.baseline`` does, and
+        scores on a GPU as ``AttnColsumCase.baseline`` has them."""
         scores, out, lse = h2o_attention_ref(
-            *args, **kwargs, dtype=torch.float32, weights_dtype=self.dtype
+            *args,
+            **kwargs,
+            dtype=torch.float32,
+            weights_dtype=self.dtype,
+            tensor_cores=args[0].is_cuda,
         )
         return scores, out.to(self.dtype), lse
 
