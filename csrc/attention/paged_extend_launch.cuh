@@ -49,23 +49,26 @@ std::array<int, 4> resident_extend_clusters(const AttentionContext& context) {
 
 // The largest clusters that are even: nothing but their parts has to go through memory. If none is,
 // clusters of two where pairs are few; and where pairs are as many as teams, each team has its own.
-// Measured on an H100, B from 1 to 64.
+// Measured on an H100, B from 1 to 64. With several row tiles each has its own clusters.
 template <class Config>
 ExtendShape choose_extend_shape(const PagedAttentionArgs& args, const AttentionContext& context) {
   const int64_t num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
   const int64_t num_teams = num_sms * Config::kTeamsPerSm;
   const int64_t pairs = args.num_seqs * args.num_kv_heads;
+  const int64_t row_tiles = count_row_tiles<Config>(args);
   const std::array<int, 4> resident = resident_extend_clusters<Config>(context);
   // With a split_size the batch must not show in how a piece is shared out.
   if (args.split_size > 0 || resident[3] == 0) return {1, 1, num_teams};
-  size_t best = pairs < num_sms && resident[2] > 0 ? 2 : 3;
-  for (size_t i = 0; i < resident.size(); ++i) {
-    const bool is_full = resident[i] * kExtendClusters[i] * 10 >= num_sms * 9;
-    if (!is_full || !is_even(pairs, resident[i])) continue;
-    best = i;
-    break;
+  const auto suits = [&](size_t i) {
+    const int64_t shares = resident[i] / row_tiles;
+    return shares * row_tiles * kExtendClusters[i] * 10 >= num_sms * 9 && is_even(pairs, shares);
+  };
+  size_t best = pairs * row_tiles < num_sms && resident[2] >= row_tiles ? 2 : 3;
+  for (size_t i = resident.size(); i-- > 0;) {
+    if (suits(i)) best = i;
   }
-  if (!is_even(pairs, resident[best]) && is_even(pairs, num_teams)) return {1, 1, num_teams};
+  const int64_t teams = num_teams / row_tiles;
+  if (!suits(best) && is_even(pairs, teams) && teams < 2 * pairs) return {1, 1, num_teams};
   return {kExtendClusters[best], Config::kMaxTeams, resident[best]};
 }
 

@@ -33,13 +33,19 @@ inline bool is_even(int64_t pairs, int64_t owners) {
   return pairs <= owners && owners / pairs * pairs * 10 >= owners * 9;
 }
 
+// Tiles that cover the rows of a pair.
+template <class Config>
+int64_t count_row_tiles(const PagedAttentionArgs& args) {
+  const int64_t max_rows = std::min<int64_t>(args.group * args.max_seqlen_q, args.max_rows);
+  return ceil_div<int64_t>(max_rows, Config::kRows);
+}
+
 // How many share the keys, of `owners` (CTAs or clusters of them) that run together, and memory for
 // what they leave.
 template <class Config>
 void share_keys(PagedAttentionArgs& args, const AttentionContext& context, int64_t owners) {
   args.early_start = context.attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  const int64_t max_rows = std::min<int64_t>(args.group * args.max_seqlen_q, args.max_rows);
-  args.num_row_tiles = static_cast<int32_t>(ceil_div<int64_t>(max_rows, Config::kRows));
+  args.num_row_tiles = static_cast<int32_t>(count_row_tiles<Config>(args));
   // As many as run together, or as parts that are worth one.
   const int64_t resident = std::clamp<int64_t>(owners / args.num_row_tiles, 1, kMaxShares);
   const int64_t pairs = args.num_seqs * args.num_kv_heads;
