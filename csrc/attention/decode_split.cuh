@@ -191,7 +191,7 @@ class DecodeSchedule {
  private:
   __device__ __forceinline__ static int lane_idx() { return static_cast<int>(threadIdx.x % 32); }
 
-  // Rounded up. In 32 bits where these do: a quotient of 64 takes a microsecond.
+  // Rounded up. In 32 bits where these do: a quotient of 64 bits is a long routine.
   __device__ __forceinline__ static uint64_t ceil_quotient(uint64_t value, uint32_t divisor) {
     value += divisor - 1;
     return value >> 32 == 0 ? static_cast<uint32_t>(value) / divisor : value / divisor;
