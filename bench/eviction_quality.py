@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 TRAINED, SINKS = 2048, 4
 CONTEXTS = (512, 2048, 4096)
 WINDOWS, WINDOWS_BEYOND = 8, 4  # tokens beyond the trained length take long
-PERCENT, PERCENT_BEYOND = (50, 20, 10), (20,)
+PERCENT = (50, 20, 10)
 POLICIES: dict[str, Callable[[int], CachePolicy]] = {
     "window": lambda budget: StreamingLLM(0, budget),
     "StreamingLLM": lambda budget: StreamingLLM(SINKS, budget - SINKS),
@@ -116,11 +116,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Perplexity by budget, an axis for each context."""
     from matplotlib import pyplot
 
-    contexts = [c for c in CONTEXTS if c <= TRAINED]
     figure, all_axes = pyplot.subplots(
-        1, len(contexts), figsize=(11, 4.5), layout="constrained", squeeze=False
+        1, len(CONTEXTS), figsize=(14, 4.5), layout="constrained", squeeze=False
     )
-    for axes, context in zip(all_axes[0], contexts, strict=True):
+    for axes, context in zip(all_axes[0], CONTEXTS, strict=True):
         rows = [r for r in result["rows"] if r["context"] == context]
         (full,) = (r["perplexity"] for r in rows if r["percent"] == 100)
         for index, name in enumerate(POLICIES):
@@ -164,8 +163,7 @@ def main() -> None:
         windows = demo.held_out_tokens(tokenizer, context=context, limit=limit)
         runs: list[tuple[str, int, CachePolicy]] = [("full cache", 100, Full())]
         for name, make in POLICIES.items():
-            percents = PERCENT if context <= TRAINED else PERCENT_BEYOND
-            runs += [(name, p, make(context * p // 100)) for p in percents]
+            runs += [(name, p, make(context * p // 100)) for p in PERCENT]
         for name, percent, policy in runs:
             nll, size = score(model, windows, policy, args.scored)
             row = {"context": context, "policy": name, "percent": percent}
