@@ -51,17 +51,16 @@ struct Int8GemmShape {
   int stage_time;  // of an SsGemmCandidate
 };
 
-// Where W has the rows, times are those of e4m3, at whose rate int8 is multiplied. The others are
-// fitted to the choice between all plans for 7 layers of Llamas and 128 to 4096 tokens: choices are
-// 0.9 % slower than the best plans, the worst one 9 %, for 4096 tokens, where one plan was measured
-// twice with 11 % between; a tile of 256 tokens by 256 rows of W instead of these two: 4 %, 26 %.
+// Up to 128 tokens times are those of e4m3, at whose rate int8 is multiplied. The others are fitted
+// to the choice between all plans for 7 layers of Llamas and 128 to 4096 tokens. Clusters of two such
+// tiles of 256 that share their loads are 1 to 9 % slower for 1024 tokens, and no faster for 4096.
 constexpr std::array<Int8GemmShape, 6> kShapes{{
     {{16, 1, 5, 2, 1, 16, false}, 117},
     {{32, 1, 5, 2, 1, 32, false}, 120},
     {{64, 1, 4, 2, 1, 32, false}, 155},
     {{128, 1, 5, 1, 1, 128, false}, 281},
     {{192, 1, 4, 1, 1, 192, true}, 656},
-    {{256, 1, 3, 1, 2, 256, true}, 910},
+    {{256, 1, 4, 1, 1, 64, false}, 890},
 }};
 using ShapeIndices = std::make_index_sequence<kShapes.size()>;
 using Residency = std::array<SsGemmResidency, kShapes.size()>;
