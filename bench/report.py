@@ -26,6 +26,7 @@ Row = dict[str, Any]
 GEMM_PEERS = {
     "int4_gemm": "int4_gemm (W4A16 g128)",
     "w4a8_gemm": "int4 W4A8 (fp8 activations)",
+    "w4a8_gemm/multipliers": "int4 W4A8 (fp8 activations)",
     "int8_gemm": "int8 W8A8",
     "fp8_gemm": "fp8_gemm (row- or tensor-wise)",
     "fp8_gemm/row": "fp8_gemm (row- or tensor-wise)",

@@ -28,6 +28,25 @@ void check_zero_values(const W4A8GemmParams& params) {
   }
 }
 
+void check_multiplier_values(const W4A8GemmParams& params) {
+  const W4A8Multipliers& multipliers = params.multipliers;
+  if (multipliers.data == nullptr) return;
+  for (int64_t n = 0; n < params.n; ++n) {
+    const uint8_t* row = multipliers.data + n * multipliers.stride_n;
+    int bits = 0;  // of any in the row: the search for a larger one is the exception
+    for (int64_t group = 0; group < multipliers.num_groups; ++group) {
+      bits |= row[group * multipliers.stride_g];
+    }
+    for (int64_t group = 0; bits > kW4A8MaxMultiplier; ++group) {
+      const int multiplier = row[group * multipliers.stride_g];
+      if (multiplier <= kW4A8MaxMultiplier) continue;
+      fail("w4a8_gemm", "multipliers must be at most " + std::to_string(kW4A8MaxMultiplier) +
+                            ", got " + std::to_string(multiplier) + " at [" + std::to_string(n) +
+                            ", " + std::to_string(group) + "]");
+    }
+  }
+}
+
 // Sums of a block of 16 rows and up to kInt8CpuMaxTokens tokens, [tokens, 16], and what becomes of
 // them.
 class W4A8Block {
@@ -129,15 +148,16 @@ void multiply_w4a8(const W4A8GemmParams& params) {
 
 Tensor w4a8_gemm_cpu(const Tensor& x, const Tensor& x_scales, const Tensor& qweight,
                      const Tensor& scales, const std::optional<Tensor>& zeros,
-                     const std::optional<Tensor>& bias, int64_t group_size,
-                     torch::headeronly::ScalarType out_dtype) {
+                     const std::optional<Tensor>& bias, const std::optional<Tensor>& multipliers,
+                     int64_t group_size, torch::headeronly::ScalarType out_dtype) {
   const Tensor x_rows = torch::stable::contiguous(x);
   const Tensor x_scale_rows = flatten_rows(x_scales);
   W4A8GemmParams params = check_w4a8_gemm(
       as_view(x_rows, "x"), {as_view(x_scales, "x_scales"), as_view(x_scale_rows, "x_scales")},
       as_view(qweight, "qweight"), as_view(scales, "scales"), as_view(zeros, "zeros"),
-      as_view(bias, "bias"), group_size, as_dtype(out_dtype));
+      as_view(bias, "bias"), as_view(multipliers, "multipliers"), group_size, as_dtype(out_dtype));
   check_zero_values(params);
+  check_multiplier_values(params);
   Tensor out = new_empty_like_rows(x, params.n, params.out_dtype);
   if (out.numel() == 0) return out;
   params.out = out.mutable_data_ptr();
@@ -150,7 +170,8 @@ Tensor w4a8_gemm_cpu(const Tensor& x, const Tensor& x_scales, const Tensor& qwei
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NS, m) {
   m.def(
       "w4a8_gemm(Tensor x, Tensor x_scales, Tensor qweight, Tensor scales, Tensor? zeros=None, "
-      "Tensor? bias=None, *, int group_size, ScalarType out_dtype) -> Tensor");
+      "Tensor? bias=None, Tensor? multipliers=None, *, int group_size, ScalarType out_dtype) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NS, CPU, m) { m.impl("w4a8_gemm", TORCH_BOX(&w4a8_gemm_cpu)); }

@@ -8,6 +8,8 @@
 //   one or more tiles per group   a line is a tile of 64 columns
 //   two groups per tile (g = 32)  a line is a tile, too, with the zero points of one of the groups;
 //                                 x is 0 in the columns of the other
+//
+// Groups with multipliers are not summed apart: a line is a tile, of which each half has its own.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +18,7 @@
 #include <vector>
 
 #include "common/math.h"
+#include "common/vector.h"
 #include "gemm/int8_gemm_block.h"
 #include "gemm/packed_gemm_cpu.h"
 #include "gemm/w4a8_gemm.h"
@@ -48,7 +51,7 @@ struct W4A8Tokens {
 
   template <class Threads>
   W4A8Tokens(const W4A8GemmParams& params, const W4A8Lines& cut, const Threads& threads)
-      : lines(cut.count * params.m), sums(params.num_groups * params.m) {
+      : lines(std::max<int64_t>(cut.count * params.m, 1)), sums(params.num_groups * params.m) {
     constexpr int64_t kGrain = 8;  // for fewer, threads cost more than they save
     threads.for_each(params.m, kGrain, [&](int64_t m) {
       const auto* row = static_cast<const int8_t*>(params.x) + m * params.k;
@@ -68,7 +71,7 @@ struct W4A8Tokens {
     });
   }
 
-  std::vector<Line> lines;  // [M, lines]
+  std::vector<Line> lines;  // [M, lines]; never empty, as it is pointed into
   std::vector<int32_t> sums;
 };
 
@@ -85,6 +88,58 @@ inline void unpack_w4a8_line(const int32_t* words, uint8_t low_zero, uint8_t hig
   }
 }
 
+// What makes int8 of a row's codes, pairs of them at a time: q * m - 8 * m. With 128 more that is 8
+// .. 233, and no byte touches the one above it.
+class W4A8PairTerms {
+ public:
+  using Pairs = Vector<uint16_t, 4>;  // of the codes in four words
+
+  // Words 0 and 1 of four have columns of the first half of a line.
+  W4A8PairTerms(int first, int second) {
+    constexpr uint64_t kEach = 0x0001000100010001;
+    const Vector<uint64_t, 4> halves = {first * kEach, second * kEach};
+    factors_ = load_vector<Pairs>(&halves);
+    offsets_ = (128 - 8 * factors_) * 0x0101;
+  }
+
+  Pairs operator()(Pairs codes) const { return ((codes & 0x0f0f) * factors_ + offsets_) ^ 0x8080; }
+
+ private:
+  Pairs factors_, offsets_;
+};
+
+// A line of rows n and n + 8: codes less 8, times multipliers.
+inline void unpack_w4a8_line(const int32_t* words, const W4A8PairTerms& low_terms,
+                             const W4A8PairTerms& high_terms, int8_t* low, int8_t* high) {
+  constexpr int kBytes = sizeof(W4A8PairTerms::Pairs);
+  for (int byte = 0; byte < kW4A8Line; byte += kBytes) {
+    const auto codes = load_vector<W4A8PairTerms::Pairs>(words + byte / 4);
+    store_vector(low_terms(codes), low + byte);
+    store_vector(high_terms(codes >> 4), high + byte);
+  }
+}
+
+// Rows n and n + 8, `words` being the first of theirs.
+inline void unpack_w4a8_rows(const W4A8Multipliers& multipliers, const W4A8Lines& cut,
+                             const int32_t* words, const int64_t (&rows)[2], int8_t* low,
+                             int8_t* high) {
+  const int64_t lines = std::max<int64_t>(multipliers.group_size / kW4A8Line, 1);
+  const int64_t groups = kW4A8Line * lines / multipliers.group_size;  // in so many lines: 1 or 2
+  for (int64_t line = 0, group = 0; line < cut.count; group += groups) {
+    const int64_t second = std::min(group + groups, multipliers.num_groups) - 1;
+    const auto terms = [&](int64_t row) {
+      const uint8_t* of_row = multipliers.data + row * multipliers.stride_n;
+      return W4A8PairTerms(of_row[group * multipliers.stride_g],
+                           of_row[second * multipliers.stride_g]);
+    };
+    const W4A8PairTerms low_terms = terms(rows[0]), high_terms = terms(rows[1]);
+    for (const int64_t last = std::min(line + lines, cut.count); line < last; ++line) {
+      unpack_w4a8_line(words + line * kInt4TileWords, low_terms, high_terms, low + line * kW4A8Line,
+                       high + line * kW4A8Line);
+    }
+  }
+}
+
 // The 16 rows of a block, [16, lines] of bytes.
 inline void unpack_w4a8_block(const W4A8GemmParams& params, const W4A8Lines& cut, int64_t block,
                               int8_t* weight) {
@@ -93,16 +148,22 @@ inline void unpack_w4a8_block(const W4A8GemmParams& params, const W4A8Lines& cut
   const int32_t* words = params.qweight + block / kBlocks * params.stride_qweight_strip +
                          block % kBlocks * kPairs * kPackedCpuStep;
   for (int pair = 0; pair < kPairs; ++pair) {
+    // Rows past N are computed and never stored: any terms will do.
+    const int64_t first_row = block * kInt8CpuRows + pair;
+    const int64_t rows[2] = {std::min(first_row, params.n - 1),
+                             std::min(first_row + 8, params.n - 1)};
+    int8_t* const low = weight + pair * cut.count * kW4A8Line;
+    int8_t* const high = low + kPairs * cut.count * kW4A8Line;
+    if (params.multipliers.data != nullptr) {
+      unpack_w4a8_rows(params.multipliers, cut, words + pair * kPackedCpuStep, rows, low, high);
+      continue;
+    }
     const uint8_t* zeros[2] = {};
     if (params.zeros != nullptr) {
       for (int half = 0; half < 2; ++half) {
-        // Rows past N are computed and never stored: any zero point will do.
-        const int64_t n = std::min(block * kInt8CpuRows + pair + 8 * half, params.n - 1);
-        zeros[half] = params.zeros + n * params.stride_zeros_n;
+        zeros[half] = params.zeros + rows[half] * params.stride_zeros_n;
       }
     }
-    int8_t* const low = weight + pair * cut.count * kW4A8Line;
-    int8_t* const high = low + kPairs * cut.count * kW4A8Line;
     for (int64_t line = 0; line < cut.count; ++line) {
       const auto zero = [&](int half) -> uint8_t {
         if (params.zeros == nullptr) return kInt4PaddingCode;

@@ -1,5 +1,5 @@
 """w4a8_gemm beyond the cases of the contract: integers to the bit, groups in order, the ends of
-int32, layouts, scales that are none, graphs, errors."""
+int32, layouts, scales that are none, graphs, errors. Of multipliers: test_w4a8_multipliers.py."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ def check(case: W4A8GemmCase, library: ctypes.CDLL, cols: int = 0, ctas: int = 1
     args, kwargs = case.make("cpu")
     expected = w4a8_gemm(*args, **kwargs)
     out, check_guards = hostile.guarded(torch.full_like(expected, torch.nan))
-    tensors = (TensorArgument * 7)(*(as_argument(arg) for arg in (*args, out)))
+    arguments = (*args, *[None] * (7 - len(args)), out)
+    tensors = (TensorArgument * 8)(*(as_argument(arg) for arg in arguments))
     group_size = ctypes.c_int64(kwargs["group_size"])
     assert library.w4a8_gemm(tensors, group_size, ctypes.c_int(cols), ctypes.c_int(ctas)) == 0
     check_guards()
@@ -101,7 +102,8 @@ def test_slices_of_k_add_up(bounds: tuple[int, ...], group_size: int, library: c
         total = torch.zeros(16, 128)
         for first, end in pairwise(bounds):
             sums = torch.full((16, 128), torch.nan)
-            tensors = (TensorArgument * 7)(*(as_argument(t) for t in (x, x_scales, *weights, sums)))
+            arguments = (x, x_scales, *weights, None, sums)
+            tensors = (TensorArgument * 8)(*(as_argument(arg) for arg in arguments))
             numbers = (ctypes.c_int(n) for n in (row_tile, first, end - first))
             library.w4a8_slice(tensors, ctypes.c_int64(kwargs["group_size"]), *numbers)
             total += sums

@@ -109,7 +109,7 @@ void run_slice(const W4A8GemmParams& params, const TileSchedule::Work& work, flo
 W4A8GemmParams params_of(const TensorArgument* tensors, int64_t group_size, DType out_dtype) {
   const auto view = [&](int idx) { return tensors[idx].view(); };
   return check_w4a8_gemm(*view(0), {*view(1), *view(1)}, *view(2), *view(3), view(4), view(5),
-                         group_size, out_dtype);
+                         view(6), group_size, out_dtype);
 }
 
 }  // namespace
@@ -117,7 +117,7 @@ W4A8GemmParams params_of(const TensorArgument* tensors, int64_t group_size, DTyp
 
 // The tensors in the order of the schema, and out.
 extern "C" int w4a8_gemm(const TensorArgument* tensors, int64_t group_size, int cols, int ctas) {
-  const effllm::View out = *tensors[6].view();
+  const effllm::View out = *tensors[7].view();
   try {
     effllm::W4A8GemmParams params = effllm::params_of(tensors, group_size, out.dtype);
     params.out = out.data;
@@ -136,7 +136,7 @@ extern "C" void w4a8_slice(const TensorArgument* tensors, int64_t group_size, in
   const effllm::W4A8GemmParams params =
       effllm::params_of(tensors, group_size, effllm::DType::kFloat32);
   const effllm::TileSchedule::Work work{row_tile, 0, first_k_tile, num_k_tiles, true};
-  auto* sums = static_cast<float*>(tensors[6].data);
+  auto* sums = static_cast<float*>(tensors[7].data);
   if (params.num_groups == 1) {
     effllm::run_slice<0, effllm::kW4A8ChannelShapes>(params, work, sums);
   } else if (group_size == 64) {

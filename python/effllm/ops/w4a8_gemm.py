@@ -14,6 +14,9 @@ _op = ops.w4a8_gemm.default
 MAX_ZERO = 128
 """The largest zero point by which a code less it is an int8."""
 
+MAX_MULTIPLIER = 15
+"""The largest of the integers that scale a group, beside a scale of the whole row."""
+
 
 def w4a8_gemm(
     x: Tensor,
@@ -22,29 +25,35 @@ def w4a8_gemm(
     scales: Tensor,
     zeros: Tensor | None = None,
     bias: Tensor | None = None,
+    multipliers: Tensor | None = None,
     *,
     group_size: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``(x * x_scales) @ W.T + bias`` with codes of `int8_quantize` and the weights of `int4_gemm`:
-    ``W[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]``.
+    ``W[n, k] = (q[n, k] - zeros[n, k // g]) * scales[n, k // g]``, or, by two levels of scales,
+    those of groups integers, ``W[n, k] = (q[n, k] - 8) * multipliers[n, k // g] * scales[n]``.
 
-    Sums of integer products are exact within a group. With one group, g = K, the result is the same
-    bits on every device: those of `int8_gemm` over ``q - zeros``. With more, each sum is multiplied
+    Sums of integer products are exact within a group, with multipliers over all of K. With these or
+    one group, g = K, the result is the same bits on every device: those of `int8_gemm` over
+    ``(q - 8) * multipliers`` or ``q - zeros``. With more groups, each sum is multiplied
     by its scale and they are added in fp32: on the CPU, whose results do not depend on the batch,
     from the first to the last, on a GPU in an order that depends on the number of tokens. The sum
     is multiplied by the row's scale, the bias is added, and the result rounded once more. For few
-    tokens the time is that of reading the N * K / 2 bytes of codes.
+    tokens the time is that of reading the N * K / 2 bytes of codes. For many, multipliers are the
+    faster way to scale groups: a code is multiplied by an integer before all tokens meet it.
 
     Args:
         x: [..., K], int8, columns in order, any strides, any number of tokens.
         x_scales: one element or [..., 1], any float dtype, as fp32, any strides.
         qweight: int32 [ceil(N/64), ceil(K/64) * 512] from `int4_pack`, 16-byte aligned; rows may be
             strided.
-        scales: [N, ceil(K/g)], any float dtype, as bf16, any strides.
+        scales: [N, ceil(K/g)], with multipliers [N, 1], any float dtype, as bf16, any strides.
         zeros: uint8 [N, ceil(K/g)], zero points of 0 .. 128; None means 8. A GPU takes larger ones
             for 128.
         bias: [N], any float dtype.
+        multipliers: uint8 [N, ceil(K/g)], of 0 .. 15, any strides; zeros must be None beside them.
+            A GPU takes the low four bits of larger ones.
         group_size: g, columns that share a scale: 32, 64, 128 or K. The last group may be short.
         out_dtype: fp16, bf16 or fp32.
 
@@ -53,15 +62,16 @@ def w4a8_gemm(
 
     Raises:
         RuntimeError: a wrong dtype, device, rank, shape or group size; on a CPU, a zero point over
-            128; a K over 131071 in one group, whose sums could overflow int32.
+            128 or a multiplier over 15; a K over 131071 in one group or with multipliers, whose
+            sums could overflow int32.
 
     Source:
-        csrc/gemm/w4a8_gemm.h. Both operands' formats together are QServe's W4A8
-        (arXiv:2405.04532), but for its second level of scales.
+        csrc/gemm/w4a8_gemm.h. With multipliers the format is QServe's W4A8 (arXiv:2405.04532) with
+        8 for its zero points: by an integer within a group, for which two codes or more share an
+        instruction (LiquidGEMM, arXiv:2509.01229), and by a float for each row.
     """
-    return _op(
-        x, x_scales, qweight, scales, zeros, bias, group_size=group_size, out_dtype=out_dtype
-    )
+    weights = (qweight, scales, zeros, bias, multipliers)
+    return _op(x, x_scales, *weights, group_size=group_size, out_dtype=out_dtype)
 
 
 @torch.library.register_fake(_op.name())
@@ -72,6 +82,7 @@ def _fake(
     scales: Tensor,
     zeros: Tensor | None = None,
     bias: Tensor | None = None,
+    multipliers: Tensor | None = None,
     *,
     group_size: int,
     out_dtype: torch.dtype,
@@ -93,13 +104,17 @@ def w4a8_gemm_ref(
     scales: Tensor,
     zeros: Tensor | None = None,
     bias: Tensor | None = None,
+    multipliers: Tensor | None = None,
     *,
     group_size: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Plain PyTorch, independent of the library's own code: with one group to the bit in
-    ``out_dtype``, with more the exact result in float64."""
+    """Plain PyTorch, independent of the library's own code: with one group or multipliers to the
+    bit in ``out_dtype``, else the exact result in float64."""
     codes = int4_unpack_ref(qweight, scales.shape[0], x.shape[-1])
+    if multipliers is not None:
+        weight = dequantize_codes(codes, multipliers.double(), None, group_size=group_size)
+        return int8_gemm_ref(x, x_scales, weight, scales, bias, out_dtype=out_dtype)
     if scales.shape[1] == 1:
         weight = codes.double() - (8 if zeros is None else zeros.double())
         return int8_gemm_ref(x, x_scales, weight, scales, bias, out_dtype=out_dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...ops.int4_gemm import dequantize_codes, int4_gemm
 from ...ops.int4_unpack import int4_unpack_ref
 from ...ops.int8_quantize import int8_quantize, int8_quantize_ref
-from ...ops.w4a8_gemm import MAX_ZERO, w4a8_gemm, w4a8_gemm_ref
+from ...ops.w4a8_gemm import MAX_MULTIPLIER, MAX_ZERO, w4a8_gemm, w4a8_gemm_ref
 from ..case import Args, Case, Kwargs
 from .fp8_gemm import random_scales
 from .int4_gemm import MODEL_SHAPES, Int4GemmCase
@@ -105,6 +105,54 @@ class W4A8GemmCase(Case):
 
     def shape(self) -> dict[str, int | str]:
         return {"N": self.n, "K": self.k, "M": self.m, "group_size": self.group_size}
+
+
+@dataclass(frozen=True)
+class TwoLevelW4A8GemmCase(W4A8GemmCase):
+    """Groups have integers for scales, rows a float."""
+
+    variant: ClassVar[str] = "multipliers"
+
+    @property
+    def id(self) -> str:
+        return f"multipliers-{super().id}"
+
+    def make(self, device: str | torch.device, seed: int = 0) -> tuple[Args, Kwargs]:
+        (x, x_scales, qweight, _, _, bias), options = super().make(device, seed)
+        generator = torch.Generator().manual_seed(seed + 9)
+        scales = (torch.rand(self.n, 1, generator=generator) + 0.5).to(self.scales_dtype) / 512
+        multipliers = torch.randint(
+            0,
+            MAX_MULTIPLIER + 1,
+            (self.n, -(-self.k // self.weights.group)),
+            generator=generator,
+            dtype=torch.uint8,
+        )
+        weights = (qweight, scales.to(device), None, bias, multipliers.to(device))
+        return (x, x_scales, *weights), options
+
+    def baseline(self, *args: Any, **kwargs: Any) -> Tensor:
+        return w4a8_gemm_ref(*args, **kwargs)
+
+    def dense(self, *weights: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return super().dense(*in_one_level(*weights), **kwargs)
+
+    def prepare_others(
+        self, x: Tensor, x_scales: Tensor, *weights: Any, **kwargs: Any
+    ) -> dict[str, Callable[[], Any]]:
+        return super().prepare_others(x, x_scales, *in_one_level(*weights), **kwargs)
+
+    def bytes(self) -> int:
+        groups = -(-self.k // self.weights.group)
+        scales = self.n * (groups + self.scales_dtype.itemsize)
+        return super().bytes() - self.n * groups * self.scales_dtype.itemsize + scales
+
+
+def in_one_level(
+    qweight: Tensor, scales: Tensor, zeros: None, bias: Tensor | None, multipliers: Tensor
+) -> tuple[Tensor, Tensor, None, Tensor | None]:
+    """The same weights with a float for each group: scales times multipliers, rounded."""
+    return qweight, (multipliers * scales.float()).to(scales.dtype), zeros, bias
 
 
 def add_groups_in_order(
@@ -233,13 +281,34 @@ CASES = [
     ),
     # Zero points as checkpoints have them.
     *(W4A8GemmCase(m, 96, 320, g, zeros=True, max_zero=16) for m in (2, 40) for g in (32, 128)),
+    # Integers for the scales of groups: every size of these and tile of tokens; tails, odd K, short
+    # last groups; long K; every dtype of out and of scales.
+    *(TwoLevelW4A8GemmCase(m, 128, 256, g) for m in (1, 9, 33, 65, 200) for g in (32, 64, 128, -1)),
+    *(
+        TwoLevelW4A8GemmCase(m, n, k, g, dtype, False, True, scales_dtype, per)
+        for m, n, k, g in (
+            (3, 40, 200, 64),
+            (3, 17, 333, 128),
+            (70, 33, 77, -1),
+            (3, 200, 2112, 32),
+            (3, 1, 64, 32),
+            (3, 72, 1, 32),
+            (20, 200, 4096, 128),
+            (130, 320, 1040, 32),
+        )
+        for dtype, scales_dtype, per in ((_BF16, _FP32, "row"), (_FP32, _HALF, "tensor"))
+    ),
     # Nothing to do, in each dimension.
-    *(W4A8GemmCase(m, n, k, bias=True) for m, n, k in ((0, 64, 64), (4, 0, 64), (4, 64, 0))),
+    *(
+        case_type(m, n, k, bias=True)
+        for case_type in (W4A8GemmCase, TwoLevelW4A8GemmCase)
+        for m, n, k in ((0, 64, 64), (4, 0, 64), (4, 64, 0))
+    ),
     W4A8GemmCase(65537, 8, 64),
 ]
 BENCH = [
-    W4A8GemmCase(m, n, k, g)
-    for g in (128, -1)
+    case_type(m, n, k, g)
+    for case_type, g in ((W4A8GemmCase, 128), (TwoLevelW4A8GemmCase, 128), (W4A8GemmCase, -1))
     for n, k in MODEL_SHAPES
     for m in (1, 16, 64, 128, 256, 1024, 4096)
 ]
