@@ -15,28 +15,76 @@
 
 namespace effllm {
 
-// q - zero. Without zero points, which are 8 then, as 16 (q - 8), what takes half the instructions:
-// a sum is to be divided by 2^kShift.
-template <bool kHasZeros>
-struct W4A8Codes {
-  static constexpr int kShift = kHasZeros ? 0 : 4;
-  static constexpr uint32_t kSigns = 0x80808080u;
+// What a code becomes: q - 8, q less the zero point of its row, or q - 8 times its row's
+// multiplier.
+enum class W4A8Decoding { kMiddle, kZeros, kMultipliers };
+
+// Sums are to be divided by 2^kShift. What rows g and g + 8 of a word bring is a byte each, a
+// `pair` of them together.
+//   pair(first, second)                of any values: those that count
+//   rows(pair)                         as decode wants them
+//   decode(word, rows, low, high)      rows g and g + 8
+template <W4A8Decoding kDecoding>
+struct W4A8Codes;
+
+struct W4A8CodesBase {
+  static constexpr uint32_t kCodes = 0x0f0f0f0fu, kSigns = 0x80808080u;
+  static constexpr int kShift = 0;
+};
+
+// As 16 (q - 8), what takes half the instructions.
+template <>
+struct W4A8Codes<W4A8Decoding::kMiddle> : W4A8CodesBase {
+  static constexpr int kShift = 4;
+  struct Rows {};
+
+  static __device__ __forceinline__ void decode(uint32_t word, const Rows&, uint32_t& low,
+                                                uint32_t& high) {
+    low = ptx::and_xor(word << 4, ~kCodes, kSigns);
+    high = ptx::and_xor(word, ~kCodes, kSigns);
+  }
+};
+
+template <>
+struct W4A8Codes<W4A8Decoding::kZeros> : W4A8CodesBase {
+  struct Rows {
+    uint32_t zeros[2];
+  };
 
   // Up to kW4A8MaxZero nothing is borrowed from the byte beside it.
-  static __device__ __forceinline__ uint32_t zero_bytes(int zero) {
-    return static_cast<uint32_t>(min(zero, kW4A8MaxZero)) * 0x01010101u;
+  static __device__ __forceinline__ uint32_t pair(int first, int second) {
+    return static_cast<uint32_t>(min(first, kW4A8MaxZero) | min(second, kW4A8MaxZero) << 8);
   }
+  static __device__ __forceinline__ Rows rows(uint32_t pair) {
+    const ptx::Permute permute;
+    return {{permute(pair, pair, 0x0000), permute(pair, pair, 0x1111)}};
+  }
+  static __device__ __forceinline__ void decode(uint32_t word, const Rows& rows, uint32_t& low,
+                                                uint32_t& high) {
+    low = (ptx::and_or(word, kCodes, kSigns) - rows.zeros[0]) ^ kSigns;
+    high = (ptx::and_or(word >> 4, kCodes, kSigns) - rows.zeros[1]) ^ kSigns;
+  }
+};
 
-  // Rows g and g + 8 of a word.
-  static __device__ __forceinline__ void decode(uint32_t word, const uint32_t (&zeros)[2],
-                                                uint32_t& low, uint32_t& high) {
-    if constexpr (kHasZeros) {
-      low = (ptx::and_or(word, 0x0f0f0f0fu, kSigns) - zeros[0]) ^ kSigns;
-      high = (ptx::and_or(word >> 4, 0x0f0f0f0fu, kSigns) - zeros[1]) ^ kSigns;
-    } else {
-      low = ptx::and_xor(word << 4, 0xf0f0f0f0u, kSigns);
-      high = ptx::and_xor(word, 0xf0f0f0f0u, kSigns);
-    }
+// Four codes are multiplied at once: q * m - 8 * m, which with 128 more is 8 .. 233, carries
+// nothing into the byte above.
+template <>
+struct W4A8Codes<W4A8Decoding::kMultipliers> : W4A8CodesBase {
+  struct Rows {
+    uint32_t factors[2], offsets[2];
+  };
+
+  static __device__ __forceinline__ uint32_t pair(int first, int second) {
+    return static_cast<uint32_t>((first | second << 8) & 0x0f0f);
+  }
+  static __device__ __forceinline__ Rows rows(uint32_t pair) {
+    const uint32_t first = pair & 0xff, second = pair >> 8;
+    return {{first, second}, {kSigns - first * 0x08080808u, kSigns - second * 0x08080808u}};
+  }
+  static __device__ __forceinline__ void decode(uint32_t word, const Rows& rows, uint32_t& low,
+                                                uint32_t& high) {
+    low = ((word & kCodes) * rows.factors[0] + rows.offsets[0]) ^ kSigns;
+    high = (((word >> 4) & kCodes) * rows.factors[1] + rows.offsets[1]) ^ kSigns;
   }
 };
 

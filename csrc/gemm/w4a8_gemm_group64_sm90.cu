@@ -5,7 +5,7 @@
 namespace effllm {
 
 void launch_w4a8_gemm_group64_sm90(const W4A8GemmParams& params, int device, cudaStream_t stream) {
-  launch_w4a8_gemm<1>(params, device, stream);
+  launch_w4a8_gemm<2>(params, device, stream);
 }
 
 }  // namespace effllm

@@ -58,6 +58,14 @@ inline constexpr std::array<W4A8GemmShape, 5> kW4A8ChannelShapes{{
     {{128, 1, 7, 1, 1, 128, false}, 330},
     {{256, 1, 4, 1, 1, 128, false}, 720},
 }};
+// Nor are these: a little more for multiplying.
+inline constexpr std::array<W4A8GemmShape, 5> kW4A8MultiplierShapes{{
+    {{16, 1, 10, 2, 1, 16, false}, 135},
+    {{32, 1, 8, 2, 1, 32, false}, 145},
+    {{64, 1, 6, 2, 1, 32, false}, 185},
+    {{128, 1, 7, 1, 1, 128, false}, 340},
+    {{256, 1, 4, 1, 1, 128, false}, 735},
+}};
 // Registers have the sums of all groups, and of one group those of two parts of the tokens. Times
 // are fitted to the choice between all plans for 7 layers of Llamas, 128 to 4096 tokens and groups
 // of 128 columns: all choices are the fastest plans. They are 0.7 to 0.8 of what stages take;
@@ -71,7 +79,7 @@ inline constexpr std::array<W4A8GemmShape, 5> kW4A8GroupShapes{{
 }};
 
 // The kernels of one way to scale.
-template <int kGroupUnits, bool kHasZeros>
+template <int kGroupSteps, W4A8Decoding kDecoding>
 class W4A8Kernels {
  public:
   static void launch(const W4A8GemmParams& params, int device, cudaStream_t stream) {
@@ -88,7 +96,9 @@ class W4A8Kernels {
 
  private:
   static constexpr auto kShapes = [] {
-    if constexpr (kGroupUnits > 0) {
+    if constexpr (kDecoding == W4A8Decoding::kMultipliers) {
+      return kW4A8MultiplierShapes;
+    } else if constexpr (kGroupSteps > 0) {
       return kW4A8GroupShapes;
     } else {
       return kW4A8ChannelShapes;
@@ -97,7 +107,7 @@ class W4A8Kernels {
   static constexpr std::make_index_sequence<kShapes.size()> kIndices{};
   using Residency = std::array<SsGemmResidency, kShapes.size()>;
   template <size_t kShape>
-  using TileGemm = W4A8Gemm<kGroupUnits, kHasZeros, kShapes[kShape].tile>;
+  using TileGemm = W4A8Gemm<kGroupSteps, kDecoding, kShapes[kShape].tile>;
 
   template <size_t... kShape>
   static Residency find_residency(std::index_sequence<kShape...>) {
@@ -113,12 +123,12 @@ class W4A8Kernels {
   }
 };
 
-template <int kGroupUnits>
+template <int kGroupSteps>
 void launch_w4a8_gemm(const W4A8GemmParams& params, int device, cudaStream_t stream) {
   if (params.zeros != nullptr) {
-    W4A8Kernels<kGroupUnits, true>::launch(params, device, stream);
+    W4A8Kernels<kGroupSteps, W4A8Decoding::kZeros>::launch(params, device, stream);
   } else {
-    W4A8Kernels<kGroupUnits, false>::launch(params, device, stream);
+    W4A8Kernels<kGroupSteps, W4A8Decoding::kMiddle>::launch(params, device, stream);
   }
 }
 

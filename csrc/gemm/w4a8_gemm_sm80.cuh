@@ -17,27 +17,29 @@
 
 namespace effllm {
 
-// `kGroupSteps`: k-steps, of 32 columns, per scale; 0 for a single group.
-template <int kGroupSteps>
+// `kGroupSteps`: k-steps, of 32 columns, per scale, or, if kMultiplies, multiplier; 0 for a single
+// group.
+template <int kGroupSteps, bool kMultiplies = false>
 struct W4A8Operands {
-  static constexpr bool kGrouped = kGroupSteps > 0;
+  static constexpr bool kGrouped = kGroupSteps > 0 && !kMultiplies;  // each group's sum is scaled
   using InT = int8_t;
   using Sum = std::conditional_t<kGrouped, float, int32_t>;
   using OutT = void;
   using Params = W4A8GemmParams;
-  using Decode = W4A8Codes<true>;
+  using Decode = W4A8Codes<kMultiplies ? W4A8Decoding::kMultipliers : W4A8Decoding::kZeros>;
   struct Codes {
     uint4 tiles[2];  // of 64 columns; a word per 16
   };
   using XChunk = uint4;
-  static constexpr int kScaleSteps = kGrouped ? kGroupSteps : 4, kXSteps = 1;
+  static constexpr int kScaleSteps = kGroupSteps > 0 ? kGroupSteps : 4, kXSteps = 1;
   static constexpr int kTileChunks = kInt4TileWords / 4;
 
   __device__ __forceinline__ W4A8Operands(const Params& params, int64_t strip, int thread)
       : codes_gmem(
             reinterpret_cast<const uint4*>(params.qweight + strip * params.stride_qweight_strip) +
             thread) {
-    if (!kGrouped) load_group(params, strip * kStripRows + thread / 32 * 16 + thread % 32 / 4, 0);
+    if (kGroupSteps == 0)
+      load_group(params, strip * kStripRows + thread / 32 * 16 + thread % 32 / 4, 0);
   }
 
   // Past K x is zero: any codes will do.
@@ -62,12 +64,14 @@ struct W4A8Operands {
   }
 
   __device__ __forceinline__ void load_scales(const Params& params, int64_t row, int64_t k) {
-    if (kGrouped) load_group(params, row, k / (32 * kScaleSteps));
+    if (kGroupSteps > 0) load_group(params, row, k / (32 * kScaleSteps));
   }
 
   __device__ __forceinline__ void load_group(const Params& params, int64_t row, int64_t group) {
     // Of columns past K, whose x is zero, any number will do; the last scale may be none.
-    const bool exists = group < params.num_groups;
+    const W4A8Multipliers& multipliers = params.multipliers;
+    const bool exists = group < (kMultiplies ? multipliers.num_groups : params.num_groups);
+    int bytes[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Rows past N are computed on padding and never stored: any scale in bounds will do.
@@ -76,18 +80,21 @@ struct W4A8Operands {
         const int64_t idx = n * params.stride_scales_n + group * params.stride_scales_g;
         scale[half] = exists ? device_load_float(params.scales, params.scales_dtype, idx) : 0.f;
       }
-      const bool has_zero = exists && params.zeros != nullptr;
-      zero[half] = Decode::zero_bytes(
-          has_zero ? params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g]
-                   : kInt4PaddingCode);
+      bytes[half] = kInt4PaddingCode;
+      if (kMultiplies && exists) {
+        bytes[half] = multipliers.data[n * multipliers.stride_n + group * multipliers.stride_g];
+      } else if (!kMultiplies && exists && params.zeros != nullptr) {
+        bytes[half] = params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g];
+      }
     }
+    rows = Decode::rows(Decode::pair(bytes[0], bytes[1]));
   }
 
   __device__ __forceinline__ void weight_fragment(const Codes& codes, int step, int, int64_t,
                                                   uint32_t (&a)[4]) const {
     const uint4& tile = codes.tiles[step / 2];
-    Decode::decode(step % 2 == 0 ? tile.x : tile.z, zero, a[0], a[1]);
-    Decode::decode(step % 2 == 0 ? tile.y : tile.w, zero, a[2], a[3]);
+    Decode::decode(step % 2 == 0 ? tile.x : tile.z, rows, a[0], a[1]);
+    Decode::decode(step % 2 == 0 ? tile.y : tile.w, rows, a[2], a[3]);
   }
 
   static __device__ __forceinline__ void x_fragments(const uint16_t* x_smem, int step, int c,
@@ -128,12 +135,25 @@ struct W4A8Operands {
 
   const uint4* codes_gmem;
   float scale[2];
-  uint32_t zero[2];
+  typename Decode::Rows rows;
 };
+
+inline void launch_w4a8_multipliers_sm80(const char* op, const W4A8GemmParams& params,
+                                         cudaStream_t stream) {
+  if (params.multipliers.group_size == 32) {
+    launch_strip_gemm_sm80<W4A8Operands<1, true>>(op, params, stream);
+  } else if (params.multipliers.group_size == 64) {
+    launch_strip_gemm_sm80<W4A8Operands<2, true>>(op, params, stream);
+  } else {
+    launch_strip_gemm_sm80<W4A8Operands<4, true>>(op, params, stream);
+  }
+}
 
 inline void launch_w4a8_gemm_sm80(const char* op, const W4A8GemmParams& params,
                                   cudaStream_t stream) {
-  if (params.num_groups == 1) {
+  if (params.multipliers.data != nullptr) {
+    launch_w4a8_multipliers_sm80(op, params, stream);
+  } else if (params.num_groups == 1) {
     launch_strip_gemm_sm80<W4A8Operands<0>>(op, params, stream);
   } else if (params.group_size == 32) {
     launch_strip_gemm_sm80<W4A8Operands<1>>(op, params, stream);

@@ -71,13 +71,15 @@
 
 namespace effllm {
 
-// `kGroupUnits`: units of 64 columns per scale; 0 for a single group.
-template <int kGroupUnits_, bool kHasZeros_, SsGemmShape kShape>
+// `kGroupSteps`: wgmmas of 32 columns per scale or multiplier; 0 for a single scale alone.
+template <int kGroupSteps_, W4A8Decoding kDecoding, SsGemmShape kShape>
 struct W4A8Gemm {
-  static constexpr int kGroupUnits = kGroupUnits_;
-  static constexpr bool kGrouped = kGroupUnits > 0;
-  static constexpr bool kHasZeros = kHasZeros_;
-  using Decode = W4A8Codes<kHasZeros>;
+  static constexpr int kGroupSteps = kGroupSteps_;
+  static constexpr bool kMultiplies = kDecoding == W4A8Decoding::kMultipliers;
+  static constexpr bool kGrouped = kGroupSteps > 0 && !kMultiplies;  // a scale for each group's sum
+  static constexpr bool kHasZeros = kDecoding == W4A8Decoding::kZeros;
+  static constexpr bool kHasBytes = kGroupSteps > 0 && (kHasZeros || kMultiplies);
+  using Decode = W4A8Codes<kDecoding>;
   using Finish = W4A8Finish<kGrouped, Decode::kShift>;
   using Sum = std::conditional_t<kGrouped, float, int32_t>;
   static constexpr int kCols = kShape.cols;
@@ -92,15 +94,16 @@ struct W4A8Gemm {
   static constexpr int kTileK = 128;
   static constexpr int kUnits = 2;      // of 64 columns, in a stage
   static constexpr int kUnitSteps = 2;  // wgmmas of 32 columns
+  static constexpr int kGroupUnits = kGrouped ? kGroupSteps / kUnitSteps : 0;
   static constexpr int kUnitBytes = kInt4TileWords * 4;
   static constexpr int kXBytes = kCols * kTileK;
   static constexpr int kStripBytes = kUnits * kUnitBytes;
   static constexpr int kStageBytes = kXBytes + kStrips * kStripBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kOutStripBytes = kOutCols * 128;
-  static constexpr int kStageGroups = kGrouped ? kUnits / kGroupUnits : 0;
-  static constexpr int kScaleBytes = kRows * 4;  // of a group
-  static constexpr int kGroupBytes = kScaleBytes + (kHasZeros ? kRows : 0);
+  static constexpr int kStageGroups = kGroupSteps > 0 ? kUnits * kUnitSteps / kGroupSteps : 0;
+  static constexpr int kScaleBytes = kGrouped ? kRows * 4 : 0;  // of a group
+  static constexpr int kGroupBytes = kScaleBytes + (kHasBytes ? kRows : 0);
   static constexpr int kSmemBytes =
       1024 + kRingBytes + kStrips * kOutStripBytes + kStages * kStageGroups * kGroupBytes;
   // Of wide tiles' tokens a part at a time is multiplied: sums of one are scaled while those of
@@ -109,7 +112,7 @@ struct W4A8Gemm {
   static constexpr int kParts = kCols / kPartCols;
   static constexpr int kSets = std::min(kParts, 2);  // of sums on their way
   static constexpr int kThreads = kMathThreads + 128;
-  static constexpr int kProducers = kGrouped ? 2 : 1;  // of a stage
+  static constexpr int kProducers = kStageGroups > 0 ? 2 : 1;  // of a stage
   // A CTA starts with 168 (80) registers per thread; what the producers give up, the others get.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kMathRegisters = kCtasPerSm == 1 ? 232 : 96;
@@ -242,8 +245,8 @@ __device__ __forceinline__ void mainloop(const W4A8GemmArgs& args, const W4A8Sha
   constexpr int kReleasingUnit = C::kParts > 1 ? 0 : 1;
   int32_t partial[C::kSets][kPartSums] = {};  // of a group, or of all
   float scale[2] = {};  // of what is being added up: nothing, before the first group
-  uint32_t zeros[2] = {};
-  if constexpr (C::kHasZeros && !C::kGrouped) load_channel_zeros<C>(args.params, work, zeros);
+  typename C::Decode::Rows rows{};
+  if constexpr (C::kHasZeros && !C::kGrouped) rows = load_channel_zeros<C>(args.params, work);
   uint32_t a[C::kUnits][C::kUnitSteps][4];
 
   const auto multiply = [&](int part, int unit, uint64_t x, bool accumulate) {
@@ -281,12 +284,16 @@ __device__ __forceinline__ void mainloop(const W4A8GemmArgs& args, const W4A8Sha
       const bool starts_group = C::kGrouped && group_unit == 0;
       const bool ends_group = C::kGrouped && group_unit == C::kGroupUnits - 1;
       const uint8_t* scales = smem.scales(ring.stage, unit / max(C::kGroupUnits, 1));
-      if constexpr (C::kHasZeros && C::kGrouped) {
-        if (starts_group) {
-          const uint32_t codes = reinterpret_cast<const uint16_t*>(scales + C::kScaleBytes)[pair];
-          zeros[0] = ptx::Permute()(codes, codes, 0x0000);
-          zeros[1] = ptx::Permute()(codes, codes, 0x1111);
-        }
+      uint16_t bytes[C::kUnitSteps] = {};  // of this thread's rows, where a group starts
+      const auto starts_bytes = [&](int step) {
+        return C::kHasBytes && (unit * C::kUnitSteps + step) % max(C::kGroupSteps, 1) == 0;
+      };
+#pragma unroll
+      for (int step = 0; step < C::kUnitSteps; ++step) {
+        if (!starts_bytes(step)) continue;
+        const int group = (unit * C::kUnitSteps + step) / max(C::kGroupSteps, 1);
+        bytes[step] = reinterpret_cast<const uint16_t*>(smem.scales(ring.stage, group) +
+                                                        C::kScaleBytes)[pair];
       }
       if (C::kParts > 1 && starts_group) {
         ptx::wgmma_wait<0>();
@@ -300,9 +307,12 @@ __device__ __forceinline__ void mainloop(const W4A8GemmArgs& args, const W4A8Sha
       }
 #pragma unroll
       for (int step = 0; step < C::kUnitSteps; ++step) {
+        if constexpr (C::kHasBytes) {
+          if (starts_bytes(step)) rows = C::Decode::rows(bytes[step]);
+        }
         uint32_t (&regs)[4] = a[unit][step];
-        C::Decode::decode(words[2 * step], zeros, regs[0], regs[1]);
-        C::Decode::decode(words[2 * step + 1], zeros, regs[2], regs[3]);
+        C::Decode::decode(words[2 * step], rows, regs[0], regs[1]);
+        C::Decode::decode(words[2 * step + 1], rows, regs[2], regs[3]);
         ptx::pin_operand(regs);
       }
       const auto add_last_group = [&] {
@@ -398,7 +408,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     ptx::grid_dependency_wait();
     for (int item = 1; more; ++item) {
       if (is_producer && ptx::elect_one()) produce<C>(args, smem, work, ring);
-      if constexpr (C::kGrouped) {
+      if constexpr (C::kStageGroups > 0) {
         if (warp == kMathThreads / 32 + 1) produce_scales<C>(args, smem, work, ring);
       }
       __syncwarp();

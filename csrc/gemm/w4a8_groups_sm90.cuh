@@ -1,4 +1,4 @@
-// Scales and zero points on their way to the math warps of w4a8_gemm_sm90.cuh.
+// Scales, zero points and multipliers on their way to the math warps of w4a8_gemm_sm90.cuh.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -7,14 +7,33 @@
 
 #include "common/dtype.h"
 #include "gemm/tile_schedule.cuh"
+#include "gemm/w4a8_codes.cuh"
 #include "gemm/w4a8_gemm.h"
 
 namespace effllm {
 
-// Scales and zero points of rows r and r + 8 of each 16, as a math warp's lanes want them.
+// Numbers [N, groups]. Positions are in elements: takes_w4a8_gemm_sm90 knows that 32 bits are
+// enough.
+template <class T>
+struct W4A8Table {
+  const T* data;
+  uint32_t stride_n, stride_g;
+
+  __device__ __forceinline__ W4A8Table(const void* data, int64_t stride_n, int64_t stride_g)
+      : data(static_cast<const T*>(data)),
+        stride_n(static_cast<uint32_t>(stride_n)),
+        stride_g(static_cast<uint32_t>(stride_g)) {}
+
+  __device__ __forceinline__ T operator()(int row, int group) const {
+    return data[static_cast<uint32_t>(row) * stride_n + static_cast<uint32_t>(group) * stride_g];
+  }
+};
+
+// Of rows r and r + 8 of each 16, which a math warp's lanes want together: scales, and zero points
+// or multipliers.
 struct W4A8RowPair {
   uint32_t scale_bits[2];
-  int zeros[2];
+  int bytes[2];
 };
 
 // Of the scales' warp: what its lanes bring into shared memory of each group, two pairs of rows
@@ -25,6 +44,8 @@ class W4A8Groups {
   __device__ __forceinline__ W4A8Groups(const W4A8GemmParams& params,
                                         const TileSchedule::Work& work)
       : params_(params),
+        num_groups_(
+            static_cast<int>(C::kMultiplies ? params.multipliers.num_groups : params.num_groups)),
         first_row_(work.row_tile * C::kRows + static_cast<int>(threadIdx.x) % 32 / 8 * 16 +
                    static_cast<int>(threadIdx.x) % 8),
         group_(work.first_k_tile * C::kStageGroups) {
@@ -32,19 +53,20 @@ class W4A8Groups {
   }
 
   // The next group's, if there is one: a stage may have columns past K, where x is zero.
-  __device__ __forceinline__ void store(uint8_t* scales) {
+  __device__ __forceinline__ void store(uint8_t* group) {
     constexpr float kFactor = 1.f / (1 << C::Decode::kShift);  // sums are of 16-fold codes: exact
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < C::kStrips; ++i) {
-      const auto scale = [&](int half) {
-        return bits_to_float(next_[i].scale_bits[half]) * kFactor;
-      };
-      reinterpret_cast<float2*>(scales)[i * 32 + lane] = {scale(0), scale(1)};
-      if constexpr (C::kHasZeros) {
-        const auto zero = [&](int half) { return min(next_[i].zeros[half], kW4A8MaxZero); };
-        reinterpret_cast<uint16_t*>(scales + C::kScaleBytes)[i * 32 + lane] =
-            static_cast<uint16_t>(zero(0) | zero(1) << 8);
+      if constexpr (C::kGrouped) {
+        const auto scale = [&](int half) {
+          return bits_to_float(next_[i].scale_bits[half]) * kFactor;
+        };
+        reinterpret_cast<float2*>(group)[i * 32 + lane] = {scale(0), scale(1)};
+      }
+      if constexpr (C::kHasBytes) {
+        reinterpret_cast<uint16_t*>(group + C::kScaleBytes)[i * 32 + lane] =
+            static_cast<uint16_t>(C::Decode::pair(next_[i].bytes[0], next_[i].bytes[1]));
       }
     }
     ++group_;
@@ -59,15 +81,25 @@ class W4A8Groups {
     return params_.scales_dtype == DType::kFloat16 ? half : __uint_as_float(bits << shift);
   }
 
-  // Positions in elements: takes_w4a8_gemm_sm90 knows that 32 bits are enough.
-  static __device__ __forceinline__ uint32_t position(int row, int group, int64_t stride_n,
-                                                      int64_t stride_g) {
-    return static_cast<uint32_t>(row) * static_cast<uint32_t>(stride_n) +
-           static_cast<uint32_t>(group) * static_cast<uint32_t>(stride_g);
+  __device__ __forceinline__ uint32_t load_scale(int row) const {
+    const int64_t stride_n = params_.stride_scales_n, stride_g = params_.stride_scales_g;
+    return params_.scales_dtype == DType::kFloat32
+               ? W4A8Table<uint32_t>(params_.scales, stride_n, stride_g)(row, group_)
+               : W4A8Table<uint16_t>(params_.scales, stride_n, stride_g)(row, group_);
+  }
+
+  __device__ __forceinline__ int load_byte(int row) const {
+    if constexpr (C::kMultiplies) {
+      const W4A8Multipliers& from = params_.multipliers;
+      return W4A8Table<uint8_t>(from.data, from.stride_n, from.stride_g)(row, group_);
+    } else {
+      const int64_t stride_n = params_.stride_zeros_n, stride_g = params_.stride_zeros_g;
+      return W4A8Table<uint8_t>(params_.zeros, stride_n, stride_g)(row, group_);
+    }
   }
 
   __device__ __forceinline__ void load() {
-    const bool exists = group_ < params_.num_groups;
+    const bool exists = group_ < num_groups_;
 #pragma unroll
     for (int i = 0; i < C::kStrips; ++i) {
 #pragma unroll
@@ -75,38 +107,31 @@ class W4A8Groups {
         // Rows past N are computed on what is there and never stored: any will do.
         const int row = min(first_row_ + i * 64 + half * 8, static_cast<int>(params_.n) - 1);
         next_[i].scale_bits[half] = 0;
-        next_[i].zeros[half] = kInt4PaddingCode;
+        next_[i].bytes[half] = kInt4PaddingCode;
         if (!exists) continue;
-        const uint32_t at = position(row, group_, params_.stride_scales_n, params_.stride_scales_g);
-        next_[i].scale_bits[half] = params_.scales_dtype == DType::kFloat32
-                                        ? static_cast<const uint32_t*>(params_.scales)[at]
-                                        : static_cast<const uint16_t*>(params_.scales)[at];
-        if constexpr (C::kHasZeros) {
-          next_[i].zeros[half] =
-              params_.zeros[position(row, group_, params_.stride_zeros_n, params_.stride_zeros_g)];
-        }
+        if constexpr (C::kGrouped) next_[i].scale_bits[half] = load_scale(row);
+        if constexpr (C::kHasBytes) next_[i].bytes[half] = load_byte(row);
       }
     }
   }
 
   const W4A8GemmParams& params_;
-  const int first_row_;
+  const int num_groups_, first_row_;
   int group_;
   W4A8RowPair next_[C::kStrips];  // nothing waits for a load before it is used
 };
 
 // The zero points of this thread's two rows, with one group.
 template <class C>
-__device__ __forceinline__ void load_channel_zeros(const W4A8GemmParams& params,
-                                                   const TileSchedule::Work& work,
-                                                   uint32_t (&zeros)[2]) {
+__device__ __forceinline__ typename C::Decode::Rows load_channel_zeros(
+    const W4A8GemmParams& params, const TileSchedule::Work& work) {
   const int first_row = work.row_tile * C::kRows + static_cast<int>(threadIdx.x) / 32 * 16 +
                         static_cast<int>(threadIdx.x) % 32 / 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  const auto zero = [&](int half) {
     const int64_t row = min(first_row + 8 * half, static_cast<int>(params.n) - 1);
-    zeros[half] = C::Decode::zero_bytes(params.zeros[row * params.stride_zeros_n]);
-  }
+    return static_cast<int>(params.zeros[row * params.stride_zeros_n]);
+  };
+  return C::Decode::rows(C::Decode::pair(zero(0), zero(1)));
 }
 
 }  // namespace effllm

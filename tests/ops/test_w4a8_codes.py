@@ -13,7 +13,7 @@ CSRC = TESTS.parents[1] / "csrc"
 
 
 def test_products_of_a_tile(tmp_path: Path) -> None:
-    """Every code, zero point and x, in both orders of columns."""
+    """Every code, zero point, multiplier and x, in both orders of columns."""
     program = tmp_path / "w4a8_codes"
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     includes = [f"-I{TESTS / 'warp'}", f"-I{CSRC}"]

@@ -19,30 +19,38 @@
 
 namespace effllm {
 
-// Initialised at run time: GCC calls a function for that, as it sees the kernel's declaration alone.
+// Initialised at run time: GCC calls a function for that, as it sees the kernel's declaration
+// alone.
 volatile uint8_t poison = 0xff;
 alignas(1024) thread_local uint8_t dynamic_smem[228 * 1024] = {poison};
 
 namespace {
 
-template <int kGroupUnits, bool kHasZeros, const auto& kShapes, size_t... kIndices>
+template <int kGroupSteps, W4A8Decoding kDecoding, const auto& kShapes, size_t... kIndices>
 void launch_tiles(const W4A8GemmParams& params, int cols, SsGemmPlan plan,
                   std::index_sequence<kIndices...>) {
   ((kShapes[kIndices].tile.cols == cols
-        ? launch_w4a8_tiles<W4A8Gemm<kGroupUnits, kHasZeros, kShapes[kIndices].tile>>(params, plan,
+        ? launch_w4a8_tiles<W4A8Gemm<kGroupSteps, kDecoding, kShapes[kIndices].tile>>(params, plan,
                                                                                       nullptr)
         : void()),
    ...);
 }
 
-template <int kGroupUnits, const auto& kShapes>
+template <int kGroupSteps, const auto& kShapes>
 void launch_tiles(const W4A8GemmParams& params, int cols, SsGemmPlan plan) {
   constexpr std::make_index_sequence<kShapes.size()> kIndices;
   if (params.zeros != nullptr) {
-    launch_tiles<kGroupUnits, true, kShapes>(params, cols, plan, kIndices);
+    launch_tiles<kGroupSteps, W4A8Decoding::kZeros, kShapes>(params, cols, plan, kIndices);
   } else {
-    launch_tiles<kGroupUnits, false, kShapes>(params, cols, plan, kIndices);
+    launch_tiles<kGroupSteps, W4A8Decoding::kMiddle, kShapes>(params, cols, plan, kIndices);
   }
+}
+
+template <int kGroupSteps>
+void launch_multiplying_tiles(const W4A8GemmParams& params, int cols, SsGemmPlan plan) {
+  constexpr std::make_index_sequence<kW4A8MultiplierShapes.size()> kIndices;
+  launch_tiles<kGroupSteps, W4A8Decoding::kMultipliers, kW4A8MultiplierShapes>(params, cols, plan,
+                                                                               kIndices);
 }
 
 // `cols`: of a tile of the Hopper kernel, on so many CTAs; 0: the other kernel.
@@ -53,12 +61,20 @@ void launch(const W4A8GemmParams& params, int cols, int ctas) {
     launch_w4a8_gemm_sm80("w4a8_gemm", params, nullptr);
   } else if (!takes_w4a8_gemm_sm90(params)) {
     fail("w4a8_gemm", "Hopper's kernel does not take it");
+  } else if (params.multipliers.data != nullptr) {
+    if (params.multipliers.group_size == 32) {
+      launch_multiplying_tiles<1>(params, cols, plan);
+    } else if (params.multipliers.group_size == 64) {
+      launch_multiplying_tiles<2>(params, cols, plan);
+    } else {
+      launch_multiplying_tiles<4>(params, cols, plan);
+    }
   } else if (params.num_groups == 1) {
     launch_tiles<0, kW4A8ChannelShapes>(params, cols, plan);
   } else if (params.group_size == 64) {
-    launch_tiles<1, kW4A8GroupShapes>(params, cols, plan);
-  } else {
     launch_tiles<2, kW4A8GroupShapes>(params, cols, plan);
+  } else {
+    launch_tiles<4, kW4A8GroupShapes>(params, cols, plan);
   }
 }
 
@@ -84,7 +100,7 @@ void slice_kernel(const SliceArgs args) {
   Ring<C::kStages> ring;
   if (warp >= kMathThreads / 32) {
     if (warp == kMathThreads / 32 && lane == 0) produce<C>(args.gemm, smem, args.work, ring);
-    if constexpr (C::kGrouped) {
+    if constexpr (C::kStageGroups > 0) {
       if (warp == kMathThreads / 32 + 1) produce_scales<C>(args.gemm, smem, args.work, ring);
     }
     return;
@@ -97,9 +113,9 @@ void slice_kernel(const SliceArgs args) {
   }
 }
 
-template <int kGroupUnits, const auto& kShapes>
+template <int kGroupSteps, W4A8Decoding kDecoding, const auto& kShapes>
 void run_slice(const W4A8GemmParams& params, const TileSchedule::Work& work, float* sums) {
-  using C = W4A8Gemm<kGroupUnits, true, kShapes[0].tile>;
+  using C = W4A8Gemm<kGroupSteps, kDecoding, kShapes[0].tile>;
   SliceArgs args{{params, {}, {}, {}, 0}, work, sums};
   args.gemm.x_map =
       make_tensor_map(params.x, params.dtype, params.m, params.k, params.k, C::kCols, "w4a8_gemm");
@@ -129,7 +145,8 @@ extern "C" int w4a8_gemm(const TensorArgument* tensors, int64_t group_size, int 
   return 0;
 }
 
-// The tensors in the order of the schema, with zero points, and the sums of a tile of 16 tokens by
+// The tensors in the order of the schema, with zero points or multipliers (of 64 columns or more),
+// and the sums of a tile of 16 tokens by
 // 128 rows, over some of its stages of 128 columns.
 extern "C" void w4a8_slice(const TensorArgument* tensors, int64_t group_size, int row_tile,
                            int first_k_tile, int num_k_tiles) {
@@ -137,11 +154,17 @@ extern "C" void w4a8_slice(const TensorArgument* tensors, int64_t group_size, in
       effllm::params_of(tensors, group_size, effllm::DType::kFloat32);
   const effllm::TileSchedule::Work work{row_tile, 0, first_k_tile, num_k_tiles, true};
   auto* sums = static_cast<float*>(tensors[7].data);
-  if (params.num_groups == 1) {
-    effllm::run_slice<0, effllm::kW4A8ChannelShapes>(params, work, sums);
+  constexpr auto kZeros = effllm::W4A8Decoding::kZeros;
+  constexpr auto kMultipliers = effllm::W4A8Decoding::kMultipliers;
+  if (params.multipliers.data != nullptr && params.multipliers.group_size == 64) {
+    effllm::run_slice<2, kMultipliers, effllm::kW4A8MultiplierShapes>(params, work, sums);
+  } else if (params.multipliers.data != nullptr) {
+    effllm::run_slice<4, kMultipliers, effllm::kW4A8MultiplierShapes>(params, work, sums);
+  } else if (params.num_groups == 1) {
+    effllm::run_slice<0, kZeros, effllm::kW4A8ChannelShapes>(params, work, sums);
   } else if (group_size == 64) {
-    effllm::run_slice<1, effllm::kW4A8GroupShapes>(params, work, sums);
+    effllm::run_slice<2, kZeros, effllm::kW4A8GroupShapes>(params, work, sums);
   } else {
-    effllm::run_slice<2, effllm::kW4A8GroupShapes>(params, work, sums);
+    effllm::run_slice<4, kZeros, effllm::kW4A8GroupShapes>(params, work, sums);
   }
 }
