@@ -79,19 +79,25 @@ def test_round_trip(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
 
 
+@pytest.mark.parametrize("two_level", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", FORMATS)
 def test_files_say_nothing_of_rounded_inputs(
-    format: SaveFormat, llama: Any, tmp_path: Path
+    format: SaveFormat, dtype: torch.dtype, two_level: bool, llama: Any, tmp_path: Path
 ) -> None:
-    """A ``W4A8Linear`` is written as what it is over, and comes back as an ``Int4Linear``."""
-    model = llama.to(torch.bfloat16)
-    config = effllm.Int4Config(32, symmetric=False, inputs=effllm.Granularity.token())
+    """A ``W4A8Linear`` is written as what it is over, and comes back as an ``Int4Linear``: scales
+    of two levels as their products, which are numbers of the model's dtype."""
+    model = llama.to(dtype)
+    token = effllm.Granularity.token()
+    config = effllm.Int4Config(32, symmetric=two_level, inputs=token, two_level=two_level)
     effllm.quantize_(model, config, lambda module, name: name != "lm_head")
     save(model, tmp_path / "c", format, progress=False)
     again = load(tmp_path / "c", progress=False)
     assert_same_model(model, again)
     name = "model.layers.0.mlp.up_proj"
     assert type(model.get_submodule(name)) is W4A8Linear
+    assert (model.get_submodule(name).multipliers is not None) == two_level
+    assert again.get_submodule(name).scales.dtype == dtype
     assert type(again.get_submodule(name)) is Int4Linear
 
 

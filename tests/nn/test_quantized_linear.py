@@ -117,6 +117,12 @@ W4A8 = Kind(
 KINDS = [
     INT4,
     W4A8,
+    Kind(
+        "w4a8-two-level",
+        W4A8Linear,
+        {"group_size": GROUP_SIZE, "two_level": True},
+        lambda linear: W4A8Linear.from_linear(linear, GROUP_SIZE, two_level=True),
+    ),
     Kind("int4-permuted", Int4Linear, INT4.options | {"permuted": True}, permuted),
     *(lut4(per, scaled) for per in ("tensor", "row", "group") for scaled in (True, False)),
     fp8("tensor", "tensor", static=True),

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import effllm
 from effllm.nn import Int4Linear, W4A8Linear
+from effllm.ops.int4_gemm import dequantize_codes
+from effllm.ops.int4_unpack import int4_unpack_ref
 from effllm.ops.int8_quantize import int8_quantize_ref
 from effllm.ops.w4a8_gemm import w4a8_gemm_ref
 from effllm.quantization import (
@@ -58,6 +60,40 @@ def test_forward_is_the_definition(dtype: torch.dtype, group_size: int, symmetri
     torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_two_levels_are_the_definition_to_the_bit(dtype: torch.dtype, group_size: int) -> None:
+    layer = W4A8Linear.from_linear(nn.Linear(K, N, dtype=dtype), group_size, two_level=True)
+    x = (torch.randn(2, 3, K) * torch.logspace(-2, 1, 3)[:, None]).to(dtype)
+    codes, x_scales = int8_quantize_ref(x)
+    expected = w4a8_gemm_ref(
+        codes,
+        x_scales,
+        layer.qweight,
+        layer.scales,
+        None,
+        layer.bias,
+        layer.multipliers,
+        group_size=layer.group_size,
+        out_dtype=dtype,
+    )
+    assert_equal(layer(x), expected)
+    # And by the scales that it says it has.
+    weight = dequantize_codes(
+        int4_unpack_ref(layer.qweight, N, K), layer.group_scales, group_size=layer.group_size
+    )
+    dense = nn.functional.linear(codes * x_scales, weight, layer.bias.float())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(layer(x).float(), dense, rtol=tolerance, atol=tolerance)
+
+
+def test_two_levels_with_zero_points_are_refused() -> None:
+    with pytest.raises(ValueError, match="two_level needs symmetric=True, got False"):
+        W4A8Linear(K, N, symmetric=False, two_level=True)
+    with pytest.raises(ValueError, match="two_level has no zero points, got zeros"):
+        W4A8Linear.from_linear(nn.Linear(K, N), 64, symmetric=False, two_level=True)
+
+
 def test_outputs_are_near_those_of_int4_linear() -> None:
     linear = nn.Linear(K, N)
     x = torch.randn(16, K)
@@ -75,6 +111,19 @@ def test_permuted_inputs() -> None:
     assert_equal(other.weight[:, perm], layer.weight)
 
 
+def test_permuted_inputs_of_two_levels() -> None:
+    layer = W4A8Linear.from_linear(nn.Linear(K, N), 64, two_level=True)
+    perm = torch.randperm(K)
+    other = W4A8Linear(K, N, group_size=64, permuted=True, two_level=True)
+    other.load_state_dict(layer.state_dict() | {"perm": perm.int()})
+    x = torch.randn(4, K, requires_grad=True)
+    shuffled = torch.empty_like(x).index_copy_(1, perm, x)
+    assert_equal(other(shuffled).detach(), layer(x).detach())
+    assert_equal(other.weight[:, perm], layer.weight)
+    other(shuffled).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(4, -1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("is_permuted", [False, True])
 def test_rounding_inputs_is_the_identity_backwards(is_permuted: bool) -> None:
     layer = W4A8Linear.from_linear(nn.Linear(K, N), 64, symmetric=False)
@@ -89,11 +138,12 @@ def test_rounding_inputs_is_the_identity_backwards(is_permuted: bool) -> None:
         assert_equal(layer(x), out.detach())
 
 
-@pytest.mark.parametrize("is_permuted", [False, True])
-def test_compiles_without_graph_breaks(is_permuted: bool) -> None:
+@pytest.mark.parametrize("kind", ["plain", "permuted", "two-level"])
+def test_compiles_without_graph_breaks(kind: str) -> None:
     torch._dynamo.reset()
-    layer = W4A8Linear.from_linear(nn.Linear(K, N), 64, symmetric=False)
-    if is_permuted:
+    two_level = kind == "two-level"
+    layer = W4A8Linear.from_linear(nn.Linear(K, N), 64, symmetric=two_level, two_level=two_level)
+    if kind == "permuted":
         layer, _ = permuted(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, K)
@@ -129,7 +179,7 @@ def test_configs_make_it_with_the_codes_that_they_make_without(
     model, plain = Block(), Block()
     plain.load_state_dict(model.state_dict())
     for block, inputs in ((model, TOKEN), (plain, None)):
-        config = method(**options, inputs=inputs)
+        config = method(**options, inputs=inputs, two_level=False)
         data = [{"x": torch.randn(32, 64, generator=torch.Generator().manual_seed(1))}]
         calibration = data if config.needs_calibration else None
         effllm.quantize_(block, config, calibration=calibration, progress=False)
@@ -141,8 +191,9 @@ def test_configs_make_it_with_the_codes_that_they_make_without(
     assert_equal(dequantize_(model).up.weight, plain.up.weight)
 
 
-def test_an_interrupted_run_comes_back_as_it_was(tmp_path: Path) -> None:
-    config, data = GptqConfig(inputs=TOKEN), [{"x": torch.randn(32, 64)}]
+@pytest.mark.parametrize("two_level", [False, True])
+def test_an_interrupted_run_comes_back_as_it_was(tmp_path: Path, two_level: bool) -> None:
+    config, data = GptqConfig(inputs=TOKEN, two_level=two_level), [{"x": torch.randn(32, 64)}]
     model = Block()
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     effllm.quantize_(model, config, calibration=data, state=tmp_path, progress=False)
@@ -150,6 +201,7 @@ def test_an_interrupted_run_comes_back_as_it_was(tmp_path: Path) -> None:
     again.load_state_dict(start)
     effllm.quantize_(again, config, calibration=data, state=tmp_path, progress=False)
     assert type(again.up) is W4A8Linear
+    assert repr(again) == repr(model)
     for name, tensor in model.state_dict().items():
         assert_equal(again.state_dict()[name], tensor, name=name)
 

@@ -154,7 +154,11 @@ def grouped(layer: Int4Linear) -> GroupedWeight:
         column = torch.arange(layer.in_features, device=perm.device)
         g_idx = torch.empty_like(perm).index_copy_(0, perm, column // layer.group_size)
         codes = torch.empty_like(codes).index_copy_(1, perm, codes)
-    return GroupedWeight(codes, layer.scales, layer.zeros, 4, layer.group_size, g_idx)
+    scales = layer.group_scales
+    # Products of two levels, where they are numbers of the dtype that the layer's scales have.
+    narrow = scales.to(layer.scales.dtype)
+    scales = narrow if torch.equal(narrow.float(), scales.float()) else scales
+    return GroupedWeight(codes, scales, layer.zeros, 4, layer.group_size, g_idx)
 
 
 # -- tensors ---------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class Int4Linear(PackedLinear):
     dtype cast (``.half()``, ``.to(torch.bfloat16)``) touches only the bias.
     """
 
-    quantised = ("qweight", "scales", "zeros", "perm")
+    quantised: ClassVar[tuple[str, ...]] = ("qweight", "scales", "zeros", "perm")
     _name: ClassVar[str] = "an Int4Linear"
 
     def __init__(
@@ -111,10 +111,15 @@ class Int4Linear(PackedLinear):
         return module.train(linear.training)
 
     @property
+    def group_scales(self) -> Tensor:
+        """``[N, ceil(K/g)]``, what a code less its zero point is multiplied by."""
+        return self.scales
+
+    @property
     def weight(self) -> Tensor:
         """The dequantised weight ``[N, K]`` in the dtype of the scales, computed anew each time."""
         weight = dequantize(
-            self.qweight, self.scales, self.zeros, self.in_features, self.group_size
+            self.qweight, self.group_scales, self.zeros, self.in_features, self.group_size
         )
         if self.perm is not None:
             weight = torch.empty_like(weight).index_copy_(1, self.perm.long(), weight)

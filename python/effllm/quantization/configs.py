@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 from torch import Tensor
@@ -39,6 +39,7 @@ class LinearConfig(UniformMethod):
             of the range); otherwise a range holds all of its weights.
         inputs: token(): layers round their inputs to int8 at each call, with a scale per token
             (``W4A8Linear``); None leaves inputs as they are.
+        two_level: of the scales, see ``UniformMethod``.
     """
 
     name: ClassVar[str] = "linear"
@@ -47,7 +48,13 @@ class LinearConfig(UniformMethod):
         """See ``Method.quantise``; the inputs do not matter."""
         rows, columns = self.granularity.weight_tile(*weight.shape[-2:])
         codes, scales, zeros = round_to_nearest(
-            weight, columns, self.symmetric, bits=self.bits, rows=rows, clip=self.clip
+            weight,
+            columns,
+            self.symmetric,
+            bits=self.bits,
+            rows=rows,
+            clip=self.clip,
+            two_level=self.grid.two_level,
         )
         return UniformCodes(codes, scales, zeros, columns, bits=self.bits)
 
@@ -94,7 +101,7 @@ class GptqConfig(UniformMethod):
     """GPTQ (arXiv:2210.17323): rounding errors are made up for by the columns that follow.
 
     Attributes:
-        bits, granularity, symmetric, inputs: as in ``LinearConfig``.
+        bits, granularity, symmetric, inputs, two_level: as in ``LinearConfig``.
         clip: choose each range so that the squared error, weighted by the mean square of the
             inputs, is smallest.
         act_order: begin with the channels of the largest inputs, whose errors matter most.
@@ -124,6 +131,12 @@ class GptqConfig(UniformMethod):
         """Always."""
         return True
 
+    def two_level_needs(self) -> str | None:
+        """See ``UniformMethod``; scales of one row are found together."""
+        return super().two_level_needs() or (
+            None if self.static_groups else "static_groups=True, got False"
+        )
+
     def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> UniformCodes:
         """See ``Method.quantise``."""
         return quantise_gptq(
@@ -147,7 +160,8 @@ class AwqConfig(UniformMethod):
     these share the scales. Elsewhere layers are quantised without.
 
     Attributes:
-        bits, granularity, inputs: as in ``LinearConfig``.
+        bits, granularity, inputs, two_level: as in ``LinearConfig``; the last, as W4A8 has it by
+            default, is of symmetric=True.
         symmetric: False by default, as is usual for the method.
         clip: cut each range where the error of its part of the output is smallest.
         steps: exponents that are tried between 0 and 1.
@@ -175,13 +189,20 @@ class AwqConfig(UniformMethod):
 
     def input_scales(self, weights: list[Tensor], inputs: InputStatistics, fold: Fold) -> Tensor:
         """See ``Method.input_scales``."""
-        return search_scales(weights, inputs, fold, self.grid, self.granularity, self.steps)
+        grid = replace(self.grid, two_level=False)  # as good for comparing, and quicker
+        return search_scales(weights, inputs, fold, grid, self.granularity, self.steps)
 
     def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> UniformCodes:
         """See ``Method.quantise``."""
         if self.clip:
             return quantise_clipped(weight, inputs, self.grid, self.granularity)
-        plain = LinearConfig(self.bits, self.granularity, self.symmetric)
+        plain = LinearConfig(
+            self.bits,
+            self.granularity,
+            self.symmetric,
+            inputs=self.inputs,
+            two_level=self.two_level,
+        )
         return plain.quantise(weight, inputs)
 
 
@@ -235,12 +256,17 @@ class Int4Config(LinearConfig):
     """The everyday config: ``LinearConfig`` with 4 bits, without clipping."""
 
     def __init__(
-        self, group_size: int = 64, symmetric: bool = True, *, inputs: Granularity | None = None
+        self,
+        group_size: int = 64,
+        symmetric: bool = True,
+        *,
+        inputs: Granularity | None = None,
+        two_level: bool | None = None,
     ) -> None:
         """Args:
             group_size: input channels per scale: 32, 64, 128, or -1 for one per output channel.
             symmetric: zero point 8 everywhere; otherwise one uint8 zero point per group.
-            inputs: as in ``LinearConfig``.
+            inputs, two_level: as in ``LinearConfig``.
 
         Raises ValueError for another group size.
         """
@@ -255,4 +281,5 @@ class Int4Config(LinearConfig):
             channel if group_size == -1 else Granularity.group(group_size),
             symmetric,
             inputs=inputs,
+            two_level=two_level,
         )

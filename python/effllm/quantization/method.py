@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,21 @@ class UniformCodes:
             return weight
         return torch.empty_like(weight).index_copy_(1, self.perm.long(), weight)
 
-    def layer(self, linear: nn.Linear, kind: type[Int4Linear] = Int4Linear) -> QuantizedLinear:
-        """The layer that takes the place of ``linear``."""
+    def layer(
+        self, linear: nn.Linear, kind: type[Int4Linear] = Int4Linear, **options: Any
+    ) -> QuantizedLinear:
+        """The layer that takes the place of ``linear``; options are those of ``from_codes``."""
         if self.bits == 8:
             codes = (self.codes.short() - Grid(8, True).middle).to(torch.int8)
             return Int8Linear.from_codes(linear, codes, self.scales.float(), inputs_per=None)
         return kind.from_codes(
-            linear, self.codes, self.scales, self.zeros, self.perm, group_size=self.group_size
+            linear,
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.perm,
+            group_size=self.group_size,
+            **options,
         )
 
 
@@ -199,6 +207,10 @@ class UniformMethod(Method):
             values.
         inputs: token(): layers round their inputs to int8 at each call, with a scale per token
             (``W4A8Linear``); None leaves inputs as they are (``Int4Linear``).
+        two_level: scales of groups or blocks are 1 to 15 times one number of the row, so that sums
+            over int8 inputs are exact and faster (the second level of QServe, arXiv:2405.04532).
+            Multiples are searched for the least error, with ``clip`` or without. None: wherever
+            there are such inputs, groups or blocks, and no zero points.
     """
 
     known_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
@@ -206,6 +218,7 @@ class UniformMethod(Method):
     symmetric: bool = True
     clip: bool = False
     inputs: Granularity | None = field(default=None, kw_only=True)
+    two_level: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no kernel holds."""
@@ -214,6 +227,8 @@ class UniformMethod(Method):
             raise ValueError(
                 f"{type(self).__name__}: inputs must be token() or None, got {self.inputs}"
             )
+        if self.two_level and (missing := self.two_level_needs()):
+            raise ValueError(f"{type(self).__name__}: two_level needs {missing}")
         if self.bits != 8:
             return
         if self.inputs is not None:
@@ -232,10 +247,21 @@ class UniformMethod(Method):
     @property
     def grid(self) -> Grid:
         """The levels."""
-        return Grid(self.bits, self.symmetric)
+        two_level = self.two_level is not False and self.two_level_needs() is None
+        return Grid(self.bits, self.symmetric, two_level)
+
+    def two_level_needs(self) -> str | None:
+        """What scales of two levels need and this config has not, and what it has."""
+        if self.inputs is None:
+            return "inputs=token(), got None"
+        if not self.symmetric:
+            return "symmetric=True, got False"
+        if not self.granularity.columns:
+            return f"granularity group(n) or block(m, n), got {self.granularity}"
+        return None
 
     def layer(self, codes: Codes, linear: nn.Linear) -> QuantizedLinear:
         """See ``Method.layer``."""
         if self.inputs is None or not isinstance(codes, UniformCodes):
             return super().layer(codes, linear)
-        return codes.layer(linear, W4A8Linear)
+        return codes.layer(linear, W4A8Linear, two_level=self.grid.two_level)

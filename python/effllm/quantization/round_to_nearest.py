@@ -16,6 +16,7 @@ def round_to_nearest(
     bits: int = 4,
     rows: int = 1,
     clip: bool = False,
+    two_level: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points with ``weight ~ (code - zero) * scale``.
 
@@ -28,6 +29,7 @@ def round_to_nearest(
             2**bits - 1. Symmetric codes lie around 8, others start at 0.
         rows: output channels that share a scale.
         clip: choose the range with the smallest squared error, not the one that holds all values.
+        two_level: scales are 1 to 15 times one number of their rows, see ``W4A8Linear``.
 
     Returns:
         codes uint8 ``[N, K]`` in 0..15, scales ``[N, G]`` in the weight's dtype, zeros uint8
@@ -38,7 +40,7 @@ def round_to_nearest(
     """
     check_weight(weight)
     n, k = weight.shape
-    grid = Grid(bits, symmetric)
+    grid = Grid(bits, symmetric, two_level)
     tiles = to_tiles(weight.float(), rows, group_size)
     scales, zeros = fit(tiles, grid, weight.dtype, squared_error if clip else None)
     codes = grid.encode(tiles, scales.unsqueeze(-1), zeros.unsqueeze(-1))

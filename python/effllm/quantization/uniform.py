@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effllm.ops.w4a8_gemm import MAX_MULTIPLIER
+
 # Clipping is searched in two passes: which twentieth of the range, then which hundredth around it.
 _COARSE = [step / 20 for step in range(20, 0, -1)]
 _FINE = [step / 100 for step in range(-4, 5) if step]
+
+# Scales of two levels: the multipliers that the largest of a row may get, what is tried beside the
+# nearest ones for the others, and the bits of a step. More of any lower errors by less than 1 %.
+_LARGEST = range(MAX_MULTIPLIER, 8, -2)
+_OFFSETS = (0, -1, 1)
+_STEP_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -22,10 +30,12 @@ class Grid:
         bits: 2, 3 or 4; fewer bits use a part of the 4-bit codes. Or 8.
         symmetric: zero is ``middle``, and codes are 2**bits values around it. Otherwise codes start
             at 0 and the zero point is one of them, so that 0 stays exact.
+        two_level: the scales of a row are 1 to 15 times one number; symmetric, of up to 4 bits.
     """
 
     bits: int
     symmetric: bool
+    two_level: bool = False
 
     @property
     def middle(self) -> int:
@@ -79,10 +89,15 @@ def fit(
     """Scales and zeros, fp32 ``[...]``, for fp32 values ``[..., E]``: one each for E values.
 
     Args:
+        values: ``[R, G, E]`` for scales of two levels, with G groups in a row.
         dtype: that the scales will be stored in.
         error: cut the range where this is smallest, a function from the differences ``[..., E]``
-            between rounded values and values to ``[...]``. None: the range holds every value.
+            between rounded values and values to ``[...]``. None: the range holds every value;
+            scales of two levels are those near it of the least squared error.
     """
+    if grid.two_level:
+        scales, zeros = fit(values, replace(grid, two_level=False), torch.float32, error)
+        return _multiples(values, scales, zeros, grid, dtype, error or squared_error), zeros
     low, high = values.amin(-1), values.amax(-1)
     if error is None:
         return grid.parameters(low, high, dtype)
@@ -103,6 +118,43 @@ def fit(
             best = torch.where(better, ratio, best)
             best_error = torch.where(better, found, best_error)
     return grid.parameters(low * best, high * best, dtype)
+
+
+def _multiples(
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    error: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Scales ``[R, G]`` of two levels near given ones, those with the least error of a row.
+
+    A step has 4 significant bits, so that its multiples are numbers of every float dtype, too. The
+    largest scale is 15, 13, 11 or 9 of them, the others the nearest multiple or one beside it.
+    """
+    # A group of zeros, whose scale is 1, has no say in the step.
+    wanted = torch.where(values.abs().amax(-1) > 0, scales, torch.zeros_like(scales))
+    largest = wanted.amax(-1, keepdim=True)
+    best, best_error = torch.ones_like(scales), torch.full_like(largest, torch.inf)
+    for multiplier in _LARGEST:
+        mantissa, exponent = torch.frexp(largest / multiplier)
+        rounded = torch.round(mantissa * (1 << _STEP_BITS)) / (1 << _STEP_BITS)
+        steps = torch.ldexp(rounded, exponent).to(dtype).float()
+        steps = torch.where(steps == 0, torch.ones_like(steps), steps)
+        nearest = torch.round(wanted / steps)
+        found, found_error = best, torch.full_like(scales, torch.inf)
+        for offset in _OFFSETS:
+            tried = (nearest + offset).clamp(1, MAX_MULTIPLIER) * steps
+            tried_error = error(grid.nearest(values, tried[..., None], zeros[..., None]) - values)
+            better = tried_error < found_error
+            found = torch.where(better, tried, found)
+            found_error = torch.where(better, tried_error, found_error)
+        row_error = found_error.sum(-1, keepdim=True)
+        better = row_error < best_error
+        best = torch.where(better, found, best)
+        best_error = torch.where(better, row_error, best_error)
+    return best
 
 
 def to_tiles(matrix: Tensor, rows: int, columns: int) -> Tensor:

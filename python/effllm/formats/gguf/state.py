@@ -301,7 +301,7 @@ def _int4_reader(module: QuantizedLinear, slot: Slot, kind: TensorType) -> Calla
         problem = "it has zero points other than 8"
     elif module.group_size % _GROUP:
         problem = f"its groups are of {module.group_size}, no multiple of {_GROUP}"
-    elif not torch.equal(module.scales.half().to(module.scales.dtype), module.scales):
+    elif not torch.equal(module.group_scales.half().float(), module.group_scales.float()):
         problem = "its scales are no fp16 numbers"
     elif kind == TensorType.Q4_1 and not _fits_q4_1(module, slot):
         problem = "its zero points times its scales are no fp16 numbers"
@@ -328,7 +328,8 @@ def _fits_q4_1(module: Int4Linear, slot: Slot) -> bool:
 
 def _int4_blocks(module: Int4Linear, slot: Slot, kind: TensorType) -> Tensor:
     codes = ops.int4_unpack(module.qweight, module.out_features, module.in_features)
-    zeros: Tensor = torch.full_like(module.scales, 8, dtype=torch.uint8)
+    scales = module.group_scales
+    zeros: Tensor = torch.full_like(scales, 8, dtype=torch.uint8)
     if module.zeros is not None:
         zeros = module.zeros
     repeats, blocks = module.group_size // _GROUP, module.in_features // _GROUP
@@ -336,7 +337,7 @@ def _int4_blocks(module: Int4Linear, slot: Slot, kind: TensorType) -> Tensor:
     def spread(groups: Tensor) -> Tensor:
         return groups.repeat_interleave(repeats, 1)[:, :blocks].contiguous()
 
-    parts = [codes, spread(module.scales.half()), spread(zeros)]
+    parts = [codes, spread(scales.half()), spread(zeros)]
     if slot.heads:
         parts = [to_gguf_rows(part, slot.heads) for part in parts]
     return from_int4(*(parts if kind == TensorType.Q4_1 else parts[:2]))
@@ -351,7 +352,7 @@ def _rounded_int4(module: Int4Linear, slot: Slot, kind: TensorType) -> Tensor:
         zeros = None if module.zeros is None else module.zeros[rows]
         values = int4_dequantize(
             module.qweight[strips],
-            module.scales[rows],
+            module.group_scales[rows],
             zeros,
             module.in_features,
             module.group_size,
