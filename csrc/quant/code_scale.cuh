@@ -2,7 +2,7 @@
 // their quotients by it. The arithmetic is fp8_layout.h's to the bit.
 //
 // Codes are of a type derived from CodeScale, which has
-//   kLargest       the largest code
+//   kLargest       the largest code, where one scale is of both signs
 //   code(q)        of a quotient
 //   pair(q, r)     of two, the second in the upper byte
 #pragma once
@@ -50,8 +50,8 @@ struct CodeScale {
 
 template <class Scale>
 __device__ __forceinline__ uint32_t code_of(float x, const Scale& by) {
-  if (by.ordinary) return Scale::code(by.quotient(x));
-  return by.scale == by.scale ? Scale::code(x / by.scale) : 0u;
+  if (by.ordinary) return by.code(by.quotient(x));
+  return by.scale == by.scale ? by.code(x / by.scale) : 0u;
 }
 
 // Codes of kVector neighbours, to a multiple of kVector bytes.
@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_codes(float (&x)[kVector], const Scale& by
     if (by.ordinary) {
 #pragma unroll
       for (int i = 0; i < kVector; i += 2) {
-        const uint64_t two = Scale::pair(by.quotient(x[i]), by.quotient(x[i + 1]));
+        const uint64_t two = by.pair(by.quotient(x[i]), by.quotient(x[i + 1]));
         packed |= two << (8 * i);
       }
     } else {

@@ -10,6 +10,7 @@
 #include "quant/fp8_quantize.h"
 #include "quant/int8_encode.cuh"
 #include "quant/int8_quantize.h"
+#include "quant/int8_quantize_asymmetric.cuh"
 #include "quant/quantize_rows.cuh"
 #include "quant/rms_norm_rows.cuh"
 #include "quant/silu_mul_rows.cuh"
@@ -131,6 +132,21 @@ extern "C" int int8_quantize_rows(const TensorArgument* tensors, void* codes, vo
   const View x = *tensors[0].view();
   const auto params = effllm::check_int8_quantize(x, tensors[1].view());
   return run_quantize<effllm::Int8Scale>(params, x, codes, scales);
+}
+
+extern "C" int int8_quantize_asymmetric_rows(const TensorArgument* tensors, void* codes,
+                                             void* scales, void* zeros) {
+  const View x = *tensors[0].view();
+  auto params = effllm::check_int8_quantize_asymmetric(x);
+  CodeRows& rows = params.rows;
+  params.x = effllm::strided_rows(x);
+  rows.codes = static_cast<uint8_t*>(codes);
+  rows.scales = static_cast<float*>(scales);
+  params.zeros = static_cast<int8_t*>(zeros);
+  const RowsLaunch grid = effllm::asymmetric_rows_launch(params);
+  return dispatch(rows, grid, [&](auto element, auto slots) {
+    run_blocks(grid, effllm::int8_quantize_asymmetric_kernel<decltype(element), slots()>, params);
+  });
 }
 
 extern "C" int silu_mul_fp8_rows(const TensorArgument* tensors, int64_t group_size, void* codes,

@@ -18,6 +18,7 @@ from effllm.ops import (
     fp8_quantize,
     fp8_quantize_tensor,
     int8_quantize,
+    int8_quantize_asymmetric,
     rms_norm_fp8_quantize,
     rms_norm_int8_quantize,
     silu_mul_fp8_quantize,
@@ -37,6 +38,9 @@ from effllm.testing.cases import (
 )
 from effllm.testing.cases import (
     int8_quantize as int8_cases,
+)
+from effllm.testing.cases import (
+    int8_quantize_asymmetric as asymmetric_cases,
 )
 from effllm.testing.cases import (
     rms_norm_fp8_quantize as norm_cases,
@@ -123,6 +127,26 @@ def quantize_int8(library: ctypes.CDLL) -> Kernel:
         )
         codes, scales, _ = out.checked()
         return (codes.view(torch.int8), scales), slots
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def quantize_asymmetric(library: ctypes.CDLL) -> Kernel:
+    """int8_quantize_asymmetric."""
+
+    def call(x: Tensor) -> tuple[Results, int]:
+        out = Outputs(x, None, None)
+        zeros, check_zeros = hostile.guarded(torch.full((*x.shape[:-1], 1), 99, dtype=torch.int8))
+        slots = library.int8_quantize_asymmetric_rows(
+            (TensorArgument * 1)(as_argument(x)),
+            pointer(out.codes),
+            pointer(out.scales),
+            pointer(zeros),
+        )
+        check_zeros()
+        codes, scales, _ = out.checked()
+        return (codes.view(torch.int8), scales, zeros), slots
 
     return call
 
@@ -282,6 +306,14 @@ def test_int8_quantize_is_that_of_the_cpu(case: Any, quantize_int8: Kernel) -> N
     assert_same(found, int8_quantize(*args, **options))
 
 
+@small(asymmetric_cases.CASES)
+def test_asymmetric_is_that_of_the_cpu(case: Any, quantize_asymmetric: Kernel) -> None:
+    (x,), _ = case.make("cpu")
+    found, slots = quantize_asymmetric(x)
+    assert slots == slots_of(case.k, case.dtype)
+    assert_same(found, int8_quantize_asymmetric(x))
+
+
 @small(silu_cases.CASES)
 def test_silu_mul_is_that_of_the_cpu(case: Any, silu_mul: Kernel) -> None:
     args, options = case.make("cpu")
@@ -338,6 +370,7 @@ def test_special_values(
     group_size: int | None,
     quantize: Kernel,
     quantize_int8: Kernel,
+    quantize_asymmetric: Kernel,
     silu_mul: Kernel,
     add_rms_norm: Kernel,
 ) -> None:
@@ -351,6 +384,10 @@ def test_special_values(
     for scale in (None, torch.tensor([0.02]), torch.tensor([torch.nan])):
         found, _ = quantize_int8(x, scale)
         assert_same(found, int8_quantize(x, scale))
+    for power in (1.0, 2.0**-60, 2.0**60, 2.0**-130):
+        scaled = (x.float() * power).to(dtype)
+        found, _ = quantize_asymmetric(scaled)
+        assert_same(found, int8_quantize_asymmetric(scaled))
     up = hostile.normal(*x.shape, dtype=dtype, seed=1)
     found, _ = silu_mul(x, up, group_size=group_size)
     assert_same(found, silu_mul_fp8_quantize(x, up, group_size=group_size))

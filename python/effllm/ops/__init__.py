@@ -16,6 +16,7 @@ from .int4_pack import int4_pack
 from .int4_unpack import int4_unpack
 from .int8_gemm import int8_gemm
 from .int8_quantize import int8_quantize
+from .int8_quantize_asymmetric import int8_quantize_asymmetric
 from .int8_weight_gemm import int8_weight_gemm
 from .kv_append import kv_append
 from .kv_compact import kv_compact
@@ -47,6 +48,7 @@ __all__ = [
     "int4_unpack",
     "int8_gemm",
     "int8_quantize",
+    "int8_quantize_asymmetric",
     "int8_weight_gemm",
     "kv_append",
     "kv_compact",
