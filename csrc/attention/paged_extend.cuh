@@ -74,7 +74,7 @@ struct PagedExtendStorage {
   bool is_last;
 };
 
-// Merges what the teams of a cluster have of the rows of a tile, and then what clusters have of
+// Merges what the CTAs of a cluster have of the rows of a tile, and then what clusters have of
 // them: the same, with sources elsewhere. All warps of the cluster have as many rows, four at a
 // time: eight lanes find the weights of a row's sources, then all add up its outputs.
 //
@@ -89,12 +89,12 @@ class ExtendMerge {
  public:
   __device__ __forceinline__ ExtendMerge(const PagedAttentionArgs& args,
                                          PagedExtendStorage<Config>& smem,
-                                         PagedRowTileStorage<Config>* tiles,
+                                         PagedRowTileStorage<Config>& of_cta,
                                          const Sequence& sequence, int kv_head,
                                          const DecodeTile<Config>& tile)
       : args_(args),
         smem_(smem),
-        tiles_(tiles),
+        of_cta_(of_cta),
         sequence_(sequence),
         partial_(args, smem.share.schedule.part(), smem.share.row_tile, ptx::cluster_rank()),
         kv_head_(kv_head),
@@ -114,7 +114,7 @@ class ExtendMerge {
     while (true) {
       in_memory_ = smem_.is_last;  // the compiler cannot know: one copy of the code
       is_result_ = in_memory_ || num_parts == 1;
-      num_sources_ = in_memory_ ? num_parts : num_ctas * num_teams<Config>();
+      num_sources_ = in_memory_ ? num_parts : num_ctas;
 #pragma unroll 1
       for (int row = warp_idx_ * num_ctas + rank; row < tile_rows_; row += kRows * row_step_) {
         merge(row);
@@ -136,13 +136,10 @@ class ExtendMerge {
   // Where a source has row 0 of the tile.
   __device__ __forceinline__ float4* outputs_of(int source) const {
     if (in_memory_) return part_outputs(source);
-    const int rank = source / num_teams<Config>(), team = source - rank * num_teams<Config>();
-    return ptx::cluster_peer(&tiles_[team].output_quad(0, 0), rank);
+    return ptx::cluster_peer(&of_cta_.output_quad(0, 0, 0), source);
   }
   __device__ __forceinline__ float2* softmax_of(int source) const {
-    if (in_memory_) return part_softmax(source);
-    const int rank = source / num_teams<Config>(), team = source - rank * num_teams<Config>();
-    return ptx::cluster_peer(smem_.softmax[team], rank);
+    return in_memory_ ? part_softmax(source) : ptx::cluster_peer(smem_.softmax[0], source);
   }
   __device__ __forceinline__ float4* part_outputs(int idx) const {
     return reinterpret_cast<float4*>(args_.partial_out + partial_.row(idx, 0) * args_.head_dim);
@@ -215,7 +212,7 @@ class ExtendMerge {
     int places[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int row = min(first_row + i * row_step_, tile_rows_ - 1);
+      const int row = first_row + i * row_step_;
       places[i] =
           in_memory_ ? row * num_quads_ + quad : row * (Config::kHeadDim / 4) + (quad ^ row % 8);
     }
@@ -226,7 +223,10 @@ class ExtendMerge {
       for (int j = 0; j < kLoads; ++j) {
         const float4* const of_source = sources[min(source + j, num_sources - 1)].outputs;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) outputs[j][i] = of_source[places[i]];
+        for (int i = 0; i < kRows; ++i) {
+          const bool is_row = first_row + i * row_step_ < tile_rows_;
+          outputs[j][i] = is_row ? of_source[places[i]] : float4{};
+        }
       }
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
@@ -261,7 +261,7 @@ class ExtendMerge {
 
   const PagedAttentionArgs& args_;
   PagedExtendStorage<Config>& smem_;
-  PagedRowTileStorage<Config>* const tiles_;
+  PagedRowTileStorage<Config>& of_cta_;
   const Sequence& sequence_;
   const PartialResults<Config> partial_;
   const int kv_head_, first_row_, tile_rows_, num_quads_;
@@ -293,10 +293,10 @@ __device__ __forceinline__ void extend_part(const PagedAttentionArgs& args,
     PagedRowTile<Config> tile(args, tiles[team], sequence, kv_head, rows.first_row);
     tile.run(keys_of_team<Config>(
         keys_of_part<Config>(args, sequence.seen_keys(args), part, rows.keys), team));
-    tile.leave(smem.softmax[team]);
+    tile.leave(tiles, smem.softmax);
   }
   ptx::cluster_sync();
-  ExtendMerge<Config>(args, smem, tiles, sequence, kv_head, rows).run();
+  ExtendMerge<Config>(args, smem, tiles[0], sequence, kv_head, rows).run();
 }
 
 template <class Config>

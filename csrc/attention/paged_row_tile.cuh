@@ -118,23 +118,35 @@ class PagedRowTile {
     store_output();
   }
 
-  // In shared memory, for others to add up: outputs, not yet divided, as smem.output_quad, and
-  // maxima and sums of weights [rows].
-  __device__ __forceinline__ void leave(float2* softmax) {
+  // What the teams of the CTA have, added up by the first of them and left in its shared memory for
+  // others: outputs, not yet divided, as smem.output_quad, and maxima and sums of weights in
+  // softmax[0]. All teams call, `tiles` are theirs.
+  __device__ __forceinline__ void leave(Storage* tiles, float2 (*softmax)[Config::kBlockM]) {
+    static_assert(kRowTiles == 1);
     ptx::cp_async_wait<0>();
     sync_team<Config>();  // nobody reads or writes queries, keys or values any more
-    if (!warp_has_rows()) return;
-    finish_sums();
-    static_assert(kRowTiles == 1);
+    if (warp_has_rows()) finish_sums();
+    if (num_teams<Config>() > 1) {
+      if (team_idx<Config>() > 0 && warp_has_rows()) {
+        leave_softmax(softmax[team_idx<Config>()]);
+#pragma unroll
+        for (int tile = 0; tile < kDimTiles; ++tile) {
+          const auto& o = output_[0][tile];
+          smem_.output_fragment(tile) = {o[0], o[1], o[2], o[3]};
+        }
+      }
+      __syncthreads();
+    }
+    if (team_idx<Config>() > 0 || !warp_has_rows()) return;
+#pragma unroll 1
+    for (int team = 1; team < num_teams<Config>(); ++team) add(tiles[team], softmax[team]);
+    leave_softmax(softmax[0]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_row_ + half * 8 + lane_idx_ / 4;
-      const SoftmaxRow& sums = rows_[0][half];
-      if (lane_idx_ % 4 == 0) softmax[row] = {sums.maximum, sums.sum};
 #pragma unroll
       for (int tile = 0; tile < kDimTiles; ++tile) {
-        auto* pairs =
-            reinterpret_cast<float2*>(&smem_.output_quad(row, tile * 2 + lane_idx_ % 4 / 2));
+        auto* pairs = reinterpret_cast<float2*>(
+            &smem_.output_quad(row_of_half(half), tile / 4 * 8, tile % 4 * 2 + lane_idx_ % 4 / 2));
         pairs[lane_idx_ % 2] = {output_[0][tile][half * 2], output_[0][tile][half * 2 + 1]};
       }
     }
@@ -379,6 +391,42 @@ class PagedRowTile {
       SoftmaxRow& row = rows_[i / 2][i % 2];
       row.sum += __shfl_xor_sync(~0u, row.sum, 1);
       row.sum += __shfl_xor_sync(~0u, row.sum, 2);
+    }
+  }
+
+  __device__ __forceinline__ int row_of_half(int half) const {
+    return warp_row_ + half * 8 + lane_idx_ / 4;
+  }
+
+  __device__ __forceinline__ void leave_softmax(float2* softmax) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const SoftmaxRow& row = rows_[0][half];
+      if (lane_idx_ % 4 == 0) softmax[row_of_half(half)] = {row.maximum, row.sum};
+    }
+  }
+
+  // What the thread of the same place in another team has left.
+  __device__ __forceinline__ void add(Storage& other, const float2* softmax) {
+    float own_factor[2], factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      SoftmaxRow& row = rows_[0][half];
+      const float2 of_other = softmax[row_of_half(half)];
+      const float maximum = fmaxf(row.maximum, of_other.x);
+      own_factor[half] = ptx::exp2_approx(row.maximum - maximum);
+      factor[half] = ptx::exp2_approx(of_other.x - maximum);
+      row.maximum = maximum;
+      row.sum = row.sum * own_factor[half] + of_other.y * factor[half];
+    }
+#pragma unroll
+    for (int tile = 0; tile < kDimTiles; ++tile) {
+      const float4 value = other.output_fragment(tile);
+      auto& o = output_[0][tile];
+      o[0] = o[0] * own_factor[0] + value.x * factor[0];
+      o[1] = o[1] * own_factor[0] + value.y * factor[0];
+      o[2] = o[2] * own_factor[1] + value.z * factor[1];
+      o[3] = o[3] * own_factor[1] + value.w * factor[1];
     }
   }
 

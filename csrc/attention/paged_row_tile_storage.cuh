@@ -84,8 +84,13 @@ struct alignas(1024) PagedRowTileStorage {
   static_assert(Config::kRowTiles > 1 ||
                 sizeof(float[Config::kBlockM][Config::kHeadDim]) <=
                     sizeof(QueryTile) + Config::kStages * 2 * sizeof(KeyTile));
-  __device__ __forceinline__ float4& output_quad(int row, int quad) {
-    return reinterpret_cast<float4*>(q)[row * (Config::kHeadDim / 4) + (quad ^ row % 8)];
+  __device__ __forceinline__ float4& output_quad(int row, int first_quad, int quad) {
+    auto* const quads = reinterpret_cast<float4*>(q) + row * (Config::kHeadDim / 4);
+    return quads[first_quad + (quad ^ row % 8)];
+  }
+  // Or this thread's four sums of the mma tile of 8 dims.
+  __device__ __forceinline__ float4& output_fragment(int dim_tile) {
+    return reinterpret_cast<float4*>(q)[dim_tile * Config::kTileThreads + thread_in_team<Config>()];
   }
 };
 
