@@ -54,25 +54,23 @@ void decode(PagedAttentionArgs args, const AttentionContext& context) {
 }
 
 // Rows of a KV head up to which decoding reads its keys once per 8 rows, from L2 after the first
-// time. Of two such tiles the extend kernel is quicker where the keys take long and it can share
-// them out evenly: by 5 to 14 % on an H100. With a split_size the batch must not show.
-inline int32_t max_decode_rows(const PagedAttentionArgs& args, const AttentionContext& context) {
-  constexpr int64_t kManyKeys = 1 << 18;
-  const int64_t pairs = args.num_seqs * args.num_kv_heads;
-  const int64_t num_sms = context.attribute(cudaDevAttrMultiProcessorCount);
-  const bool even =
-      is_even(pairs, num_sms / 2) || is_even(pairs, num_sms) || is_even(pairs, num_sms * 2);
-  const bool many = pairs * args.max_pages_per_seq * args.page_size >= kManyKeys;
-  return args.split_size == 0 && even && many ? 8 : 16;
+// time. Of two such tiles the extend kernel is often quicker: its estimate, less what 16 rows save
+// of 64, against a line through what decoding took on an H100 for 1 to 24 sequences of 4096 keys.
+// With a split_size the batch must not show.
+template <class Element, class Kv>
+int32_t max_decode_rows(const PagedAttentionArgs& args, const AttentionContext& context) {
+  if (args.split_size > 0 || args.group * args.max_seqlen_q <= 8) return 16;
+  const double of_16_rows = PagedExtend<Element, Kv>::estimate(args, context) - 1.75;
+  return of_16_rows < 7.5 + 1.145 * key_us(args) ? 8 : 16;
 }
 
 template <class Element, class Kv, int kHeadDim>
 void launch_paged_attention(PagedAttentionArgs args, const AttentionContext& context) {
-  const int32_t decode_rows = max_decode_rows(args, context);
   // More than a tile of rows: keys are split where row tiles are too few for the GPU. The prefill
   // kernel has a CTA for all keys of a tile, and no masks of trees.
   using Prefill = PagedPrefillConfig<Element, kHeadDim, Kv>;
   using Extend = PagedExtendConfig<Element, kHeadDim, Kv>;
+  const int32_t decode_rows = max_decode_rows<Element, Kv>(args, context);
   const int64_t max_rows = args.group * args.max_seqlen_q;
   const int64_t tiles =
       args.num_seqs * args.num_kv_heads * ceil_div<int64_t>(max_rows, Prefill::kBlockM);
@@ -87,7 +85,7 @@ void launch_paged_attention(PagedAttentionArgs args, const AttentionContext& con
   }
   if (max_rows > decode_rows) {
     args.min_rows = fixed ? decode_rows + 1 : 0;
-    launch_paged_extend<Element, Kv>(args, context);
+    PagedExtend<Element, Kv>::launch(args, context);
     if (!fixed) return;
     args.min_rows = 0, args.max_rows = decode_rows;
   }

@@ -3,9 +3,7 @@
 
 namespace effllm {
 
-template void launch_paged_extend<float16, float16>(const PagedAttentionArgs&,
-                                                    const AttentionContext&);
-template void launch_paged_extend<bfloat16, bfloat16>(const PagedAttentionArgs&,
-                                                      const AttentionContext&);
+template struct PagedExtend<float16, float16>;
+template struct PagedExtend<bfloat16, bfloat16>;
 
 }  // namespace effllm

@@ -3,9 +3,7 @@
 
 namespace effllm {
 
-template void launch_paged_extend<float16, KvE4M3>(const PagedAttentionArgs&,
-                                                   const AttentionContext&);
-template void launch_paged_extend<bfloat16, KvE4M3>(const PagedAttentionArgs&,
-                                                    const AttentionContext&);
+template struct PagedExtend<float16, KvE4M3>;
+template struct PagedExtend<bfloat16, KvE4M3>;
 
 }  // namespace effllm

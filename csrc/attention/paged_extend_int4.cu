@@ -3,9 +3,7 @@
 
 namespace effllm {
 
-template void launch_paged_extend<float16, KvInt4>(const PagedAttentionArgs&,
-                                                   const AttentionContext&);
-template void launch_paged_extend<bfloat16, KvInt4>(const PagedAttentionArgs&,
-                                                    const AttentionContext&);
+template struct PagedExtend<float16, KvInt4>;
+template struct PagedExtend<bfloat16, KvInt4>;
 
 }  // namespace effllm

@@ -3,9 +3,7 @@
 
 namespace effllm {
 
-template void launch_paged_extend<float16, KvInt8>(const PagedAttentionArgs&,
-                                                   const AttentionContext&);
-template void launch_paged_extend<bfloat16, KvInt8>(const PagedAttentionArgs&,
-                                                    const AttentionContext&);
+template struct PagedExtend<float16, KvInt8>;
+template struct PagedExtend<bfloat16, KvInt8>;
 
 }  // namespace effllm

@@ -13,6 +13,7 @@
 #include "attention/paged_kv.h"
 #include "common/math.h"
 #include "cuda/launch.h"
+#include "quant/kv_layout.h"
 
 namespace effllm {
 
@@ -28,9 +29,21 @@ struct AttentionContext {
   }
 };
 
-// Whether few of so many that run together are left over when each pair has as many as the others.
-inline bool is_even(int64_t pairs, int64_t owners) {
-  return pairs <= owners && owners / pairs * pairs * 10 >= owners * 9;
+// The most keys that a query sees, if they are as many as the page table has room for: lengths are
+// known on the device alone.
+inline int64_t max_keys(const PagedAttentionArgs& args) {
+  return std::min(args.max_pages_per_seq * args.page_size,
+                  args.sink_tokens + args.window + args.max_seqlen_q);
+}
+
+// What an H100 takes to load them and their values, of all pairs, in us.
+inline double key_us(const PagedAttentionArgs& args) {
+  constexpr double kBytesPerUs = 2.98e6;
+  // Packed, two 4-bit codes are a byte.
+  const double element_bytes =
+      is_quantized_kv(args.kv_dtype) ? (args.kv_dtype == DType::kUInt8 ? 0.5 : 1) : 2;
+  const double rows = static_cast<double>(args.num_seqs * args.num_kv_heads * max_keys(args)) * 2;
+  return rows * static_cast<double>(args.head_dim) * element_bytes / kBytesPerUs;
 }
 
 // Tiles that cover the rows of a pair.
@@ -50,10 +63,9 @@ void share_keys(PagedAttentionArgs& args, const AttentionContext& context, int64
   const int64_t resident = std::clamp<int64_t>(owners / args.num_row_tiles, 1, kMaxShares);
   const int64_t pairs = args.num_seqs * args.num_kv_heads;
   const int64_t table_keys = args.max_pages_per_seq * args.page_size;
-  const int64_t max_keys = std::min(table_keys, args.sink_tokens + args.window + args.max_seqlen_q);
   if (args.sink_tokens > 0 && args.split_size == 0) {
     // Pieces of no promised size, as no part may reach over the gap: for each CTA about one.
-    const int64_t even = ceil_div(max_keys * pairs, resident);
+    const int64_t even = ceil_div(max_keys(args) * pairs, resident);
     args.split_size = ceil_div(std::max<int64_t>(even, Config::kUnsplitBlocks * Config::kBlockKeys),
                                kSplitSizeStep) *
                       kSplitSizeStep;
@@ -61,7 +73,7 @@ void share_keys(PagedAttentionArgs& args, const AttentionContext& context, int64
   }
   const bool fixed = args.split_size > 0;
   const int64_t part_keys = fixed ? args.split_size : Config::kMinBlocks * Config::kBlockKeys;
-  int64_t parts_per_pair = std::max<int64_t>(ceil_div(max_keys, part_keys), 1);
+  int64_t parts_per_pair = std::max<int64_t>(ceil_div(max_keys(args), part_keys), 1);
   if (fixed) {
     // The head and what is behind it end and begin anywhere in a piece.
     const int64_t cuts = args.sink_tokens > 0 ? 2 : 1;

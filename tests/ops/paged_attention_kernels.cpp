@@ -16,14 +16,10 @@ alignas(1024) thread_local uint4 smem_raw[16 * 1024];
 
 namespace effllm {
 
-template void launch_paged_extend<bfloat16, bfloat16>(const PagedAttentionArgs&,
-                                                      const AttentionContext&);
-template void launch_paged_extend<bfloat16, KvE4M3>(const PagedAttentionArgs&,
-                                                    const AttentionContext&);
-template void launch_paged_extend<bfloat16, KvInt8>(const PagedAttentionArgs&,
-                                                    const AttentionContext&);
-template void launch_paged_extend<bfloat16, KvInt4>(const PagedAttentionArgs&,
-                                                    const AttentionContext&);
+template struct PagedExtend<bfloat16, bfloat16>;
+template struct PagedExtend<bfloat16, KvE4M3>;
+template struct PagedExtend<bfloat16, KvInt8>;
+template struct PagedExtend<bfloat16, KvInt4>;
 
 }  // namespace effllm
 
