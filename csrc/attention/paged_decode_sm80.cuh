@@ -365,11 +365,26 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   }
 }
 
+// What h2o_attention never has, as constants: there is much less code then.
+__device__ __forceinline__ PagedAttentionArgs without_options(PagedAttentionArgs args) {
+  args.tree_mask = nullptr, args.alibi_slopes = nullptr;
+  args.causal = true, args.window = PagedAttentionArgs::kNoWindow, args.sink_tokens = 0;
+  args.split_size = 0, args.split_size_divisor = {1, 0, 0};
+  args.num_row_tiles = 1, args.min_rows = 0, args.max_rows = INT32_MAX;
+  args.max_seqlen_q = 1, args.num_tokens = args.num_seqs;
+  return args;
+}
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
     paged_decode_kernel(const __grid_constant__ PagedAttentionArgs args) {
   __shared__ PagedDecodeStorage<Config> smem;
-  for_each_part<Config>(args, smem.share, [&] { decode_part(args, smem); });
+  if constexpr (Config::kScores) {
+    const PagedAttentionArgs simple = without_options(args);
+    for_each_part<Config>(simple, smem.share, [&] { decode_part(simple, smem); });
+  } else {
+    for_each_part<Config>(args, smem.share, [&] { decode_part(args, smem); });
+  }
 }
 
 // `args` has num_row_tiles and all that is of the decode kernel.

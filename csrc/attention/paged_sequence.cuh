@@ -86,11 +86,15 @@ struct Sequence {
       const int limit = high < INT32_MAX ? static_cast<int>(high) : INT32_MAX;
       return value < low ? low : value > limit ? limit : value;
     };
-    const int first = clamp(start, 0, args.num_tokens);
-    const int end = clamp(next, first, args.num_tokens);
+    int first = start, end = next;
+    num_queries = 1;
+    if constexpr (!Load::kOneQuery) {
+      first = clamp(start, 0, args.num_tokens);
+      end = clamp(next, first, args.num_tokens);
+      num_queries = clamp(end - first, 0, args.max_seqlen_q);
+    }
     first_token = first;
     end_token = end;
-    num_queries = clamp(end - first, 0, args.max_seqlen_q);
     num_keys = clamp(keys, 0, args.max_pages_per_seq * args.page_size);
     first_position = num_keys - (end - first);
     page_row = args.page_table + seq_idx * args.stride_page_table_seq +
