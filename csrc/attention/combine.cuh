@@ -55,13 +55,42 @@ class PartialResults {
 
   // By one thread of each CTA, after all have written: whether the parts of all CTAs can be read.
   __device__ __forceinline__ bool arrive_last() const {
-    uint64_t before;
-    do {
-      before = ptx::atomic_add_acq_rel(arrivals_, 1);
-    } while (before >> kArrivalBits != kArrivalMark >> kArrivalBits);
-    if (before + 1 != kArrivalMark + part_.num_parts) return false;
-    ptx::store_relaxed(arrivals_, 0);
+    if (count_up() + 1 != kArrivalMark + part_.num_parts) return false;
+    close();
     return true;
+  }
+
+  // The same in pieces, for CTAs that wait for the last one: how many were earlier; whether all can
+  // be read; and, once nobody looks any more, the end of it.
+  __device__ __forceinline__ int arrive() const {
+    return static_cast<int>(count_up() - kArrivalMark);
+  }
+  __device__ __forceinline__ bool all_arrived() const {
+    return ptx::load_acquire(arrivals_) == kArrivalMark + part_.num_parts;
+  }
+  __device__ __forceinline__ void close() const { ptx::store_relaxed(arrivals_, 0); }
+
+  // By a warp: the lse of a row of all parts, which 32 lanes look at side by side.
+  __device__ __forceinline__ float lse(int row_in_tile) const {
+    const int lane_idx = static_cast<int>(threadIdx.x % 32);
+    SoftmaxRow total;
+#pragma unroll 1
+    for (int first = 0; first < part_.num_parts; first += 32) {
+      const float2 softmax = load_softmax(first + lane_idx, row_in_tile);
+      float maximum = fmaxf(total.maximum, softmax.x);
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, lanes));
+      }
+      total.sum = total.sum * ptx::exp2_approx(total.maximum - maximum) +
+                  ptx::exp2_approx(softmax.x - maximum) * softmax.y;
+      total.maximum = maximum;
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      total.sum += __shfl_xor_sync(~0u, total.sum, lanes);
+    }
+    return total.lse2() * kLn2;
   }
 
   // Index of a row of part `idx`. Of the two places of a share one is for a pair's first part: of
@@ -145,6 +174,15 @@ class PartialResults {
   }
 
  private:
+  // By one thread, once the mark is there. Returns what was there before.
+  __device__ __forceinline__ uint64_t count_up() const {
+    uint64_t before;
+    do {
+      before = ptx::atomic_add_acq_rel(arrivals_, 1);
+    } while (before >> kArrivalBits != kArrivalMark >> kArrivalBits);
+    return before;
+  }
+
   __device__ __forceinline__ int64_t slot_of(int idx) const {
     return (int64_t{part_.first_slot} + idx) * args_.num_row_tiles + row_tile_;
   }

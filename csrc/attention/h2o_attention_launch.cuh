@@ -17,11 +17,33 @@
 
 namespace effllm {
 
+// Keys of a pair whose scores fit beside the rest that CTAs have in shared memory: all there may
+// be, or as many as are added in whole steps.
+template <class Config>
+int32_t score_room(const PagedAttentionArgs& args, int smem_per_sm) {
+  constexpr int kReserved = 2048;  // of each CTA: the driver's, and for alignment
+  const int bytes = smem_per_sm / Config::kCtasPerSm - kReserved -
+                    static_cast<int>(sizeof(PagedDecodeStorage<Config>));
+  const int of_key = ScoreScratch::quads(args) * static_cast<int>(sizeof(float4));
+  const int keys = std::max(bytes, 0) / of_key;
+  if (keys >= args.stride_logits) return static_cast<int32_t>(args.stride_logits);
+  return keys / ScoreSums<Config>::kStep * ScoreSums<Config>::kStep;
+}
+
 template <class Config>
 void decode_with_scores(PagedAttentionArgs args, const AttentionContext& context) {
   static_assert(Config::kScores && Config::kRows == ScoreScratch::kMaxRows);
   args.stride_logits = ScoreScratch::room_for_keys(args);
   args.logits = context.allocate(ScoreScratch::floats(args));
+  if constexpr (Config::kKeepsScores) {
+    const int64_t num_ctas =
+        int64_t{context.attribute(cudaDevAttrMultiProcessorCount)} * Config::kCtasPerSm;
+    // Of fewer pairs none is one CTA's alone, but where lengths differ.
+    if (args.num_seqs * args.num_kv_heads >= num_ctas) {
+      const int smem = context.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+      args.score_room = score_room<Config>(args, smem);
+    }
+  }
   decode<Config>(args, context);
 }
 

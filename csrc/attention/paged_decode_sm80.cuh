@@ -45,10 +45,12 @@ struct PagedDecodeStorage {
   AlibiRow alibi[Config::kRows];  // unless there are no slopes
   TreeRow tree[Config::kRows];    // unless there is no tree
   bool is_last;                   // this CTA merges the parts
-  // Of the pair's scores, if they are wanted: where they are left, and what weights of each row are
-  // powers against.
-  float* scratch;
+  // Of the pair's scores, if they are wanted: where each warp leaves them, what weights of each row
+  // are powers against, which CTA this is of those that arrive, and the slices that it adds.
+  ScorePlaces scores[Config::kWarps];
   float weight_base[Config::kRows];
+  int arrival;
+  uint32_t slices;
 };
 
 template <class Config>
@@ -84,7 +86,13 @@ class PagedDecode {
     __syncwarp();
     kv_.load_queries(tile.first_row, tile.num_rows);
     if constexpr (Config::kScores) {
-      smem.scratch = ScoreScratch(args, sequence, kv_head).of_pair();  // the same from all
+      extern __shared__ __align__(1024) uint4 smem_raw[];
+      const bool whole = smem.share.schedule.part().num_parts == 1;
+      if (threadIdx.x % 32 == 0) {
+        smem.scores[threadIdx.x / 32] = {reinterpret_cast<float*>(smem_raw),
+                                         ScoreScratch(args, sequence, kv_head).of_pair(),
+                                         whole && Config::kKeepsScores ? args.score_room : 0};
+      }
       __syncwarp();
     }
   }
@@ -156,8 +164,8 @@ class PagedDecode {
       if (args_.tree_mask != nullptr) mask_siblings(scores, first_key);
     }
     if constexpr (Config::kScores) {
-      store_scores(args_, smem_.scratch, scores, first_key + kv_.key_of_score(0, 0),
-                   quad_lane_ * 2);
+      store_scores<Config>(args_, smem_.scores[threadIdx.x / 32], scores,
+                           first_key + kv_.key_of_score(0, 0), quad_lane_ * 2);
     }
     float maximum[2] = {rows_[0].maximum, rows_[1].maximum};
     for_each_score(scores, [&](float x, int row, int) { maximum[row] = fmaxf(maximum[row], x); });
@@ -275,6 +283,70 @@ __device__ __forceinline__ float4 merge_warps(const PagedDecodeStorage<Config>& 
   return sum;
 }
 
+// What remains to be done with a part whose results are in memory, or, of a whole pair, whose bases
+// are in `smem`: the last CTA of a pair merges its parts, and the sums are added to, by helpers
+// where shares have one part each. Else a CTA that waits would keep the parts that it has next.
+template <class Config, class MergeParts, class LeaveBase>
+__device__ __forceinline__ void add_scores(const PagedAttentionArgs& args, const Sequence& sequence,
+                                           int kv_head, int num_rows,
+                                           const PartialResults<Config>& partial,
+                                           PagedDecodeStorage<Config>& smem, MergeParts merge_parts,
+                                           LeaveBase leave_base) {
+  const DecodePart& part = smem.share.schedule.part();
+  const bool whole = part.num_parts == 1;
+  int num_helpers = 0, helper = 0;  // of this CTA; the last one's is num_helpers
+  const auto helpers = [&] {
+    return ScoreHelpers<Config>(partial, ScoreScratch(args, sequence, kv_head).word_of_pair(),
+                                num_helpers);
+  };
+  uint32_t slices = 1;
+  ScoreSums<Config> sums(args, sequence, kv_head);
+  if (!whole) {
+    __syncthreads();
+    if (threadIdx.x == 0) smem.arrival = partial.arrive();
+    __syncthreads();
+    if (smem.share.schedule.one_part_each()) {
+      num_helpers = ScoreHelpers<Config>::count(part.num_parts, sums.num_keys());
+    }
+    helper = smem.arrival - (part.num_parts - 1 - num_helpers);
+    if (helper < 0) return;
+    if (helper < num_helpers) {
+      if (threadIdx.x == 0) smem.slices = helpers().wait(helper);
+    } else {
+      // By a warp that has no row to merge, if there is one.
+      if (num_helpers > 0 && threadIdx.x == Config::kThreads - 1) smem.slices = helpers().take();
+      merge_parts();
+    }
+    __syncthreads();
+    if (num_helpers > 0) slices = smem.slices;
+  }
+  bool found = false;  // by all threads alike
+  const auto find_bases = [&] {
+    if (found) return;
+    found = true;
+    if (!whole) {
+#pragma unroll 1
+      for (int row = Config::kWarps - 1 - threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
+        const float lse = partial.lse(row);
+        if (threadIdx.x % 32 == 0) leave_base(row, lse);
+      }
+    }
+    __syncthreads();
+  };
+#pragma unroll 1
+  for (uint32_t left = slices; left != 0; left &= left - 1) {
+    sums.add(smem.scores[threadIdx.x / 32], __ffs(static_cast<int>(left)) - 1, max(num_helpers, 1),
+             smem.weight_base, find_bases);
+  }
+  if (threadIdx.x == 0 && !whole) {
+    if (num_helpers == 0) {
+      partial.close();
+    } else {
+      helpers().leave(helper == num_helpers, slices);
+    }
+  }
+}
+
 // One CTA's part of a row tile. What the loop does not need is read again after it, from shared
 // memory: registers are for keys and values on the way.
 template <class Config>
@@ -287,6 +359,9 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
   const DecodeTile<Config> tile(args, sequence, smem.share.row_tile);
   if (part.begin == part.end || tile.empty()) return;
   if (part.num_parts > 1 && part.idx == 0 && threadIdx.x == 0) {
+    if constexpr (Config::kScores) {
+      ScoreHelpers<Config>::open(ScoreScratch(args, sequence, kv_head).word_of_pair());
+    }
     PartialResults<Config>(args, part, smem.share.row_tile).open();
   }
   if (args.alibi_slopes != nullptr || args.tree_mask != nullptr) {
@@ -309,18 +384,18 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
     decode.run(keys);
     decode.store(smem);
   }
+  if constexpr (Config::kScores) {
+    const KeyRange keys = keys_of_part<Config>(args, sequence.seen_keys(args), part, tile.keys);
+    ScoreSums<Config>(args, sequence, kv_head).prefetch(keys);
+  }
   __syncthreads();
 
   const bool whole = part.num_parts == 1;
   const PartialResults<Config> partial(args, part, smem.share.row_tile);
-  [[maybe_unused]] ScoreSums<Config> sums(args, sequence, kv_head);
-  [[maybe_unused]] const auto leave_base = [&](int row, const OutputRow& out_row, float lse) {
+  [[maybe_unused]] const auto leave_base = [&](int row, float lse) {
+    const OutputRow out_row(args, sequence, kv_head, tile.first_row + row);
     smem.weight_base[row] = weight_base(lse, sink_score(args, out_row.head));
   };
-  if constexpr (Config::kScores) {
-    if (whole) sums.start();
-    sums.prefetch(keys_of_part<Config>(args, sequence.seen_keys(args), part, tile.keys));
-  }
   const int num_rows = min(tile.num_rows - tile.first_row, Config::kRows);
   const int dim_quads = static_cast<int>(args.head_dim) / 4;
   for (int i = threadIdx.x; i < num_rows * dim_quads; i += Config::kThreads) {
@@ -335,7 +410,7 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
       if (dim == 0) {
         const float lse = total.lse2() * kLn2;
         args.lse[out_row.idx] = lse;
-        if constexpr (Config::kScores) leave_base(row, out_row, lse);
+        if constexpr (Config::kScores) leave_base(row, lse);
       }
     } else {
       const int64_t partial_row = partial.row(part.idx, row);
@@ -345,23 +420,19 @@ __device__ __forceinline__ void decode_part(const PagedAttentionArgs& args,
       }
     }
   }
-  if (!whole) {
+  const auto merge_parts = [&] {
+    for (int row = threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
+      const OutputRow out_row(args, sequence, kv_head, tile.first_row + row);
+      partial.template merge<Config::kMergeBatch>(row, out_row);
+    }
+  };
+  if constexpr (Config::kScores) {
+    add_scores(args, sequence, kv_head, num_rows, partial, smem, merge_parts, leave_base);
+  } else if (!whole) {
     __syncthreads();
     if (threadIdx.x == 0) smem.is_last = partial.arrive_last();
     __syncthreads();
-    if (!smem.is_last) return;
-    if constexpr (Config::kScores) sums.start();
-    for (int row = threadIdx.x / 32; row < num_rows; row += Config::kWarps) {
-      const OutputRow out_row(args, sequence, kv_head, tile.first_row + row);
-      [[maybe_unused]] const float lse = partial.template merge<16>(row, out_row);
-      if constexpr (Config::kScores) {
-        if (threadIdx.x % 32 == 0) leave_base(row, out_row, lse);
-      }
-    }
-  }
-  if constexpr (Config::kScores) {
-    __syncthreads();  // what weights are powers against is there
-    sums.finish(smem.weight_base);
+    if (smem.is_last) merge_parts();
   }
 }
 
@@ -391,7 +462,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtasPerSm)
 template <class Config>
 void launch_paged_decode(const PagedAttentionArgs& args, cudaStream_t stream) {
   const auto ctas = static_cast<unsigned>(args.num_shares * args.num_row_tiles);
-  const Launch launch{"paged_attention", dim3(ctas), dim3(Config::kThreads), 0, stream, 1,
+  size_t smem_bytes = 0;
+  if (Config::kKeepsScores && args.score_room > 0) {
+    smem_bytes = args.score_room * ScoreScratch::quads(args) * sizeof(float4);
+    // Of any size, as what is not dynamic counts as well.
+    check_cuda(cudaFuncSetAttribute(paged_decode_kernel<Config>,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(smem_bytes)),
+               "h2o_attention", "shared memory opt-in");
+  }
+  const Launch launch{"paged_attention", dim3(ctas), dim3(Config::kThreads), smem_bytes, stream, 1,
                       args.early_start};
   launch(paged_decode_kernel<Config>, args);
 }

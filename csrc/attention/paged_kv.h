@@ -60,6 +60,7 @@ struct PagedAttentionArgs : PagedAttentionParams {
   // Of h2o_attention, which has no cu_seqlens_q: [B, HKV, S], with 1 from slot to slot.
   float* scores;
   int64_t stride_scores_seq, stride_scores_head, num_score_slots;
+  int32_t score_room;  // keys of a pair whose scores a CTA has room for in shared memory
 };
 
 // Page and slot of one key. Page ids are clamped: a wrong one reads a wrong page, never other

@@ -21,4 +21,14 @@ __device__ __forceinline__ void store_relaxed(uint64_t* word_gmem, uint64_t valu
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(word_gmem), "l"(value) : "memory");
 }
 
+// Who sees what this thread writes after it sees what it had written or been shown before.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// A read of what others release: this thread sees what they had written before.
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* word_gmem) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word_gmem) : "memory");
+  return value;
+}
+
 }  // namespace effllm::ptx

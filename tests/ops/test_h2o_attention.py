@@ -248,11 +248,30 @@ def test_a_cuda_graph_follows_the_lengths() -> None:
 
 
 @pytest.mark.gpu
-def test_the_same_bits_each_time() -> None:
-    args = named(H2oAttentionCase(LONG * 3, 32, 8, 128, 16), "cuda")
+@pytest.mark.parametrize("lengths", [LONG * 3, (9000,), (2000,) * 64])
+def test_the_same_bits_each_time(lengths: tuple[int, ...]) -> None:
+    args = named(H2oAttentionCase(lengths, 32, 8, 128, 16), "cuda")
     expected = call(args)
     for _ in range(50):
         for actual, wanted in zip(call(args), expected, strict=True):
+            assert_equal(actual, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_dtype", [None, "int4"])
+def test_the_same_bits_beside_other_work(kv_dtype: str | None) -> None:
+    """CTAs that wait for others of their pair give up while those have no multiprocessor."""
+    args = named(H2oAttentionCase((20000,), 8, 2, 128, 16, kv_dtype=kv_dtype), "cuda")
+    expected = call(args)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for stream in streams * 10:
+        with torch.cuda.stream(stream):
+            results.append(call(args))
+    torch.cuda.synchronize()
+    for result in results:
+        for actual, wanted in zip(result, expected, strict=True):
             assert_equal(actual, wanted)
 
 

@@ -4,7 +4,17 @@
 #include "common/check.h"
 #include "cuda_runtime.h"
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+template <class Params>
+int cudaFuncSetAttribute(void (*)(Params), cudaFuncAttribute, int) {
+  return 0;
+}
 
 namespace effllm {
 
@@ -13,8 +23,17 @@ inline constexpr int kMaxClusterCtas = 8;
 inline int fake_num_sms = 1, fake_capability = 8;
 
 inline int device_attribute(cudaDeviceAttr attribute, int, const char*) {
-  return attribute == cudaDevAttrMultiProcessorCount ? fake_num_sms : fake_capability;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      return fake_num_sms;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return 80 * 1024;
+    default:
+      return fake_capability;
+  }
 }
+
+inline void check_cuda(int, const char*, const char*) {}
 
 // There is no shared memory for more CTAs than one at a time.
 template <class Params>

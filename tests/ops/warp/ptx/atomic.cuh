@@ -13,4 +13,8 @@ inline uint64_t atomic_add_acq_rel(uint64_t* word, uint64_t value) {
 
 inline void store_relaxed(uint64_t* word, uint64_t value) { *word = value; }
 
+inline void fence() {}
+
+inline uint64_t load_acquire(const uint64_t* word) { return *word; }
+
 }  // namespace effllm::ptx
