@@ -34,12 +34,16 @@ CONFIGS = [
     Int8Config(TENSOR),
     Int8Config(CHANNEL, TENSOR, static=True),
     Int8Config(TENSOR, TENSOR, static=True),
+    Int8Config(symmetric_inputs=False),
 ]
 WEIGHTS = [LinearConfig(8, CHANNEL), LinearConfig(8, Granularity.group(128))]
 every_config = pytest.mark.parametrize(
     "config",
     [*CONFIGS, *WEIGHTS],
-    ids=lambda c: f"{c.name}-{c.granularity.kind}{'-static' if c.needs_calibration else ''}",
+    ids=lambda c: (
+        f"{c.name}-{c.granularity.kind}{'-static' if c.needs_calibration else ''}"
+        f"{'' if getattr(c, 'symmetric_inputs', True) else '-zeros'}"
+    ),
 )
 
 
@@ -115,6 +119,7 @@ def test_compressed_tensors_reads_what_we_write(config: Method, llama: Any, tmp_
     if isinstance(config, Int8Config):
         assert scheme.input_activations.strategy == ("tensor" if config.static else "token")
         assert scheme.input_activations.dynamic is not config.static
+        assert scheme.input_activations.symmetric is config.symmetric_inputs
     else:
         assert scheme.input_activations is None
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -190,7 +195,7 @@ def test_what_no_kernel_does_with_inputs_is_left_out(llama: Any, tmp_path: Path)
         {"strategy": "tensor"},
         {"strategy": "group", "group_size": 64},
         {"dynamic": False},
-        {"symmetric": False},
+        {"symmetric": False, "strategy": "tensor", "dynamic": False},
         {"num_bits": 4},
         {"type": "float"},
     ):

@@ -131,6 +131,12 @@ KINDS = [
     fp8("channel", None),
     w8a8("channel", static=False),
     w8a8("tensor", static=True),
+    Kind(
+        "w8a8-zeros",
+        W8A8Linear,
+        {"symmetric_inputs": False},
+        lambda linear: W8A8Linear.from_linear(linear, symmetric_inputs=False),
+    ),
     *(int8(per) for per in ("tensor", "channel", "group")),
     *(gguf(tensor_type) for tensor_type in LAYOUTS),
 ]

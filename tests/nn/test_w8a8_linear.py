@@ -11,6 +11,7 @@ from torch import nn
 from effllm.nn import W8A8Linear
 from effllm.ops.int8_gemm import int8_gemm_ref
 from effllm.ops.int8_quantize import int8_quantize_ref
+from effllm.ops.int8_quantize_asymmetric import int8_quantize_asymmetric_ref
 
 SCALES = ("tensor", "channel")
 K, N = 300, 200
@@ -38,6 +39,35 @@ def test_forward_is_the_definition(scales_per: str, static: bool, dtype: torch.d
     error = (layer(x).double().flatten(0, 1) - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert (error[:1] if static else error).max() < 0.3
     assert static or error.max() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scales_per", SCALES)
+def test_zero_points_of_inputs_are_the_definition(scales_per: Any, dtype: torch.dtype) -> None:
+    """To the bit; and of inputs that are mostly positive errors are half those without."""
+    linear = nn.Linear(K, N, dtype=dtype)
+    layer = W8A8Linear.from_linear(linear, scales_per, symmetric_inputs=False)
+    x = torch.nn.functional.gelu(torch.randn(2, 30, K, dtype=dtype))
+    codes, scales, zeros = int8_quantize_asymmetric_ref(x)
+    expected = int8_gemm_ref(
+        codes, scales, layer.qweight, layer.scales, layer.bias, zeros, out_dtype=dtype
+    )
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.weight_sums, layer.qweight.sum(1, dtype=torch.int32))
+    if dtype == torch.float32:  # others round the result
+        exact = nn.functional.linear(x, layer.weight, layer.bias)
+        symmetric = W8A8Linear.from_linear(linear, scales_per)(x)
+        assert (layer(x) - exact).norm() < 0.6 * (symmetric - exact).norm()
+
+
+def test_zero_points_are_of_dynamic_scales() -> None:
+    message = "symmetric_inputs=False is of inputs_per='token', got 'tensor'"
+    with pytest.raises(ValueError, match=message):
+        W8A8Linear(K, N, inputs_per="tensor", static=True, symmetric_inputs=False)
+    with pytest.raises(ValueError, match=message):
+        W8A8Linear.from_linear(
+            nn.Linear(K, N), input_scale=torch.tensor([0.02]), symmetric_inputs=False
+        )
 
 
 @pytest.mark.parametrize("scales_per", SCALES)
@@ -74,10 +104,12 @@ def test_rounding_inputs_is_the_identity_backwards(scales_per: str, static: bool
         assert torch.equal(layer(x), out)
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_compiles_without_graph_breaks(static: bool) -> None:
+@pytest.mark.parametrize("kind", ["static", "token", "zeros"])
+def test_compiles_without_graph_breaks(kind: str) -> None:
     torch._dynamo.reset()
-    layer = quantised("channel", static)
+    layer = quantised("channel", kind == "static")
+    if kind == "zeros":
+        layer = W8A8Linear.from_linear(nn.Linear(K, N), symmetric_inputs=False)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, K)
     assert torch.equal(compiled(x), layer(x))
@@ -114,6 +146,9 @@ def test_a_static_scale_is_part_of_the_layer(strict: bool) -> None:
         static.load_state_dict(dynamic.state_dict(), strict=strict)
     with pytest.raises(RuntimeError, match="W8A8Linear without a static scale loads"):
         dynamic.load_state_dict(static.state_dict(), strict=strict)
+    zeros = W8A8Linear(K, N, symmetric_inputs=False)
+    with pytest.raises(RuntimeError, match="a static scale, with zero points of inputs, loads"):
+        zeros.load_state_dict(dynamic.state_dict(), strict=strict)
 
 
 WORDS = [

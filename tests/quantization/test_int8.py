@@ -90,6 +90,21 @@ def test_static_scales_are_of_the_largest_input(config: Int8Config, llama: Any) 
     assert all(m.input_scale.stride() == (1,) for m in layers)
 
 
+def test_zero_points_of_inputs_after_a_relu() -> None:
+    """Half the steps, a quarter of the squared error; the weight's is the same."""
+    model = nn.Sequential(nn.ReLU(), nn.Linear(256, 64))
+    x = torch.randn(100, 256)
+    errors = []
+    for symmetric in (True, False):
+        rounded = copy.deepcopy(model)
+        config = Int8Config(symmetric_inputs=symmetric)
+        effllm.quantize_(rounded, config, progress=False)
+        assert rounded[1].symmetric_inputs == symmetric
+        exact = dequantize_(copy.deepcopy(rounded))(x)
+        errors.append(float((rounded(x) - exact).square().sum()))
+    assert errors[1] == pytest.approx(errors[0] * (127 / 255) ** 2, rel=0.1)
+
+
 def test_a_layer_that_no_token_reaches_finds_its_scales_itself() -> None:
     codes = STATIC.quantise(torch.randn(8, 16), None)
     assert (codes.inputs_per, codes.input_scale) == ("token", None)
@@ -116,7 +131,7 @@ def test_a_run_goes_on_with_the_layers_it_has_stored(llama: Any, tmp_path: Path)
     ids = calibration(llama)
     mixture = {
         "*.self_attn.*": SmoothQuantConfig(inputs=TENSOR, static=True),
-        "*.mlp.*": Int8Config(),
+        "*.mlp.*": Int8Config(symmetric_inputs=False),
     }
     models = [copy.deepcopy(llama) for _ in range(2)]
     for model in models:
@@ -127,6 +142,7 @@ def test_a_run_goes_on_with_the_layers_it_has_stored(llama: Any, tmp_path: Path)
     layer = models[1].model.layers[2]
     assert layer.self_attn.q_proj.inputs_per == "tensor"
     assert layer.mlp.up_proj.inputs_per == "token"
+    assert not layer.mlp.up_proj.symmetric_inputs
     other = {"*.self_attn.*": SmoothQuantConfig(alpha=0.5), "*.mlp.*": Int8Config()}
     with pytest.raises(ValueError, match="is of a run with another model, config or calibration"):
         effllm.quantize_(llama, other, calibration=ids, state=tmp_path, progress=False)
@@ -168,6 +184,11 @@ CONFIGS: list[tuple[type[Int8Config], dict[str, Any], str]] = [
     (Int8Config, {"inputs": None}, r"inputs must be tensor\(\) or token\(\), got None"),
     (Int8Config, {"inputs": TENSOR}, r"inputs=tensor\(\) is of static=True"),
     (Int8Config, {"static": True}, r"static is of inputs=tensor\(\), got token\(\)"),
+    (
+        Int8Config,
+        {"symmetric_inputs": False, "inputs": TENSOR, "static": True},
+        r"symmetric_inputs=False is of inputs=token\(\), got tensor\(\)",
+    ),
     (SmoothQuantConfig, {"alpha": 1.5}, r"alpha must be in 0\.\.1, got 1.5"),
     (SmoothQuantConfig, {"alpha": float("nan")}, r"alpha must be in 0\.\.1, got nan"),
     (SmoothQuantConfig, {"static": True}, r"static is of inputs=tensor\(\), got token\(\)"),

@@ -52,6 +52,7 @@ class Scheme:
         inputs: what of the layer's inputs has a scale of its own, in e4m3 or int8 as the weight;
             None: they stay as they are, also where they are quantised in a way that no kernel has.
         static: the scale of inputs is stored.
+        symmetric_inputs: inputs have no zero points.
     """
 
     format: Format
@@ -62,6 +63,7 @@ class Scheme:
     floats: bool = False
     inputs: InputsPer | None = None
     static: bool = False
+    symmetric_inputs: bool = True
 
 
 @dataclass(frozen=True)
@@ -301,26 +303,32 @@ def _group_scheme(group: _Reader, default_format: Any) -> Scheme:
     if floats and not symmetric:
         raise group.unsupported("a zero point of e4m3 weights")
     rows, columns = _blocks(weights, name)
-    inputs, static = _inputs(group, kind) if bits == 8 and name in _PLAIN else (None, False)
-    return Scheme(name, bits, columns, symmetric, rows, floats, inputs, static)
+    scheme = Scheme(name, bits, columns, symmetric, rows, floats)
+    if bits != 8 or name not in _PLAIN:
+        return scheme
+    inputs, static, symmetric_inputs = _inputs(group, kind)
+    return replace(scheme, inputs=inputs, static=static, symmetric_inputs=symmetric_inputs)
 
 
-def _inputs(group: _Reader, kind: str) -> tuple[InputsPer | None, bool]:
+def _inputs(group: _Reader, kind: str) -> tuple[InputsPer | None, bool, bool]:
     """What the kernels do of inputs quantised as such weights are, "float" or "int": the scheme's
-    ``inputs`` and ``static``."""
+    ``inputs``, ``static`` and ``symmetric_inputs``."""
     args = group.inner(group.config.get("input_activations") or {}, "input_activations").config
-    same = args.get("type", "int") == kind and args.get("num_bits") == 8
-    if not same or not args.get("symmetric", True):
-        return None, False
+    nothing = (None, False, True)
+    if args.get("type", "int") != kind or args.get("num_bits") != 8:
+        return nothing
     strategy, dynamic = args.get("strategy"), args.get("dynamic", False)
+    if not args.get("symmetric", True):
+        known = kind == "int" and strategy == "token" and dynamic is True
+        return ("token", False, False) if known else nothing
     if strategy == "tensor" and dynamic is False:
-        return "tensor", True
+        return "tensor", True, True
     kinds: dict[Any, InputsPer] = {"token": "token"}
     if kind == "float":
         kinds["tensor"] = "tensor"
         if args.get("group_size") == BLOCK:
             kinds["group"] = "group"
-    return (kinds.get(strategy), False) if dynamic is True else (None, False)
+    return (kinds.get(strategy), False, True) if dynamic is True else nothing
 
 
 def _blocks(weights: _Reader, format: str) -> tuple[int, int]:

@@ -236,7 +236,8 @@ def _scaled_weight(
         input_scale = parts.one(name).view(1).float()
         if not bool(input_scale > 0):
             raise ValueError(f"{name} must be positive, got {input_scale.item():g}")
-    return ScaledWeight(kind, codes, scales, parts.scheme.inputs, input_scale)
+    scheme = parts.scheme
+    return ScaledWeight(kind, codes, scales, scheme.inputs, input_scale, scheme.symmetric_inputs)
 
 
 def _finite(values: Tensor) -> DenseWeight:

@@ -246,13 +246,14 @@ def _packed_config(model: nn.Module, layers: dict[str, Int4Linear]) -> dict[str,
 def _scaled_config(
     model: nn.Module, layers: dict[str, ScaledLinear], format: str, codes: str
 ) -> dict[str, Any]:
-    kinds: dict[tuple[ScalesPer, InputsPer | None, bool], list[str]] = {}
+    kinds: dict[tuple[ScalesPer, InputsPer | None, bool, bool], list[str]] = {}
     for name, layer in layers.items():
-        kind = (layer.scales_per, layer.inputs_per, layer.input_scale is not None)
+        static = layer.input_scale is not None
+        kind = (layer.scales_per, layer.inputs_per, static, layer.symmetric_inputs)
         kinds.setdefault(kind, []).append(name)
     common = {"num_bits": 8, "type": codes, "symmetric": True}
     groups = {}
-    for i, ((scales_per, inputs_per, static), names) in enumerate(kinds.items()):
+    for i, ((scales_per, inputs_per, static, symmetric), names) in enumerate(kinds.items()):
         weights: dict[str, Any] = {"strategy": scales_per, "dynamic": False}
         if scales_per == "block":
             weights["block_structure"] = [BLOCK, BLOCK]
@@ -262,6 +263,7 @@ def _scaled_config(
         if inputs_per is not None:
             group_size = BLOCK if inputs_per == "group" else None
             inputs = {"strategy": inputs_per, "group_size": group_size, "dynamic": not static}
+            inputs["symmetric"] = symmetric
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if len(kinds) == 1 else names,
             "weights": common | weights,

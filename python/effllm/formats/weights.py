@@ -43,7 +43,7 @@ class ScaledWeight:
         kind: of the layer.
         codes: float8_e4m3fn or int8 ``[N, K]``, none of them NaN.
         scales: fp32, of the weight; shapes as in ``ScaledLinear``.
-        inputs_per: as there.
+        inputs_per, symmetric_inputs: as there.
         input_scale: fp32 ``[1]`` or None.
     """
 
@@ -52,6 +52,7 @@ class ScaledWeight:
     scales: Tensor
     inputs_per: InputsPer | None
     input_scale: Tensor | None
+    symmetric_inputs: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def _scaled_linear(weight: ScaledWeight, bias: Tensor | None) -> ScaledLinear:
     static = weight.input_scale is not None
     options: dict[str, Any] = {"inputs_per": weight.inputs_per, "static": static}
     module = weight.kind(k, n, bias=False, device="meta", **options)
+    if isinstance(module, W8A8Linear) and not weight.symmetric_inputs:
+        module.weight_sums = frozen(weight.codes.sum(1, dtype=torch.int32))
     module.qweight = frozen(weight.codes)
     module.scales = frozen(weight.scales)
     module.input_scale = None if weight.input_scale is None else frozen(weight.input_scale)

@@ -38,7 +38,7 @@ class ScaledLinear(QuantizedLinear):
     cast (``.half()``, ``.to(torch.bfloat16)``) touches only the bias.
     """
 
-    quantised = ("qweight", "scales", "input_scale")
+    quantised: ClassVar[tuple[str, ...]] = ("qweight", "scales", "input_scale")
 
     code_dtype: ClassVar[torch.dtype]
     """Of the weight's codes, and of those of inputs."""
@@ -146,12 +146,21 @@ class ScaledLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[..., K]`` fp16, bf16 or fp32 -> ``[..., N]`` of x's dtype."""
-        tensors = (self.qweight, self.scales, self.input_scale, self.bias)
+        operands = self._operands()
         # Products of an x that is not rounded have gradients of their own.
         if self.inputs_per is not None and torch.is_grad_enabled() and x.requires_grad:
-            out: Tensor = _StraightThrough.apply(x, *tensors, self.inputs_per, type(self).product)
+            out: Tensor = _StraightThrough.apply(x, type(self).product, *operands)
             return out
-        return type(self).product(x, *tensors, self.inputs_per)
+        return type(self).product(x, *operands)
+
+    @property
+    def symmetric_inputs(self) -> bool:
+        """Whether codes of x, if it is rounded, lie around 0."""
+        return True
+
+    def _operands(self) -> tuple[Any, ...]:
+        """What ``product`` takes after x."""
+        return self.qweight, self.scales, self.input_scale, self.bias, self.inputs_per
 
     @staticmethod
     @abstractmethod
@@ -192,17 +201,17 @@ class _StraightThrough(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        product: Callable[..., Tensor],
         qweight: Tensor,
         scales: Tensor,
-        input_scale: Tensor | None,
-        bias: Tensor | None,
-        inputs_per: InputsPer | None,
-        product: Callable[..., Tensor],
+        *others: Any,
     ) -> Tensor:
         ctx.save_for_backward(qweight, scales)
-        return product(x, qweight, scales, input_scale, bias, inputs_per)
+        ctx.num_others = len(others)
+        return product(x, qweight, scales, *others)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (qweight, scales) = grads, ctx.saved_tensors
-        return grad @ dequantize_weight(qweight, scales, grad.dtype), *[None] * 6
+        others = [None] * (3 + ctx.num_others)
+        return grad @ dequantize_weight(qweight, scales, grad.dtype), *others

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from effllm.nn import W8A8Linear
 from effllm.nn.scaled_linear import BLOCK, InputsPer, ScalesPer
 from effllm.quantization.folding import Fold
 from effllm.quantization.granularity import Granularity
-from effllm.quantization.method import CHANNEL, TOKEN
+from effllm.quantization.method import CHANNEL, TOKEN, ScaledCodes
 from effllm.quantization.round_to_nearest import check_weight
 from effllm.quantization.scaled_method import TENSOR, ScaledMethod
 from effllm.quantization.smoothing import check_alpha, find_alpha, smoothing_scales
@@ -58,6 +58,8 @@ class Int8Config(ScaledMethod):
         inputs: of the scales of inputs: token(), found at each call, or with ``static`` tensor().
         static: one scale for all inputs, max|x| / 127 over the calibration data. A layer whose
             inputs the calibration has not reached gets one per token.
+        symmetric_inputs: codes of inputs lie around 0. Otherwise tokens have zero points as well,
+            which half the steps of those that lie on one side of 0, as after a ReLU or GELU.
     """
 
     name: ClassVar[str] = "int8"
@@ -65,15 +67,23 @@ class Int8Config(ScaledMethod):
     weights_per: ClassVar = {TENSOR: "tensor", CHANNEL: "channel"}
     activations_per: ClassVar = {TENSOR: "tensor", TOKEN: "token"}
     quantise_weight = staticmethod(quantise_weight)
+    symmetric_inputs: bool = True
 
     def __init__(
         self,
         granularity: Granularity = CHANNEL,
         inputs: Granularity | None = TOKEN,
         static: bool = False,
+        *,
+        symmetric_inputs: bool = True,
     ) -> None:
         """Raises ValueError for what no kernel has."""
         super().__init__(granularity, inputs, static)
+        object.__setattr__(self, "symmetric_inputs", symmetric_inputs)
+        if not symmetric_inputs and inputs != TOKEN:
+            raise ValueError(
+                f"{type(self).__name__}: symmetric_inputs=False is of inputs=token(), got {inputs}"
+            )
         if inputs == TENSOR and not static:
             raise ValueError(
                 f"{type(self).__name__}: inputs=tensor() is of static=True: no kernel finds one "
@@ -89,6 +99,11 @@ class Int8Config(ScaledMethod):
         """See ``ScaledMethod.inputs_per``."""
         return "token" if input_scale is None else "tensor"
 
+    def quantise(self, weight: Tensor, inputs: InputStatistics | None) -> ScaledCodes:
+        """See ``ScaledMethod.quantise``."""
+        codes = super().quantise(weight, inputs)
+        return replace(codes, symmetric_inputs=self.symmetric_inputs)
+
 
 @dataclass(frozen=True, init=False)
 class SmoothQuantConfig(Int8Config):
@@ -99,7 +114,7 @@ class SmoothQuantConfig(Int8Config):
     it over exactly; needs calibration.
 
     Attributes:
-        granularity, inputs, static: as in ``Int8Config``.
+        granularity, inputs, static, symmetric_inputs: as in ``Int8Config``.
         alpha: 0 leaves outliers to activations, 1 to weights; None takes, for each input, the
             twentieth with the least error that 8 bits of both are expected to make.
     """
@@ -113,9 +128,11 @@ class SmoothQuantConfig(Int8Config):
         inputs: Granularity | None = TOKEN,
         static: bool = False,
         alpha: float | None = None,
+        *,
+        symmetric_inputs: bool = True,
     ) -> None:
         """Raises ValueError for what no kernel has, or an alpha outside of 0..1."""
-        super().__init__(granularity, inputs, static)
+        super().__init__(granularity, inputs, static, symmetric_inputs=symmetric_inputs)
         check_alpha("SmoothQuantConfig", alpha)
         object.__setattr__(self, "alpha", alpha)
 

@@ -94,6 +94,7 @@ class ScaledCodes:
     scales: Tensor
     inputs_per: InputsPer | None
     input_scale: Tensor | None = None
+    symmetric_inputs: bool = True
 
     def dense(self) -> Tensor:
         """The weight that the codes stand for, fp32 ``[N, K]``."""
@@ -101,12 +102,14 @@ class ScaledCodes:
 
     def layer(self, linear: nn.Linear) -> QuantizedLinear:
         """The layer that takes the place of ``linear``."""
+        options = {} if self.symmetric_inputs else {"symmetric_inputs": False}
         return self.kind.from_codes(
             linear,
             self.codes,
             self.scales,
             self.input_scale,
             inputs_per=self.inputs_per,
+            **options,
         )
 
 
