@@ -97,6 +97,7 @@ def configs() -> Iterator[tuple[str, Method]]:
         for kind, config in (("W8A8", Int8Config), ("SmoothQuant", SmoothQuantConfig)):
             yield kind + outliers, config()
             yield f"{kind}, static" + outliers, config(inputs=tensor, static=True)
+            yield f"{kind}, zero points" + outliers, config(symmetric_inputs=False)
 
 
 def layer_kinds() -> Iterator[tuple[str, Method | None]]:
@@ -234,9 +235,9 @@ def table(result: dict[str, Any]) -> str:
         f"quantised ({result['bf16']['bytes'] / 1e6:.2f} MB in bf16); GPTQ, AWQ and weighted "
         f"k-means saw {result['calibration_tokens']:,} tokens of training text. Codes have zero",
         "points unless called symmetric, W4A8 or Q4_0, or of more than 4 bits. Inputs of FP8 are",
-        "in e4m3 too unless in bf16, those of W8A8 and SmoothQuant in int8, per token or static,",
-        "those of W4A8 in int8 per token; its two levels of scales are an integer of 4 bits for",
-        "each group and a scale for each row.",
+        "in e4m3 too unless in bf16, those of W8A8 and SmoothQuant in int8, per token (with zero",
+        "points if it says so) or static, those of W4A8 in int8 per token; its two levels of",
+        "scales are an integer of 4 bits for each group and a scale for each row.",
         f"Outliers are four channels after each norm, {OUTLIER_FACTOR} times as large as they "
         "were, with weights as much smaller:",
         "the model computes the same. MB are of codes at their number of bits, scales,",
