@@ -14,6 +14,7 @@ from tiny_models import logits
 from torch import Tensor, nn
 
 import effllm
+from effllm import ops
 from effllm.cli import main
 from effllm.formats import CheckpointError, inspect
 from effllm.nn import Int8Linear, W8A8Linear
@@ -25,6 +26,7 @@ from effllm.quantization import (
     Method,
     dequantize_,
 )
+from effllm.testing import hostile
 
 TENSOR, CHANNEL = Granularity.tensor(), Granularity.channel()
 INT8 = "compressed-tensors-int8"
@@ -132,6 +134,22 @@ def test_compressed_tensors_reads_what_we_write(config: Method, llama: Any, tmp_
         if name.endswith("_proj"):
             weight = theirs.get_submodule(name).weight
             torch.testing.assert_close(weight, module.weight, rtol=2**-7, atol=0, msg=name)
+
+
+def test_zero_points_are_those_of_compressed_tensors() -> None:
+    """What its models compute of inputs that are not symmetric, per token: to the bit."""
+    pytest.importorskip("compressed_tensors", reason="needs the extra effllm[formats]")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    x = hostile.normal(200, 300)
+    x[50:100], x[100:150] = x[50:100].abs(), -x[100:150].abs()
+    args = QuantizationArgs(num_bits=8, symmetric=False, strategy="token", dynamic=True)
+    scales, zeros = calculate_qparams(x.amin(-1, True), x.amax(-1, True), args)
+    theirs = (quantize(x, scales, zeros, args, dtype=torch.int8), scales, zeros)
+    for ours, wanted in zip(ops.int8_quantize_asymmetric(x), theirs, strict=True):
+        assert torch.equal(ours, wanted)
 
 
 def test_from_pretrained_gives_the_same_layers(llama: Any, tmp_path: Path) -> None:
