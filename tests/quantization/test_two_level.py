@@ -88,9 +88,9 @@ def test_two_levels_cost_little(config: type[LinearConfig]) -> None:
 @pytest.mark.parametrize("size", [1.0, 1e-4, 1e-7], ids=str)
 @pytest.mark.parametrize("granularity", [GROUP, Granularity.block(3, 32)], ids=str)
 def test_products_are_exact_in_every_dtype(
-    granularity: Granularity, size: float, dtype: torch.dtype
+    granularity: Granularity, size: float, dtype: torch.dtype, device: str
 ) -> None:
-    weight = (uneven(10, 100) * size).to(dtype)
+    weight = (uneven(10, 100) * size).to(device, dtype)
     weight[3], weight[4, 32:64] = 0, 0
     codes = LinearConfig(4, granularity, inputs=TOKEN).quantise(weight, None)
     assert codes.scales.dtype == dtype
@@ -104,7 +104,7 @@ def test_products_are_exact_in_every_dtype(
     assert torch.isfinite(dense).all()
     assert not dense[3].any()
     assert not dense[4, 32:64].any()
-    linear = nn.Linear(100, 10, dtype=dtype)
+    linear = nn.Linear(100, 10, device=device, dtype=dtype)
     layer = codes.layer(linear, W4A8Linear, two_level=True)
     assert torch.equal(layer.weight, dense.to(dtype))
     assert torch.equal(layer.group_scales.double(), codes.scales.double())

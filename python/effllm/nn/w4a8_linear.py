@@ -147,7 +147,8 @@ def split_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     steps = torch.zeros_like(largest)
     # From the largest step that may be: multiples of a number of few bits have no finer one first.
     for multiplier in range(1, MAX_MULTIPLIER + 1):
-        tried = (largest / multiplier).to(scales.dtype).float()
+        # By a tensor: on a GPU torch multiplies by the reciprocal of a number, which rounds twice.
+        tried = (largest / torch.full_like(largest, multiplier)).to(scales.dtype).float()
         counts = torch.round(values / tried)
         fits = ((counts >= 1) & (counts * tried == values)).all(-1, keepdim=True)
         steps = torch.where((steps == 0) & fits, tried, steps)

@@ -138,9 +138,9 @@ def _multiples(
     largest = wanted.amax(-1, keepdim=True)
     best, best_error = torch.ones_like(scales), torch.full_like(largest, torch.inf)
     for multiplier in _LARGEST:
-        mantissa, exponent = torch.frexp(largest / multiplier)
-        rounded = torch.round(mantissa * (1 << _STEP_BITS)) / (1 << _STEP_BITS)
-        steps = torch.ldexp(rounded, exponent).to(dtype).float()
+        bits = (largest / multiplier).view(torch.int32)
+        bits = bits + (1 << 23 - _STEP_BITS) & -(1 << 24 - _STEP_BITS)  # to nearest
+        steps = bits.view(torch.float32).to(dtype).float()
         steps = torch.where(steps == 0, torch.ones_like(steps), steps)
         nearest = torch.round(wanted / steps)
         found, found_error = best, torch.full_like(scales, torch.inf)
