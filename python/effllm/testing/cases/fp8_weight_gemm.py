@@ -98,6 +98,15 @@ CASES = [
         for per in ("row", "block")
     ),
     Fp8WeightGemmCase(65537, 8, 64),
+    # The kernel for few tokens: every number of them; a K that is cut into many parts, the last
+    # group short; rows for several turns of all clusters.
+    *(
+        Fp8WeightGemmCase(m, 152, 1168, ("row", "block")[m % 2], (_HALF, _BF16)[m // 2 % 2])
+        for m in range(1, 17)
+    ),
+    *(Fp8WeightGemmCase(m, 72, 14352, per) for m in (1, 8, 16) for per in ("row", "block")),
+    Fp8WeightGemmCase(5, 60008, 272, "block", bias=True),
+    Fp8WeightGemmCase(16, 40008, 272, "row", _HALF),
 ]
 CPU_CASES = [
     Fp8WeightGemmCase(m, 97, k, per, _FP32, per == "row")

@@ -1,0 +1,70 @@
+// The host side of byte_gemm_direct_sm90.cuh, for code compiled for any architecture: which calls
+// it takes, and how their work is cut.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <optional>
+
+#include "cuda/launch.h"
+#include "gemm/fp8_gemm.h"
+
+namespace effllm {
+
+inline constexpr int kByteGemmDirectTokens = 16;  // at most
+inline constexpr int kByteGemmDirectWarps = 16;   // of a CTA
+inline constexpr int kByteGemmDirectStepK = 128;  // columns of a step
+// x lies in panels of 64 columns, [panel][token][column], and arrives in chunks: 1, 1, 2, 4, 8, ..
+// steps of each part of K.
+inline constexpr int kByteGemmDirectPanelBytes = 128;  // of a token
+inline constexpr int kByteGemmDirectXChunks = 8;
+inline constexpr int kByteGemmDirectBarrierBytes = 2048;
+
+// Rows of W go to clusters, `row_warps` blocks of 16 at a time. The K of each is cut between the
+// cluster's `slices` CTAs, and again between the kByteGemmDirectWarps / row_warps warps that a CTA
+// has for a block.
+struct ByteGemmDirectCut {
+  int slices, row_warps;
+
+  constexpr int k_warps() const { return kByteGemmDirectWarps / row_warps; }
+  constexpr int k_parts() const { return slices * k_warps(); }
+  // Blocks of a turn whose sums a CTA receives.
+  constexpr int own_blocks() const { return (row_warps + slices - 1) / slices; }
+
+  // Rows of a panel for `tokens` tokens.
+  static constexpr int x_rows(int64_t tokens) {
+    return static_cast<int>(std::bit_ceil(static_cast<uint64_t>(tokens)));
+  }
+  // Of the columns of x that a CTA needs, at most.
+  int x_bytes(int64_t tokens, int64_t k) const;
+  // Of the sums that a CTA receives in one turn.
+  constexpr int inbox_bytes(int64_t tokens) const {
+    constexpr int kTileBytes = 16 * 8 * 4;
+    return own_blocks() * k_parts() * (tokens <= 8 ? 1 : 2) * kTileBytes;
+  }
+  int64_t smem_bytes(int64_t tokens, int64_t k) const;
+};
+
+struct ByteGemmDirectPlan {
+  ByteGemmDirectCut cut;
+  int clusters;
+  int prefetch_steps;  // of each warp, that L2 asks memory for ahead of its loads
+};
+
+// [slices - 1]: clusters of so many CTAs, one per multiprocessor, that run on a device at the same
+// time.
+using ByteGemmDirectResidency = std::array<int, kMaxClusterCtas>;
+
+// 16-bit x and weights of a byte, for few tokens, in rows that can be read 16 bytes at a time.
+bool takes_byte_gemm_direct(const Fp8GemmParams& params);
+
+// Nothing if K is too short to be cut, or x too large for the shared memory of a cluster.
+std::optional<ByteGemmDirectPlan> plan_byte_gemm_direct(int64_t m, int64_t n, int64_t k,
+                                                        const ByteGemmDirectResidency& residency);
+
+// Launches the kernel if it takes these arguments.
+bool launch_int8_weight_gemm_direct_sm90(const Fp8GemmParams& params, int device,
+                                         cudaStream_t stream);
+
+}  // namespace effllm
