@@ -63,8 +63,10 @@ bool takes_byte_gemm_direct(const Fp8GemmParams& params);
 std::optional<ByteGemmDirectPlan> plan_byte_gemm_direct(int64_t m, int64_t n, int64_t k,
                                                         const ByteGemmDirectResidency& residency);
 
-// Launches the kernel if it takes these arguments.
+// Launch the kernel if it takes these arguments.
 bool launch_int8_weight_gemm_direct_sm90(const Fp8GemmParams& params, int device,
                                          cudaStream_t stream);
+bool launch_fp8_weight_gemm_direct_sm90(const Fp8GemmParams& params, int device,
+                                        cudaStream_t stream);
 
 }  // namespace effllm

@@ -1,5 +1,7 @@
 #include "common/dispatch.h"
 #include "common/torch.h"
+#include "cuda/launch.h"
+#include "gemm/byte_gemm_direct_sm90.h"
 #include "gemm/fp8_gemm_sm80.cuh"
 #include "gemm/fp8_weight_gemm.h"
 
@@ -20,6 +22,9 @@ Tensor fp8_weight_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor&
   params.out = out.mutable_data_ptr();
 
   const cudaStream_t stream = current_cuda_stream(x);
+  const int device = x.get_device_index();
+  const bool is_hopper = device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp) == 9;
+  if (is_hopper && launch_fp8_weight_gemm_direct_sm90(params, device, stream)) return out;
   dispatch_16bit(params.dtype, [&](auto element) {
     using T = decltype(element);
     launch_strip_gemm_sm80<Fp8Operands<T, T>>(kOp, params, stream);
