@@ -13,8 +13,8 @@
 
 namespace effllm {
 
-// What of a matrix TMA moves at a time. A swizzled box is 128 bytes wide, and its rows lie in
-// shared memory one after another under the 128-byte swizzle.
+// What of a matrix TMA moves at a time. A swizzled box is 128 bytes wide, or 64, and its rows lie
+// in shared memory one after another under the swizzle of as many.
 struct TensorMapBox {
   int cols, rows;
   bool swizzled;
@@ -56,7 +56,9 @@ inline CUtensorMap make_tensor_map(const void* data, DType dtype, int64_t rows, 
   const cuuint32_t box_sizes[2] = {static_cast<cuuint32_t>(box.cols),
                                    static_cast<cuuint32_t>(box.rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const auto swizzle = box.swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE;
+  const auto swizzle = !box.swizzled                           ? CU_TENSOR_MAP_SWIZZLE_NONE
+                       : box.cols * element_bytes(dtype) == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                               : CU_TENSOR_MAP_SWIZZLE_128B;
   const CUresult status =
       encode(&map, tensor_map_type(dtype, op), 2, const_cast<void*>(data), sizes, row_bytes,
              box_sizes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,

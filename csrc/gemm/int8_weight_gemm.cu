@@ -2,6 +2,7 @@
 #include "common/torch.h"
 #include "cuda/launch.h"
 #include "gemm/byte_gemm_direct_sm90.h"
+#include "gemm/byte_weight_gemm_sm90.h"
 #include "gemm/fp8_gemm_sm80.cuh"
 #include "gemm/int8_weight_gemm.h"
 
@@ -25,6 +26,7 @@ Tensor int8_weight_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor
   const int device = x.get_device_index();
   const bool is_hopper = device_attribute(cudaDevAttrComputeCapabilityMajor, device, kOp) == 9;
   if (is_hopper && launch_int8_weight_gemm_direct_sm90(params, device, stream)) return out;
+  if (is_hopper && launch_int8_weight_gemm_sm90(params, device, stream)) return out;
   dispatch_16bit(params.dtype, [&](auto element) {
     using T = decltype(element);
     launch_strip_gemm_sm80<Fp8Operands<T, T, Int8Dequant>>(kOp, params, stream);

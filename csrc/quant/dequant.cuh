@@ -233,17 +233,18 @@ struct Lut4Dequant {
   }
 };
 
-// Two e4m3, the low half of a word, as exact 16-bit floats that times kFactor are their values; NaN
-// is NaN.
+// Two e4m3 of a word, those that `which` says, kLowPair or kHighPair, as exact 16-bit floats that
+// times kFactor are their values; NaN is NaN.
 template <class T>
 struct E4M3Dequant;
 
 template <>
 struct E4M3Dequant<float16> {
   static constexpr float kFactor = ptx::e4m3_factor();
+  static constexpr uint32_t kLowPair = 0, kHighPair = 16;
 
-  static __device__ __forceinline__ uint32_t pair(uint32_t codes) {
-    const uint32_t halves = ptx::half_pair_from_e4m3(codes);
+  static __device__ __forceinline__ uint32_t pair(uint32_t codes, uint32_t which = kLowPair) {
+    const uint32_t halves = ptx::half_pair_from_e4m3(codes >> which);
     if constexpr (kFactor == 1.f) return halves;
     // One more than the magnitude of NaN is the last bit that an exponent of NaN lacks.
     return halves | (((halves & 0x3f803f80u) + 0x00800080u) & 0x40004000u);
@@ -253,10 +254,11 @@ struct E4M3Dequant<float16> {
 template <>
 struct E4M3Dequant<bfloat16> {
   static constexpr float kFactor = 1.f;
+  static constexpr uint32_t kLowPair = 0x1404, kHighPair = 0x3424;
 
   // The magnitude, four bits to the right of bfloat16's, counts for 2^120 less.
-  static __device__ __forceinline__ uint32_t pair(uint32_t codes) {
-    const uint32_t bytes = ptx::Permute()(codes, 0, 0x1404);
+  static __device__ __forceinline__ uint32_t pair(uint32_t codes, uint32_t which = kLowPair) {
+    const uint32_t bytes = ptx::Permute()(codes, 0, which);
     uint32_t magnitude = bytes >> 4 & 0x07f007f0u;
     // Likewise: the exponent of NaN is this bit and the four above it.
     const uint32_t nan = (magnitude + 0x00100010u) & 0x08000800u;
@@ -268,17 +270,18 @@ struct E4M3Dequant<bfloat16> {
   }
 };
 
-// Two int8, the low half of a word, as exact 16-bit floats.
+// Likewise two int8.
 template <class T>
 struct Int8Dequant;
 
 template <>
 struct Int8Dequant<float16> {
   static constexpr float kFactor = 1.f;
+  static constexpr uint32_t kLowPair = 0x4140, kHighPair = 0x4342;
 
   // 1024 + 128 + code, less 1152.
-  static __device__ __forceinline__ uint32_t pair(uint32_t codes) {
-    const uint32_t biased = ptx::Permute()(codes ^ 0x80808080u, 0x64646464u, 0x4140);
+  static __device__ __forceinline__ uint32_t pair(uint32_t codes, uint32_t which = kLowPair) {
+    const uint32_t biased = ptx::Permute()(codes ^ 0x80808080u, 0x64646464u, which);
     const __half2 offset = __half2half2(__ushort_as_half(0x6480));
     const __half2 value = __hsub2(reinterpret_cast<const __half2&>(biased), offset);
     return reinterpret_cast<const uint32_t&>(value);
@@ -287,15 +290,17 @@ struct Int8Dequant<float16> {
 
 template <>
 struct Int8Dequant<bfloat16> {
-  static constexpr float kFactor = 1.f;
+  static constexpr float kFactor = 64.f;
+  static constexpr uint32_t kLowPair = 0x4140, kHighPair = 0x4342;
 
-  // The seven low bits under the exponent of 128, less 128, or 256 where the sign is set: that bit
-  // is the last one of the exponent.
-  static __device__ __forceinline__ uint32_t pair(uint32_t codes) {
-    const uint32_t halves = ptx::Permute()(codes, 0x43434343u, 0x4140);
-    const uint32_t low = halves & 0xff7fff7fu, sign = halves & 0xff80ff80u;
-    const __nv_bfloat162 value = __hsub2(reinterpret_cast<const __nv_bfloat162&>(low),
-                                         reinterpret_cast<const __nv_bfloat162&>(sign));
+  // Subnormals and the smallest exponent together hold 2^-133 times 0 .. 255. 128 + code of them
+  // times 2^127, the largest power there is, less 128 / 64.
+  static __device__ __forceinline__ uint32_t pair(uint32_t codes, uint32_t which = kLowPair) {
+    const uint32_t tiny = ptx::Permute()(codes ^ 0x80808080u, 0, which);
+    const __nv_bfloat162 power = __bfloat162bfloat162(__ushort_as_bfloat16(0x7f00));
+    const __nv_bfloat162 offset = __bfloat162bfloat162(__ushort_as_bfloat16(0xc000));
+    const __nv_bfloat162 value =
+        __hfma2(reinterpret_cast<const __nv_bfloat162&>(tiny), power, offset);
     return reinterpret_cast<const uint32_t&>(value);
   }
 };

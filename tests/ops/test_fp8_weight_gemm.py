@@ -29,11 +29,14 @@ def test_cases_of_the_cpu_alone(case: Fp8WeightGemmCase) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16])
-@pytest.mark.parametrize("m", [1, 9, 40])
-def test_every_code_is_exact(m: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (9, 1), (40, 1), (40, 8), (200, 72)])
+def test_every_code_is_exact(m: int, k: int, dtype: torch.dtype, device: str) -> None:
     """One product per output, with powers of two: nothing is rounded."""
-    weight = torch.arange(256, dtype=torch.uint8).view(E4M3).unsqueeze(1).to(device)
-    x = 2.0 ** (torch.arange(m, device=device) % 6 - 3).to(dtype).unsqueeze(1)
+    weight = torch.zeros(256, k, dtype=torch.uint8, device=device)
+    weight[:, k // 2] = torch.arange(256)
+    weight = weight.view(E4M3)
+    x = torch.zeros(m, k, dtype=dtype, device=device)
+    x[:, k // 2] = 2.0 ** (torch.arange(m) % 6 - 3)
     out = fp8_weight_gemm(x, weight, torch.ones(1, device=device))
     assert out.isnan().sum() == 2 * m
     assert_equal(out, (x.double() @ weight.double().T).to(dtype))
@@ -66,9 +69,25 @@ def test_weights_anywhere_in_memory(offset: int, gap: int, device: str) -> None:
         assert_equal(fp8_weight_gemm(x, view.view(E4M3), w_scales), expected)
 
 
-@pytest.mark.parametrize("k", [270, 272])
-def test_special_values_reach_their_outputs_alone(k: int, device: str) -> None:
-    (x, weight, w_scales, _), _ = Fp8WeightGemmCase(11, 300, k, "block").make(device)
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+@pytest.mark.parametrize("m", [40, 200])
+def test_rows_apart_and_a_bias_of_another_type(m: int, dtype: torch.dtype, device: str) -> None:
+    """As Hopper's kernel for many tokens takes them: x and weights in rows of whole 16 bytes."""
+    case = Fp8WeightGemmCase(m, 200, 272, "block", dtype)
+    (x, weight, w_scales, _), _ = case.make(device)
+    memory = torch.full((200, 288), 0x7F, dtype=torch.uint8, device=device)
+    view = memory[:, :272].copy_(weight.view(torch.uint8)).view(E4M3)
+    scales = w_scales.to(HALF).T.contiguous().T
+    bias = hostile.normal(200, seed=9).to(device)
+    found = fp8_weight_gemm(x, view, scales, bias)
+    assert_equal(found, fp8_weight_gemm(x, weight, scales.contiguous(), bias))
+    baseline = case.baseline(x, weight, scales, None) + bias
+    assert_close_to_reference(found, case.reference(x, weight, scales, bias), baseline)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(11, 300, 270), (11, 300, 272), (70, 304, 272)])
+def test_special_values_reach_their_outputs_alone(m: int, n: int, k: int, device: str) -> None:
+    (x, weight, w_scales, _), _ = Fp8WeightGemmCase(m, n, k, "block").make(device)
     expected = fp8_weight_gemm(x, weight, w_scales)
     weight.view(torch.uint8)[17, k - 1] = 0x7F
     w_scales[1, 2] = math.nan

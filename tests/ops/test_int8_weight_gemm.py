@@ -29,11 +29,13 @@ def test_cases_of_the_cpu_alone(case: Int8WeightGemmCase) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16])
-@pytest.mark.parametrize("m", [1, 9, 40])
-def test_every_code_is_exact(m: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (9, 1), (40, 1), (40, 8), (200, 72)])
+def test_every_code_is_exact(m: int, k: int, dtype: torch.dtype, device: str) -> None:
     """One product per output, with powers of two: nothing is rounded."""
-    weight = torch.arange(-128, 128).to(torch.int8).unsqueeze(1).to(device)
-    x = 2.0 ** (torch.arange(m, device=device) % 6 - 3).to(dtype).unsqueeze(1)
+    weight = torch.zeros(256, k, dtype=torch.int8, device=device)
+    weight[:, k // 2] = torch.arange(-128, 128)
+    x = torch.zeros(m, k, dtype=dtype, device=device)
+    x[:, k // 2] = 2.0 ** (torch.arange(m) % 6 - 3)
     out = int8_weight_gemm(x, weight, torch.ones(1, device=device))
     assert_equal(out, (x.double() @ weight.double().T).to(dtype))
 
@@ -65,9 +67,25 @@ def test_weights_anywhere_in_memory(offset: int, gap: int, device: str) -> None:
         assert_equal(int8_weight_gemm(x, view, w_scales), expected)
 
 
-@pytest.mark.parametrize("k", [270, 272])
-def test_special_values_reach_their_outputs_alone(k: int, device: str) -> None:
-    (x, weight, w_scales, _), _ = Int8WeightGemmCase(11, 300, k, "group").make(device)
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+@pytest.mark.parametrize("m", [40, 200])
+def test_rows_apart_and_a_bias_of_another_type(m: int, dtype: torch.dtype, device: str) -> None:
+    """As Hopper's kernel for many tokens takes them: x and weights in rows of whole 16 bytes."""
+    case = Int8WeightGemmCase(m, 200, 272, "group", dtype)
+    (x, weight, w_scales, _), _ = case.make(device)
+    memory = torch.full((200, 288), 0x7F, dtype=torch.int8, device=device)
+    view = memory[:, :272].copy_(weight)
+    scales = w_scales.to(HALF).T.contiguous().T
+    bias = hostile.normal(200, seed=9).to(device)
+    found = int8_weight_gemm(x, view, scales, bias)
+    assert_equal(found, int8_weight_gemm(x, weight, scales.contiguous(), bias))
+    baseline = case.baseline(x, weight, scales, None) + bias
+    assert_close_to_reference(found, case.reference(x, weight, scales, bias), baseline)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(11, 300, 270), (11, 300, 272), (70, 304, 272)])
+def test_special_values_reach_their_outputs_alone(m: int, n: int, k: int, device: str) -> None:
+    (x, weight, w_scales, _), _ = Int8WeightGemmCase(m, n, k, "group").make(device)
     expected = int8_weight_gemm(x, weight, w_scales)
     w_scales[17, 2] = math.nan
     x[4, 3] = math.nan

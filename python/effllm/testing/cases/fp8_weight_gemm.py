@@ -91,6 +91,21 @@ CASES = [
         for m, n, k in ((1, 64, 8192), (12, 136, 4104), (130, 320, 1032))
         for per in ("row", "block")
     ),
+    # Hopper's kernel for many tokens, which takes rows that are multiples of 16 bytes: each of its
+    # tiles, tails in each dimension, short last groups.
+    *(
+        Fp8WeightGemmCase(m, n, k, per, dtype, bias=dtype is _HALF)
+        for m, n, k in (
+            (17, 136, 1288),
+            (48, 72, 8),
+            (100, 648, 136),
+            (129, 264, 2056),
+            (300, 1032, 392),
+        )
+        for per in ("row", "block")
+        for dtype in (_HALF, _BF16)
+    ),
+    *(Fp8WeightGemmCase(600, 2056, 520, per) for per in ("tensor", "row", "block")),
     # Nothing to do, in each dimension.
     *(
         Fp8WeightGemmCase(m, n, k, per, bias=True)

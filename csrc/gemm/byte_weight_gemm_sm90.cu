@@ -1,0 +1,93 @@
+// How GEMMs of weights of a byte each are cut on Hopper: host code alone. What bounds the kernel
+// stands in byte_weight_gemm_sm90.cuh.
+#include <algorithm>
+#include <cstdint>
+#include <span>
+
+#include "common/math.h"
+#include "gemm/byte_weight_gemm_sm90.h"
+
+namespace effllm {
+namespace {
+
+bool is_taken(const Fp8GemmParams& params) {
+  constexpr int kMinTokens = 17;      // fewer are not what its tiles were made for
+  constexpr int64_t kAlignment = 16;  // bytes
+  const auto is_aligned = [](const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
+  };
+  return params.m >= kMinTokens && params.k > 0 && params.k * 2 % kAlignment == 0 &&
+         is_aligned(params.x) && params.stride_weight_n >= params.k &&
+         params.stride_weight_n % kAlignment == 0 && is_aligned(params.weight) &&
+         params.n * 2 % kAlignment == 0 && is_aligned(params.out);
+}
+
+}  // namespace
+
+bool launch_int8_weight_gemm_sm90(const Fp8GemmParams& params, int device, cudaStream_t stream) {
+  if (!is_taken(params)) return false;
+  if (params.grouped()) {
+    launch_int8_weight_gemm_group_sm90(params, device, stream);
+  } else {
+    launch_int8_weight_gemm_channel_sm90(params, device, stream);
+  }
+  return true;
+}
+
+bool launch_fp8_weight_gemm_sm90(const Fp8GemmParams& params, int device, cudaStream_t stream) {
+  if (!is_taken(params)) return false;
+  if (params.grouped()) {
+    launch_fp8_weight_gemm_group_sm90(params, device, stream);
+  } else {
+    launch_fp8_weight_gemm_channel_sm90(params, device, stream);
+  }
+  return true;
+}
+
+ByteWeightPlan plan_byte_weight_gemm(int64_t m, int64_t n, int64_t k,
+                                     std::span<const ByteWeightShape> shapes,
+                                     std::span<const ByteWeightResidency> residency, int num_sms) {
+  constexpr double kTile = 800, kReduce = 1000, kReduceSlice = 360, kReduceValue = 0.11;
+  const int64_t k_tiles = ceil_div<int64_t>(k, 64);
+  ByteWeightPlan best{};
+  double best_time = 1e30;
+  for (size_t index = 0; index < shapes.size(); ++index) {
+    const ByteWeightShape& shape = shapes[index];
+    const int64_t tiles = ceil_div<int64_t>(n, shape.rows()) * ceil_div<int64_t>(m, shape.tokens);
+    for (int64_t slices = 1;
+         slices <= std::min<int64_t>(kMaxClusterCtas, ceil_div<int64_t>(k_tiles, shape.panels));
+         ++slices) {
+      const int64_t clusters = residency[index][static_cast<size_t>(slices - 1)];
+      if (clusters == 0) continue;
+      const int64_t ctas = clusters * slices;
+      // A round of so many CTAs. Those of larger clusters are put on few multiprocessors, even
+      // where others are idle.
+      const auto tile_time = [&](int64_t active) {
+        return slices < 4 && active <= num_sms ? shape.lone_time : shape.shared_time;
+      };
+      const auto whole_time = [&](int64_t active) {
+        return kTile + static_cast<double>(k_tiles * tile_time(active));
+      };
+      const double reduce = kReduce + kReduceSlice * static_cast<double>(slices) +
+                            kReduceValue * shape.tokens * shape.rows();
+      const auto split_time = [&](int64_t active) {
+        return reduce + static_cast<double>(ceil_div(k_tiles, slices) * tile_time(active));
+      };
+      double time = static_cast<double>(tiles / ctas) * whole_time(ctas);
+      const int64_t rest = tiles % ctas;
+      if (slices == 1) {
+        if (rest > 0) time += whole_time(rest);
+      } else {
+        time += static_cast<double>(rest / clusters) * split_time(ctas);
+        if (rest % clusters > 0) time += split_time(rest % clusters * slices);
+      }
+      if (time < best_time) {
+        best_time = time;
+        best = {index, static_cast<int>(slices), static_cast<int>(ctas)};
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace effllm

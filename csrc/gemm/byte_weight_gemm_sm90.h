@@ -1,0 +1,53 @@
+// 16-bit x by weights of a byte each on Hopper: the host side, for code compiled for any
+// architecture.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "cuda/launch.h"
+#include "gemm/fp8_gemm.h"
+
+namespace effllm {
+
+// A CTA's tile is rows() of W by `tokens`; a stage of its ring has `panels` times 64 columns of K.
+struct ByteWeightShape {
+  int tokens, row_blocks, panels, stages, ctas_per_sm, out_tokens;
+
+  // Of 64 columns of K, in nanoseconds on an H100: with the multiprocessor to itself, and where all
+  // CTAs of one compute.
+  int lone_time, shared_time;
+
+  constexpr int rows() const { return 128 * row_blocks; }
+};
+
+// [slices - 1]: clusters of so many CTAs that run on a device at the same time.
+using ByteWeightResidency = std::array<int, kMaxClusterCtas>;
+
+struct ByteWeightPlan {
+  size_t shape;
+  int k_slices, ctas;
+};
+
+ByteWeightPlan plan_byte_weight_gemm(int64_t m, int64_t n, int64_t k,
+                                     std::span<const ByteWeightShape> shapes,
+                                     std::span<const ByteWeightResidency> residency, int num_sms);
+
+// Launch the kernel if it takes these arguments. Not taken: rows of x, W or out that TMA cannot
+// read or write, and few tokens.
+bool launch_int8_weight_gemm_sm90(const Fp8GemmParams& params, int device, cudaStream_t stream);
+bool launch_fp8_weight_gemm_sm90(const Fp8GemmParams& params, int device, cudaStream_t stream);
+
+// The same of arguments that it takes: with one scale or one for each row of W, and with groups.
+void launch_int8_weight_gemm_channel_sm90(const Fp8GemmParams& params, int device,
+                                          cudaStream_t stream);
+void launch_int8_weight_gemm_group_sm90(const Fp8GemmParams& params, int device,
+                                        cudaStream_t stream);
+void launch_fp8_weight_gemm_channel_sm90(const Fp8GemmParams& params, int device,
+                                         cudaStream_t stream);
+void launch_fp8_weight_gemm_group_sm90(const Fp8GemmParams& params, int device,
+                                       cudaStream_t stream);
+
+}  // namespace effllm

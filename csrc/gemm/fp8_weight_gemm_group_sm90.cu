@@ -1,0 +1,11 @@
+// What bounds the kernel is said in byte_weight_gemm_sm90.cuh.
+#include "gemm/byte_weight_gemm_launch_sm90.cuh"
+
+namespace effllm {
+
+void launch_fp8_weight_gemm_group_sm90(const Fp8GemmParams& params, int device,
+                                       cudaStream_t stream) {
+  ByteWeightKernels<E4M3Dequant, true>::launch("fp8_weight_gemm", params, device, stream);
+}
+
+}  // namespace effllm
