@@ -254,18 +254,16 @@ struct E4M3Dequant<float16> {
 template <>
 struct E4M3Dequant<bfloat16> {
   static constexpr float kFactor = 1.f;
-  static constexpr uint32_t kLowPair = 0x1404, kHighPair = 0x3424;
+  static constexpr uint32_t kLowPair = 0x9180, kHighPair = 0xb3a2;  // a code below eight signs
 
   // The magnitude, four bits to the right of bfloat16's, counts for 2^120 less.
   static __device__ __forceinline__ uint32_t pair(uint32_t codes, uint32_t which = kLowPair) {
-    const uint32_t bytes = ptx::Permute()(codes, 0, which);
-    uint32_t magnitude = bytes >> 4 & 0x07f007f0u;
-    // Likewise: the exponent of NaN is this bit and the four above it.
-    const uint32_t nan = (magnitude + 0x00100010u) & 0x08000800u;
-    magnitude |= 15 * nan;
-    const uint32_t small = (bytes & 0x80008000u) | magnitude;
+    const uint32_t small = ptx::Permute()(codes, 0, which) << 4 & 0x87f087f0u;
+    // Likewise: the exponent of NaN is this bit and the three above it as well.
+    const uint32_t nan = (small + 0x00100010u) & 0x08000800u;
+    const uint32_t bits = small + 15 * nan;
     const __nv_bfloat162 power = __bfloat162bfloat162(__ushort_as_bfloat16(0x7b80));  // 2^120
-    const __nv_bfloat162 value = __hmul2(reinterpret_cast<const __nv_bfloat162&>(small), power);
+    const __nv_bfloat162 value = __hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), power);
     return reinterpret_cast<const uint32_t&>(value);
   }
 };
