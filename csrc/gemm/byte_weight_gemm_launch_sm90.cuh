@@ -17,25 +17,24 @@
 
 namespace effllm {
 
-inline constexpr std::array<ByteWeightShape, 5> kByteWeightChannelShapes{{
-    {32, 1, 2, 4, 2, 32, 300, 700},
-    {64, 1, 2, 3, 2, 32, 360, 720},
-    {128, 1, 2, 4, 1, 128, 430, 430},
-    {128, 2, 1, 5, 1, 64, 780, 780},
-    {256, 1, 1, 4, 1, 256, 690, 690},
+inline constexpr std::array<ByteWeightShape, 4> kByteWeightChannelShapes{{
+    {32, 2, 8, 32, 230},
+    {64, 2, 6, 64, 270},
+    {128, 2, 4, 128, 375},
+    {256, 1, 4, 256, 615},
 }};
 // Registers have the sums of all groups, and of one group those of two parts of the tokens.
 inline constexpr std::array<ByteWeightShape, 4> kByteWeightGroupShapes{{
-    {32, 1, 2, 4, 2, 16, 300, 700},
-    {64, 1, 2, 6, 1, 64, 360, 360},
-    {128, 1, 2, 4, 1, 64, 480, 480},
-    {192, 1, 2, 3, 1, 64, 700, 700},
+    {32, 2, 8, 32, 230},
+    {64, 2, 6, 64, 295},
+    {128, 2, 4, 64, 450},
+    {192, 2, 3, 64, 590},
 }};
 
 template <class C>
 void launch_byte_weight_tiles(const char* op, const Fp8GemmParams& params,
                               const ByteWeightPlan& plan, cudaStream_t stream) {
-  constexpr int kPrefetchBytes = (C::kCtasPerSm > 1 ? 128 : 64) * 1024;
+  constexpr int kPrefetchBytes = 64 * 1024;
   ByteWeightArgs args{params, {}, {}, {}, {}, kPrefetchBytes / (C::kRows * C::kTileK)};
   args.x_map = make_tensor_map(params.x, params.dtype, params.m, params.k, params.k, C::kCols, op);
   args.weight_map =
@@ -67,9 +66,8 @@ class ByteWeightKernels {
   static void launch(const char* op, const Fp8GemmParams& params, int device, cudaStream_t stream) {
     static PerDevice<Residency> known;
     const Residency residency = known.get(device, [&] { return find_residency(op, kIndices); });
-    const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device, op);
     const ByteWeightPlan plan =
-        plan_byte_weight_gemm(params.m, params.n, params.k, kShapes, residency, num_sms);
+        plan_byte_weight_gemm(params.m, params.n, params.k, kShapes, residency);
     dispatch_16bit(params.dtype,
                    [&](auto in) { launch<decltype(in)>(op, params, plan, stream, kIndices); });
   }

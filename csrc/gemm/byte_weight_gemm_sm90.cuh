@@ -9,18 +9,19 @@
 // scheduler has 256 to issue. By 128 tokens it is 144 KB of 128 KB: W is read again for fewer.
 //
 //                 tokens ->
-//   rows of W   [ warpgroup 0 ]     a tile of the output: 2 * kRowBlocks blocks of 64 rows by
-//               [ warpgroup 1 ]     kCols tokens
+//   rows of W   [ warpgroup 0 ]     a tile of the output: 64 rows for each by kCols tokens
+//               [ warpgroup 1 ]
 //
 //   stage of the ring, kPanels * 64 columns of K:
-//     [ x: a panel of kCols rows of 128 bytes ][ the next .. ][ W: kRows rows of 64 or 128 bytes ]
+//     [ x: a panel of kCols rows of 128 bytes ][ the next .. ][ W: 128 rows of 64 or 128 bytes ]
 //     [ scales of its group ]
 //
 //   warp 8            one lane fills the ring by TMA
 //   warp 9            the scales of groups, in float32 and in the order of the accumulators
 //
-//   warpgroups 0, 1   weights -> registers -> 16-bit floats -> wgmma with x, in units of some steps
-//                     of 16 columns: while one unit's products are made, the next is converted
+//   warpgroups 0, 1   weights -> registers -> 16-bit floats -> wgmma with x, half a stage at a
+//   time:
+//                     while one half's products are made, the next is converted
 //
 // A register of wgmma's A has two neighbouring columns, the next one those 8 on, so that of each
 // word that a lane loads it uses a half, and its neighbour the other:
@@ -34,8 +35,12 @@
 // With groups of 128 columns, a stage each, a part of 64 tokens is multiplied at a time into one of
 // two sets of sums, and added to those of all groups while the next is multiplied:
 //
-//   products    part 0   part 1   part 2   part 0 of the next group ..
-//   scaling       -      part 0   part 1   part 2
+//   products    part 0   part 1   part 2       part 0 of the next group ..
+//   scaling       -      part 0   part 1       part 2
+//   converting  half 1                half 0   half 1
+//
+// The halves are those of the group's columns. 192 tokens leave shared memory no spare time: 192 KB
+// for 1536 clocks of products. Registers have no room for the sums of more.
 //
 // A launch may start while the kernel ahead of it still runs, and asks L2 for its first weights.
 // They are loaded afterwards all the same, so that it does not matter if the other one writes them.
@@ -100,22 +105,16 @@ struct ByteWeightGemm {
   static constexpr bool kGrouped = kGrouped_;
   using Finish = std::conditional_t<kGrouped, AddBias<Fp8GemmParams>, ByteWeightFinish<Dequant>>;
   static constexpr int kCols = kShape.tokens;
-  static constexpr int kRowBlocks = kShape.row_blocks;
+  static constexpr int kRowBlocks = 1;
   static constexpr int kPanels = kShape.panels;
   static constexpr int kStages = kShape.stages;
-  static constexpr int kCtasPerSm = kShape.ctas_per_sm;
   static constexpr int kOutCols = kShape.out_tokens;
   static constexpr int kNeighbours = 1;
   static constexpr bool kTokenRows = false;
-  static constexpr int kStrips = kMathGroups * kRowBlocks;
-  static constexpr int kRows = kShape.rows();
+  static constexpr int kRows = kByteWeightRows;
   static constexpr int kTileK = 64 * kPanels;
-  static_assert(!kGrouped || (kTileK == kFp8GroupSize && kRowBlocks == 1));
-  static constexpr int kSteps = kTileK / 16;
-  // Products of so many steps are issued together: with two sets of A registers, one is filled
-  // meanwhile.
-  static constexpr int kUnitSteps = kGrouped ? 4 : 2;
-  static constexpr int kUnits = kSteps / kUnitSteps;
+  static_assert(!kGrouped || kTileK == kFp8GroupSize);
+  static constexpr int kHalfSteps = kTileK / 32;  // of 16 columns, in half a stage
   static constexpr int kPanelBytes = kCols * 128;
   static constexpr int kXBytes = kPanels * kPanelBytes;
   static constexpr int kStageBytes = kXBytes + kRows * kTileK;
@@ -123,18 +122,17 @@ struct ByteWeightGemm {
   static constexpr int kOutStripBytes = kOutCols * 128;
   static constexpr int kScaleBytes = kGrouped ? kRows * 4 : 0;  // of a stage
   static constexpr int kSmemBytes =
-      1024 + kRingBytes + kStrips * kOutStripBytes + kStages * kScaleBytes;
+      1024 + kRingBytes + kMathGroups * kOutStripBytes + kStages * kScaleBytes;
   static constexpr int kPartCols = kGrouped ? std::min(kCols, 64) : kCols;
   static constexpr int kParts = kCols / kPartCols;
   static constexpr int kSets = std::min(kParts, 2);  // of sums on their way
   static constexpr int kThreads = kMathThreads + 128;
   static constexpr int kProducers = kGrouped ? 2 : 1;  // of a stage
-  // A CTA starts with 168 (80) registers per thread; what the producers give up, the others get.
+  // A CTA starts with 168 registers per thread; what the producers give up, the others get.
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kMathRegisters = kCtasPerSm == 1 ? 232 : 96;
+  static constexpr int kMathRegisters = 232;
   static_assert(SliceSums<ByteWeightGemm>::kSmemBytes <= kRingBytes);
-  static_assert(kCtasPerSm * (kSmemBytes + sizeof(TileTerms<ByteWeightGemm, Finish>) + 1200) <=
-                228 * 1024);
+  static_assert(kSmemBytes + sizeof(TileTerms<ByteWeightGemm, Finish>) + 200 <= 227 * 1024);
 };
 
 struct ByteWeightArgs {
@@ -153,7 +151,7 @@ struct ByteWeightShared {
   __device__ __forceinline__ uint8_t* weight(int stage) const { return x(stage) + C::kXBytes; }
   __device__ __forceinline__ uint8_t* out() const { return base + C::kRingBytes; }
   __device__ __forceinline__ float2* scales(int stage) const {
-    return reinterpret_cast<float2*>(out() + C::kStrips * C::kOutStripBytes +
+    return reinterpret_cast<float2*>(out() + kMathGroups * C::kOutStripBytes +
                                      stage * C::kScaleBytes);
   }
 };
@@ -245,18 +243,18 @@ class WeightReader {
  public:
   __device__ __forceinline__ WeightReader() {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row = warp / 4 * C::kRowBlocks * kBlockRows + warp % 4 * 16 + lane / 4;
+    const int row = warp / 4 * kBlockRows + warp % 4 * 16 + lane / 4;
     const int chunk = C::kTileK == 128 ? row % 8 : row / 2 % 4;
     offset_ = row * C::kTileK + (chunk << 4) + lane % 4 / 2 * 4;
     pair_ = lane % 2 == 0 ? C::Dequant::kLowPair : C::Dequant::kHighPair;
   }
 
-  __device__ __forceinline__ void operator()(const uint8_t* weight, int block, int unit,
-                                             uint32_t (&a)[C::kUnitSteps][4]) const {
+  __device__ __forceinline__ void operator()(const uint8_t* weight, int half,
+                                             uint32_t (&a)[C::kHalfSteps][4]) const {
 #pragma unroll
-    for (int i = 0; i < C::kUnitSteps; ++i) {
-      const int step = unit * C::kUnitSteps + i;
-      const uint8_t* rows = weight + block * kBlockRows * C::kTileK + (offset_ ^ (step << 4));
+    for (int i = 0; i < C::kHalfSteps; ++i) {
+      const int step = half * C::kHalfSteps + i;
+      const uint8_t* rows = weight + (offset_ ^ (step << 4));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const uint8_t* word = rows + j % 2 * 8 * C::kTileK + j / 2 * 8;
@@ -283,39 +281,33 @@ __device__ __forceinline__ void mainloop(const ByteWeightShared<C>& smem,
                                          Accumulators<C>& sums) {
   const WeightReader<C> read;
   const int lane = threadIdx.x % 32;
-  uint32_t a[2][C::kUnitSteps][4];
+  uint32_t a[2][C::kHalfSteps][4];
   int read_stage = -1;  // wgmma may still read x from it
   int tiles_left = work.num_k_tiles;
   do {  // a loop that could run zero times would make ptxas serialise wgmma
     ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
     const uint64_t x = ptx::wgmma_descriptor(ptx::smem_address(smem.x(ring.stage)));
 #pragma unroll
-    for (int block = 0; block < C::kRowBlocks; ++block) {
+    for (int half = 0; half < 2; ++half) {
+      read(smem.weight(ring.stage), half, a[half]);
+      ptx::wgmma_fence();
 #pragma unroll
-      for (int unit = 0; unit < C::kUnits; ++unit) {
-        static_assert(C::kRowBlocks * C::kUnits % 2 == 0);
-        uint32_t (&regs)[C::kUnitSteps][4] = a[(block * C::kUnits + unit) % 2];
-        read(smem.weight(ring.stage), block, unit, regs);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < C::kUnitSteps; ++i) {
-          ptx::Wgmma<typename C::InT, C::kCols>::mma(sums[block], regs[i],
-                                                     x_step<C>(x, unit * C::kUnitSteps + i), true);
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();  // the unit before is done: its registers and its x are free
-        if (block == 0 && unit == 0) {
-          __syncwarp();
-          if (read_stage >= 0 && lane == 0) ptx::mbarrier_arrive(&smem.empty[read_stage]);
-          read_stage = ring.stage;
-        }
+      for (int i = 0; i < C::kHalfSteps; ++i) {
+        ptx::Wgmma<typename C::InT, C::kCols>::mma(sums[0], a[half][i],
+                                                   x_step<C>(x, half * C::kHalfSteps + i), true);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();  // the half before is done: its registers and its x are free
+      if (half == 0) {
+        __syncwarp();
+        if (read_stage >= 0 && lane == 0) ptx::mbarrier_arrive(&smem.empty[read_stage]);
+        read_stage = ring.stage;
       }
     }
     ring.advance();
   } while (--tiles_left > 0);
   ptx::wgmma_wait<0>();
-#pragma unroll
-  for (int block = 0; block < C::kRowBlocks; ++block) ptx::pin_accumulators(sums[block]);
+  ptx::pin_accumulators(sums[0]);
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(&smem.empty[read_stage]);
 }
@@ -332,16 +324,18 @@ __device__ __forceinline__ void grouped_mainloop(const ByteWeightShared<C>& smem
   constexpr bool kSharesSet = C::kParts % 2 == 1;  // the last part, with the next group's first
   float partial[C::kSets][kPartSums] = {};
   float scale[2] = {};  // of what is being added up: nothing, before the first group
-  uint32_t a[C::kUnits][C::kUnitSteps][4];
+  uint32_t a[2][C::kHalfSteps][4];
 
-  const auto multiply = [&](int part, int unit, uint64_t x) {
+  const auto multiply = [&](int part, int half, uint64_t x) {
+    ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < C::kUnitSteps; ++i) {
-      const int step = unit * C::kUnitSteps + i;
+    for (int i = 0; i < C::kHalfSteps; ++i) {
+      const int step = half * C::kHalfSteps + i;
       ptx::Wgmma<typename C::InT, C::kPartCols>::mma(
-          partial[part % C::kSets], a[unit][i],
+          partial[part % C::kSets], a[half][i],
           ptx::advance_descriptor(x_step<C>(x, step), part * C::kPartCols * 128), step > 0);
     }
+    ptx::wgmma_commit();
   };
   // Of a group whose products are done.
   const auto add_group = [&](int part) {
@@ -352,42 +346,40 @@ __device__ __forceinline__ void grouped_mainloop(const ByteWeightShared<C>& smem
       sums[0][part * kPartSums + i] += scale[i / 2 % 2] * products[i];
     }
   };
-
   int read_stage = -1;  // wgmma may still read x from it
   int tiles_left = work.num_k_tiles;
+  ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
+  read(smem.weight(ring.stage), 0, a[0]);
   do {
-    ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
     const uint64_t x = ptx::wgmma_descriptor(ptx::smem_address(smem.x(ring.stage)));
     const float2 next_scale = smem.scales(ring.stage)[pair];
     const auto add_last_group = [&] {
       add_group(C::kParts - 1);
       scale[0] = next_scale.x, scale[1] = next_scale.y;
     };
-#pragma unroll
-    for (int unit = 0; unit < C::kUnits; ++unit) {
-      if (unit == 0) {
-        ptx::wgmma_wait<0>();  // all products of the group before
-        __syncwarp();
-        if (read_stage >= 0 && lane == 0) ptx::mbarrier_arrive(&smem.empty[read_stage]);
-        read_stage = ring.stage;
-        if (kSharesSet) add_last_group();
-      }
-      read(smem.weight(ring.stage), 0, unit, a[unit]);
-      ptx::wgmma_fence();
-      multiply(0, unit, x);
-      ptx::wgmma_commit();
-    }
+    ptx::wgmma_wait<0>();  // all products of the group before
+    __syncwarp();
+    if (read_stage >= 0 && lane == 0) ptx::mbarrier_arrive(&smem.empty[read_stage]);
+    read_stage = ring.stage;
+    if (kSharesSet) add_last_group();
+    multiply(0, 0, x);
     if (!kSharesSet) add_last_group();
+    __syncwarp();  // else ptxas puts loads between the products
+    read(smem.weight(ring.stage), 1, a[1]);
+    multiply(0, 1, x);
 #pragma unroll
     for (int part = 1; part < C::kParts; ++part) {
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int unit = 0; unit < C::kUnits; ++unit) multiply(part, unit, x);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
+      multiply(part, 0, x);
+      multiply(part, 1, x);
+      ptx::wgmma_wait<2>();
       add_group(part - 1);
     }
     ring.advance();
+    ptx::wgmma_wait<1>();  // the registers of the first half are free
+    if (tiles_left > 1) {
+      ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
+      read(smem.weight(ring.stage), 0, a[0]);
+    }
   } while (--tiles_left > 0);
   ptx::wgmma_wait<0>();
   add_group(C::kParts - 1);
@@ -396,7 +388,7 @@ __device__ __forceinline__ void grouped_mainloop(const ByteWeightShared<C>& smem
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
+__global__ void __launch_bounds__(C::kThreads, 1)
     byte_weight_gemm_kernel(const __grid_constant__ ByteWeightArgs args) {
   extern __shared__ uint8_t dynamic_smem[];
   using Terms = TileTerms<C, typename C::Finish>;

@@ -12,15 +12,12 @@
 
 namespace effllm {
 
-// A CTA's tile is rows() of W by `tokens`; a stage of its ring has `panels` times 64 columns of K.
+// A CTA's tile is kByteWeightRows of W by `tokens`, of which out_tokens at a time are stored; a
+// stage of its ring has `panels` times 64 columns of K, each of which takes it `time` nanoseconds
+// on an H100.
+inline constexpr int kByteWeightRows = 128;
 struct ByteWeightShape {
-  int tokens, row_blocks, panels, stages, ctas_per_sm, out_tokens;
-
-  // Of 64 columns of K, in nanoseconds on an H100: with the multiprocessor to itself, and where all
-  // CTAs of one compute.
-  int lone_time, shared_time;
-
-  constexpr int rows() const { return 128 * row_blocks; }
+  int tokens, panels, stages, out_tokens, time;
 };
 
 // [slices - 1]: clusters of so many CTAs that run on a device at the same time.
@@ -33,7 +30,7 @@ struct ByteWeightPlan {
 
 ByteWeightPlan plan_byte_weight_gemm(int64_t m, int64_t n, int64_t k,
                                      std::span<const ByteWeightShape> shapes,
-                                     std::span<const ByteWeightResidency> residency, int num_sms);
+                                     std::span<const ByteWeightResidency> residency);
 
 // Launch the kernel if it takes these arguments. Not taken: rows of x, W or out that TMA cannot
 // read or write, and few tokens.
