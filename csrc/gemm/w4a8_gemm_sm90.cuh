@@ -18,8 +18,8 @@
 //                                         [ of its groups: scales, zero points, multipliers ]
 //
 //   warp 8            one lane fills the ring: x by TMA, contiguous codes by bulk copies
-//   warp 9            the scales, in float32 and in the order of the accumulators; a byte a row
-//                     of zero points or multipliers
+//   warps 9 to 11     a stage each in turn: the scales, in float32 and in the order of the
+//                     accumulators; a byte a row of zero points or multipliers
 //
 //   warpgroups 0, 1   codes -> registers -> int8 -> wgmma with x, in units of 64 columns: while one
 //                     unit's products are made, the codes of the next are converted
@@ -115,7 +115,8 @@ struct W4A8Gemm {
   static constexpr int kParts = kCols / kPartCols;
   static constexpr int kSets = std::min(kParts, 2);  // of sums on their way
   static constexpr int kThreads = kMathThreads + 128;
-  static constexpr int kProducers = kStageGroups > 0 ? 2 : 1;  // of a stage
+  static constexpr int kProducers = kStageGroups > 0 ? 2 : 1;   // of a stage
+  static constexpr int kScaleWarps = kStageGroups > 0 ? 3 : 0;  // warps left beside the producer
   // A CTA starts with 168 (80) registers per thread; what the producers give up, the others get.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kMathRegisters = kCtasPerSm == 1 ? 232 : 96;
@@ -216,22 +217,30 @@ __device__ __forceinline__ void produce(const W4A8GemmArgs& args, const W4A8Shar
   }
 }
 
-// The scales' warp's share of a piece of work.
+// A scales' warp's share of a piece of work, whose first `wait` stages are the others'. Turns go on
+// from work to work: were a warp further ahead than the ring is long, it could not tell by parity
+// that a stage is empty.
 template <class C>
 __device__ __forceinline__ void produce_scales(const W4A8GemmArgs& args, const W4A8Shared<C>& smem,
                                                const TileSchedule::Work& work,
-                                               Ring<C::kStages>& ring) {
-  W4A8Groups<C> groups(args.params, work);
+                                               Ring<C::kStages>& ring, int& wait) {
+  static_assert(C::kScaleWarps <= C::kStages);
+  W4A8Groups<C> groups(args.params, work, wait);
+  groups.load(0);
 #pragma unroll 1
-  for (int tile = 0; tile < work.num_k_tiles; ++tile, ring.advance()) {
+  for (int stages_left = work.num_k_tiles; stages_left > 0; --stages_left, ring.advance()) {
+    if (--wait >= 0) continue;
+    wait = C::kScaleWarps - 1;
     ptx::mbarrier_wait(&smem.empty[ring.stage], ring.phase ^ 1);
-    uint8_t* scales = smem.scales(ring.stage, 0);
 #pragma unroll 1
-    for (int group = 0; group < C::kStageGroups; ++group, scales += C::kGroupBytes) {
-      groups.store(scales);
+    for (int group = 0; group < C::kStageGroups; ++group) {
+      groups.store(smem.scales(ring.stage, group));
+      const bool is_last = group == C::kStageGroups - 1;
+      __syncwarp();
+      if (is_last && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&smem.full[ring.stage]);
+      // After the arrival: ptxas may move what is loaded, and so wait for it.
+      groups.load(is_last ? (C::kScaleWarps - 1) * C::kStageGroups + 1 : 1);
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&smem.full[ring.stage]);
   }
 }
 
@@ -408,11 +417,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
     const bool is_producer = warp == kMathThreads / 32;
     bool more = args.schedule.get(0, work);
     if (is_producer && more) prefetch_codes<C>(args, work);
+    int wait = warp - kMathThreads / 32 - 1;  // of a scales' warp, in stages
+    if constexpr (C::kStageGroups > 0) {
+      if (wait == 0 && more) W4A8Groups<C>(args.params, work, 0).prefetch();
+    }
     ptx::grid_dependency_wait();
     for (int item = 1; more; ++item) {
       if (is_producer && ptx::elect_one()) produce<C>(args, smem, work, ring);
       if constexpr (C::kStageGroups > 0) {
-        if (warp == kMathThreads / 32 + 1) produce_scales<C>(args, smem, work, ring);
+        if (!is_producer) produce_scales<C>(args, smem, work, ring, wait);
       }
       __syncwarp();
       const bool split = work.split;

@@ -9,6 +9,7 @@
 #include "gemm/tile_schedule.cuh"
 #include "gemm/w4a8_codes.cuh"
 #include "gemm/w4a8_gemm.h"
+#include "ptx/load.cuh"
 
 namespace effllm {
 
@@ -24,8 +25,8 @@ struct W4A8Table {
         stride_n(static_cast<uint32_t>(stride_n)),
         stride_g(static_cast<uint32_t>(stride_g)) {}
 
-  __device__ __forceinline__ T operator()(int row, int group) const {
-    return data[static_cast<uint32_t>(row) * stride_n + static_cast<uint32_t>(group) * stride_g];
+  __device__ __forceinline__ const T* at(int row, int group) const {
+    return data + (static_cast<uint32_t>(row) * stride_n + static_cast<uint32_t>(group) * stride_g);
   }
 };
 
@@ -36,24 +37,51 @@ struct W4A8RowPair {
   int bytes[2];
 };
 
-// Of the scales' warp: what its lanes bring into shared memory of each group, two pairs of rows
-// each. What is needed of the next group is on its way from memory meanwhile.
+// Of one of the scales' warps, which take stages in turn: what its lanes bring into shared memory
+// of each group, two pairs of rows each. The first group of its next stage is on its way from
+// memory meanwhile, kScaleWarps stages ahead; a stage's others mostly lie in the same lines.
 template <class C>
 class W4A8Groups {
  public:
   __device__ __forceinline__ W4A8Groups(const W4A8GemmParams& params,
-                                        const TileSchedule::Work& work)
+                                        const TileSchedule::Work& work, int first_stage)
       : params_(params),
         num_groups_(
             static_cast<int>(C::kMultiplies ? params.multipliers.num_groups : params.num_groups)),
         first_row_(work.row_tile * C::kRows + static_cast<int>(threadIdx.x) % 32 / 8 * 16 +
                    static_cast<int>(threadIdx.x) % 8),
-        group_(work.first_k_tile * C::kStageGroups) {
-    load();
+        group_((work.first_k_tile + first_stage) * C::kStageGroups) {}
+
+  // Into L2.
+  __device__ __forceinline__ void prefetch() const {
+    if (group_ >= num_groups_) return;
+    for_rows([&](int, int, int row) {
+      if constexpr (C::kGrouped) {
+        if (params_.scales_dtype == DType::kFloat32) {
+          ptx::prefetch_l2(scales<uint32_t>().at(row, group_));
+        } else {
+          ptx::prefetch_l2(scales<uint16_t>().at(row, group_));
+        }
+      }
+      if constexpr (C::kHasBytes) ptx::prefetch_l2(bytes().at(row, group_));
+    });
   }
 
-  // The next group's, if there is one: a stage may have columns past K, where x is zero.
-  __device__ __forceinline__ void store(uint8_t* group) {
+  // That so many groups on, if there is one: a stage may have columns past K, where x is zero.
+  __device__ __forceinline__ void load(int groups_on) {
+    group_ += groups_on;
+    const bool exists = group_ < num_groups_;
+    for_rows([&](int i, int half, int row) {
+      next_[i].scale_bits[half] = 0;
+      next_[i].bytes[half] = kInt4PaddingCode;
+      if (!exists) return;
+      if constexpr (C::kGrouped) next_[i].scale_bits[half] = load_scale(row);
+      if constexpr (C::kHasBytes) next_[i].bytes[half] = ptx::load_line(bytes().at(row, group_));
+    });
+  }
+
+  // What was loaded.
+  __device__ __forceinline__ void store(uint8_t* group) const {
     constexpr float kFactor = 1.f / (1 << C::Decode::kShift);  // sums are of 16-fold codes: exact
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -69,11 +97,21 @@ class W4A8Groups {
             static_cast<uint16_t>(C::Decode::pair(next_[i].bytes[0], next_[i].bytes[1]));
       }
     }
-    ++group_;
-    load();
   }
 
  private:
+  // f(strip, half, row). Rows past N are computed on what is there and never stored: any will do.
+  template <class F>
+  __device__ __forceinline__ void for_rows(const F& f) const {
+#pragma unroll
+    for (int i = 0; i < C::kStrips; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        f(i, half, min(first_row_ + i * 64 + half * 8, static_cast<int>(params_.n) - 1));
+      }
+    }
+  }
+
   // device_bits_to_float without branches.
   __device__ __forceinline__ float bits_to_float(uint32_t bits) const {
     const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
@@ -81,38 +119,24 @@ class W4A8Groups {
     return params_.scales_dtype == DType::kFloat16 ? half : __uint_as_float(bits << shift);
   }
 
-  __device__ __forceinline__ uint32_t load_scale(int row) const {
-    const int64_t stride_n = params_.stride_scales_n, stride_g = params_.stride_scales_g;
-    return params_.scales_dtype == DType::kFloat32
-               ? W4A8Table<uint32_t>(params_.scales, stride_n, stride_g)(row, group_)
-               : W4A8Table<uint16_t>(params_.scales, stride_n, stride_g)(row, group_);
+  template <class T>
+  __device__ __forceinline__ W4A8Table<T> scales() const {
+    return {params_.scales, params_.stride_scales_n, params_.stride_scales_g};
   }
 
-  __device__ __forceinline__ int load_byte(int row) const {
+  __device__ __forceinline__ W4A8Table<uint8_t> bytes() const {
     if constexpr (C::kMultiplies) {
       const W4A8Multipliers& from = params_.multipliers;
-      return W4A8Table<uint8_t>(from.data, from.stride_n, from.stride_g)(row, group_);
+      return {from.data, from.stride_n, from.stride_g};
     } else {
-      const int64_t stride_n = params_.stride_zeros_n, stride_g = params_.stride_zeros_g;
-      return W4A8Table<uint8_t>(params_.zeros, stride_n, stride_g)(row, group_);
+      return {params_.zeros, params_.stride_zeros_n, params_.stride_zeros_g};
     }
   }
 
-  __device__ __forceinline__ void load() {
-    const bool exists = group_ < num_groups_;
-#pragma unroll
-    for (int i = 0; i < C::kStrips; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // Rows past N are computed on what is there and never stored: any will do.
-        const int row = min(first_row_ + i * 64 + half * 8, static_cast<int>(params_.n) - 1);
-        next_[i].scale_bits[half] = 0;
-        next_[i].bytes[half] = kInt4PaddingCode;
-        if (!exists) continue;
-        if constexpr (C::kGrouped) next_[i].scale_bits[half] = load_scale(row);
-        if constexpr (C::kHasBytes) next_[i].bytes[half] = load_byte(row);
-      }
-    }
+  __device__ __forceinline__ uint32_t load_scale(int row) const {
+    return params_.scales_dtype == DType::kFloat32
+               ? ptx::load_line(scales<uint32_t>().at(row, group_))
+               : ptx::load_line(scales<uint16_t>().at(row, group_));
   }
 
   const W4A8GemmParams& params_;

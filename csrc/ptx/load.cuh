@@ -30,6 +30,24 @@ __device__ __forceinline__ uint4 load_streaming_16(const void* src_gmem) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// 1, 2 or 4 bytes, whose neighbours are wanted later: L2 fetches the whole 128-byte line. Not moved
+// ahead of what precedes it.
+__device__ __forceinline__ uint32_t load_line(const uint8_t* src_gmem) {
+  uint32_t value;
+  asm volatile("ld.global.L2::128B.u8 %0, [%1];" : "=r"(value) : "l"(src_gmem));
+  return value;
+}
+__device__ __forceinline__ uint32_t load_line(const uint16_t* src_gmem) {
+  uint16_t value;
+  asm volatile("ld.global.L2::128B.u16 %0, [%1];" : "=h"(value) : "l"(src_gmem));
+  return value;
+}
+__device__ __forceinline__ uint32_t load_line(const uint32_t* src_gmem) {
+  uint32_t value;
+  asm volatile("ld.global.L2::128B.u32 %0, [%1];" : "=r"(value) : "l"(src_gmem));
+  return value;
+}
+
 // The line of 128 bytes into L2. Loads see what is written to it later all the same.
 __device__ __forceinline__ void prefetch_l2(const void* src_gmem) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(src_gmem));

@@ -101,7 +101,8 @@ void slice_kernel(const SliceArgs args) {
   if (warp >= kMathThreads / 32) {
     if (warp == kMathThreads / 32 && lane == 0) produce<C>(args.gemm, smem, args.work, ring);
     if constexpr (C::kStageGroups > 0) {
-      if (warp == kMathThreads / 32 + 1) produce_scales<C>(args.gemm, smem, args.work, ring);
+      int wait = warp - kMathThreads / 32 - 1;
+      if (wait >= 0) produce_scales<C>(args.gemm, smem, args.work, ring, wait);
     }
     return;
   }

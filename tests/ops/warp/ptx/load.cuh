@@ -17,6 +17,11 @@ void load_streaming(uint32_t* words, const void* src) {
   std::memcpy(words, src, kWords * 4);
 }
 
+template <class T>
+uint32_t load_line(const T* src) {
+  return *src;
+}
+
 inline void prefetch_l2(const void*) {}
 
 }  // namespace effllm::ptx
