@@ -50,34 +50,26 @@ struct W4A8GemmShape {
   int stage_time;  // of an SsGemmCandidate
 };
 
-// Times are fitted to plans measured for 4 layers of Llamas and 128, 256 and 1024 tokens: of these
-// plans, choices are 0.1 % slower than the best ones, the worst choice 2 %. Times of 16 and 32
-// tokens are not fitted.
-inline constexpr std::array<W4A8GemmShape, 5> kW4A8ChannelShapes{{
-    {{16, 1, 10, 2, 1, 16, false}, 130},
-    {{32, 1, 8, 2, 1, 32, false}, 140},
-    {{64, 1, 6, 2, 1, 32, false}, 270},
+// For up to 64 tokens, a CTA of a deep ring on each multiprocessor was faster than two of half its
+// stages in all measured cells. Times are fitted to the choice between all plans for 4 layers of
+// Llamas: with a scale a row 1 to 256 and 1024 tokens, where choices are 0.1 % slower than the best
+// plans and the worst one 1.5 %; with multipliers of 128 columns, up to 4096 tokens, all are the
+// best. 320 to 360 for 64 tokens choose the same; the other times may differ by far more.
+inline constexpr std::array<W4A8GemmShape, 5> kW4A8Shapes{{
+    {{16, 1, 18, 1, 1, 16, false}, 170},
+    {{32, 1, 15, 1, 1, 32, false}, 250},
+    {{64, 1, 11, 1, 1, 64, false}, 340},
     {{128, 1, 7, 1, 1, 128, false}, 300},
-    {{256, 1, 4, 1, 1, 128, false}, 680},
+    {{256, 1, 4, 1, 1, 128, false}, 660},
 }};
-// For 32 and 64 tokens the best plans of two CTAs a multiprocessor were slower than those of one of
-// twice the stages. Times are fitted as above, for 1 to 4096 tokens: 24 of 28 choices are measured
-// plans, 0.7 % slower than the best ones, the worst choice 6 %.
-inline constexpr std::array<W4A8GemmShape, 5> kW4A8MultiplierShapes{{
-    {{16, 1, 10, 2, 1, 16, false}, 170},
-    {{32, 1, 15, 1, 1, 32, false}, 180},
-    {{64, 1, 11, 1, 1, 64, false}, 350},
-    {{128, 1, 7, 1, 1, 128, false}, 320},
-    {{256, 1, 4, 1, 1, 128, false}, 680},
-}};
-// Registers have the sums of all groups, and of one group those of two parts of the tokens. Times
-// are fitted to the choice between all plans for 7 layers of Llamas, 128 to 4096 tokens and groups
-// of 128 columns: all choices are the fastest plans. They are 0.7 to 0.8 of what stages take;
-// others fit as well, from 500 to 740 for 256 tokens.
+// With scales of groups. Fitted in the same way, to groups of 128 columns and 1 to 256 tokens:
+// choices are 0.2 % slower than the best plans, the worst one 2.9 %. Beyond, those of 128 and 256
+// tokens choose the best plans for 7 layers of Llamas and up to 4096 tokens. Groups of 64 columns
+// are not fitted.
 inline constexpr std::array<W4A8GemmShape, 5> kW4A8GroupShapes{{
-    {{16, 1, 9, 2, 1, 16, false}, 150},
-    {{32, 1, 7, 2, 1, 32, false}, 350},
-    {{64, 1, 12, 1, 1, 64, false}, 400},
+    {{16, 1, 17, 1, 1, 16, false}, 170},
+    {{32, 1, 14, 1, 1, 32, false}, 250},
+    {{64, 1, 12, 1, 1, 64, false}, 310},
     {{128, 1, 7, 1, 1, 128, false}, 460},
     {{256, 1, 4, 1, 1, 128, false}, 620},
 }};
@@ -99,15 +91,8 @@ class W4A8Kernels {
   }
 
  private:
-  static constexpr auto kShapes = [] {
-    if constexpr (kDecoding == W4A8Decoding::kMultipliers) {
-      return kW4A8MultiplierShapes;
-    } else if constexpr (kGroupSteps > 0) {
-      return kW4A8GroupShapes;
-    } else {
-      return kW4A8ChannelShapes;
-    }
-  }();
+  static constexpr bool kGrouped = kGroupSteps > 0 && kDecoding != W4A8Decoding::kMultipliers;
+  static constexpr auto& kShapes = kGrouped ? kW4A8GroupShapes : kW4A8Shapes;
   static constexpr std::make_index_sequence<kShapes.size()> kIndices{};
   using Residency = std::array<SsGemmResidency, kShapes.size()>;
   template <size_t kShape>

@@ -1,14 +1,15 @@
 // int8 x by 4-bit weights on wgmma (sm_90a): weights as the register operand, a persistent kernel
 // with a producer warp.
 //
-// Roofline: for few tokens N * K / 2 bytes of codes, of which a CTA's ring keeps some 64 KB on
-// their way; for many 2 M N K operations of the tensor cores. A stage of 128 rows by 256 tokens
-// takes 1024 clocks of them; shared memory gives wgmma 64 KB of x meanwhile, math warps 16 KB of
-// codes, and takes 40 KB from TMA, at 128 bytes a clock. A warp makes int8 of its 16 x 128 codes in
-// 36 instructions, 68 with zero points, 73 with a multiplier, which is all that it costs: in all a
-// stage takes 130, whatever the number of tokens, and 89 without. A group's scale is applied to its
-// sum, by two instructions for each of a thread's sums: a warp takes 383 instructions for such a
-// stage, and two warps share a scheduler; of 128 tokens 231, for 512 clocks of products.
+// Roofline: for few tokens N * K / 2 bytes of codes, of which a multiprocessor's one ring keeps up
+// to 144 KB on their way, some 90 beside 64 tokens; for many 2 M N K operations of the tensor
+// cores. A stage of 128 rows by 256 tokens takes 1024 clocks of them; shared memory gives wgmma 64
+// KB of x meanwhile, math warps 16 KB of codes, and takes 40 KB from TMA, at 128 bytes a clock. A
+// warp makes int8 of its 16 x 128 codes in 36 instructions, 68 with zero points, 73 with a
+// multiplier, which is all that it costs: in all a stage takes 130, whatever the number of tokens,
+// and 89 without. A group's scale is applied to its sum, by two instructions for each of a thread's
+// sums: a warp takes 383 instructions for such a stage, and two warps share a scheduler; of 128
+// tokens 231, for 512 clocks of products.
 //
 //                 tokens ->
 //   rows of W   [ warpgroup 0 ]     a tile of the output: 2 strips of 64 rows by kCols tokens
@@ -87,11 +88,12 @@ struct W4A8Gemm {
   using Sum = std::conditional_t<kGrouped, float, int32_t>;
   static constexpr int kCols = kShape.cols;
   static constexpr int kStages = kShape.stages;
-  static constexpr int kCtasPerSm = kShape.ctas_per_sm;
+  static constexpr int kCtasPerSm = 1;  // two, with half the ring each, are slower
   static constexpr int kOutCols = kShape.out_cols;
   static constexpr int kRowBlocks = 1, kNeighbours = 1;
   static constexpr bool kTokenRows = false;
-  static_assert(kShape.row_blocks == 1 && kShape.neighbours == 1 && !kShape.token_rows);
+  static_assert(kShape.row_blocks == 1 && kShape.ctas_per_sm == 1 && kShape.neighbours == 1 &&
+                !kShape.token_rows);
   static constexpr int kStrips = kMathGroups;
   static constexpr int kRows = kShape.rows();
   static constexpr int kTileK = 128;
@@ -117,13 +119,12 @@ struct W4A8Gemm {
   static constexpr int kThreads = kMathThreads + 128;
   static constexpr int kProducers = kStageGroups > 0 ? 2 : 1;   // of a stage
   static constexpr int kScaleWarps = kStageGroups > 0 ? 3 : 0;  // warps left beside the producer
-  // A CTA starts with 168 (80) registers per thread; what the producers give up, the others get.
+  // A CTA starts with 168 registers per thread; what the producers give up, the others get.
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kMathRegisters = kCtasPerSm == 1 ? 232 : 96;
+  static constexpr int kMathRegisters = 232;
   static constexpr bool kSplits = kShape.splits();
   static_assert(!kSplits || SliceSums<W4A8Gemm>::kSmemBytes <= kRingBytes);
-  static_assert(kCtasPerSm * (kSmemBytes + sizeof(TileTerms<W4A8Gemm, Finish>) + 2048) <=
-                228 * 1024);
+  static_assert(kSmemBytes + sizeof(TileTerms<W4A8Gemm, Finish>) + 2048 <= 228 * 1024);
 };
 
 struct W4A8GemmArgs {

@@ -48,9 +48,8 @@ void launch_tiles(const W4A8GemmParams& params, int cols, SsGemmPlan plan) {
 
 template <int kGroupSteps>
 void launch_multiplying_tiles(const W4A8GemmParams& params, int cols, SsGemmPlan plan) {
-  constexpr std::make_index_sequence<kW4A8MultiplierShapes.size()> kIndices;
-  launch_tiles<kGroupSteps, W4A8Decoding::kMultipliers, kW4A8MultiplierShapes>(params, cols, plan,
-                                                                               kIndices);
+  constexpr std::make_index_sequence<kW4A8Shapes.size()> kIndices;
+  launch_tiles<kGroupSteps, W4A8Decoding::kMultipliers, kW4A8Shapes>(params, cols, plan, kIndices);
 }
 
 // `cols`: of a tile of the Hopper kernel, on so many CTAs; 0: the other kernel.
@@ -70,7 +69,7 @@ void launch(const W4A8GemmParams& params, int cols, int ctas) {
       launch_multiplying_tiles<4>(params, cols, plan);
     }
   } else if (params.num_groups == 1) {
-    launch_tiles<0, kW4A8ChannelShapes>(params, cols, plan);
+    launch_tiles<0, kW4A8Shapes>(params, cols, plan);
   } else if (params.group_size == 64) {
     launch_tiles<2, kW4A8GroupShapes>(params, cols, plan);
   } else {
@@ -158,11 +157,11 @@ extern "C" void w4a8_slice(const TensorArgument* tensors, int64_t group_size, in
   constexpr auto kZeros = effllm::W4A8Decoding::kZeros;
   constexpr auto kMultipliers = effllm::W4A8Decoding::kMultipliers;
   if (params.multipliers.data != nullptr && params.multipliers.group_size == 64) {
-    effllm::run_slice<2, kMultipliers, effllm::kW4A8MultiplierShapes>(params, work, sums);
+    effllm::run_slice<2, kMultipliers, effllm::kW4A8Shapes>(params, work, sums);
   } else if (params.multipliers.data != nullptr) {
-    effllm::run_slice<4, kMultipliers, effllm::kW4A8MultiplierShapes>(params, work, sums);
+    effllm::run_slice<4, kMultipliers, effllm::kW4A8Shapes>(params, work, sums);
   } else if (params.num_groups == 1) {
-    effllm::run_slice<0, kZeros, effllm::kW4A8ChannelShapes>(params, work, sums);
+    effllm::run_slice<0, kZeros, effllm::kW4A8Shapes>(params, work, sums);
   } else if (group_size == 64) {
     effllm::run_slice<2, kZeros, effllm::kW4A8GroupShapes>(params, work, sums);
   } else {
