@@ -182,7 +182,7 @@ CASES = [
     ),
     Int8GemmCase(65537, 8, 64),
 ]
-BENCH = [Int8GemmCase(m, n, k) for n, k in MODEL_SHAPES for m in (1, 16, 64, 128, 1024, 4096)]
+BENCH = [Int8GemmCase(m, n, k) for n, k in MODEL_SHAPES for m in (1, 16, 64, 128, 256, 1024, 4096)]
 QUANTIZED_BENCH = [
     QuantizedInt8GemmCase(m, n, k) for n, k in MODEL_SHAPES for m in (1, 16, 64, 1024)
 ]
