@@ -9,7 +9,6 @@
 #include "common/math.h"
 #include "cuda/launch.h"
 #include "cuda/per_device.h"
-#include "cuda/tensor_map.h"
 #include "gemm/byte_gemm_direct_sm90.cuh"
 
 namespace effllm {
@@ -23,21 +22,14 @@ void launch_byte_gemm_direct(const char* op, const Fp8GemmParams& params,
   const ByteGemmDirectCut& cut = plan.cut;
   const auto steps = static_cast<int>(ceil_div<int64_t>(params.k, C::kStepK));
   const auto blocks = static_cast<int>(ceil_div<int64_t>(params.n, C::kBlockRows));
-  const int x_rows = ByteGemmDirectCut::x_rows(params.m);
-  const ByteGemmDirectArgs args{
-      params,
-      make_tensor_map(params.weight, DType::kInt8, params.n, params.k, params.stride_weight_n,
-                      {C::kStepK, C::kBlockRows, false}, op),
-      make_tensor_map(params.x, params.dtype, params.m, params.k, params.k,
-                      {64, x_rows, x_rows >= 8}, op),
-      cut,
-      ceil_div(blocks, cut.row_warps),
-      steps / cut.k_parts(),
-      steps % cut.k_parts(),
-      x_rows * kByteGemmDirectPanelBytes,
-      cut.x_bytes(params.m, params.k),
-      cut.inbox_bytes(params.m),
-      plan.prefetch_steps};
+  const ByteGemmDirectArgs args{params,
+                                cut,
+                                ceil_div(blocks, cut.row_warps),
+                                steps / cut.k_parts(),
+                                steps % cut.k_parts(),
+                                cut.x_row_bytes(params.k),
+                                cut.inbox_bytes(params.m),
+                                plan.prefetch_steps};
   const Launch launch{
       op,
       dim3(static_cast<unsigned>(plan.clusters * cut.slices)),

@@ -14,12 +14,9 @@
 //     ...
 //
 // A cluster takes turns, of `row_warps` blocks of 16 rows each. A warp does the same part of K in
-// all of them, in steps of 128 columns: kDepth of them are on their way to its registers, and as
-// many more as L2 should have by then are on their way there, so that memory does not idle while
-// warps wait for x.
-//
-// The columns of x that a CTA needs stay in its shared memory. Cutting K between CTAs makes x fit
-// there, and the time to fetch it short; a warp begins when those of its first step have arrived.
+// all of them, in steps of 128 columns, kDepth of which are on their way to its registers. The
+// columns of x that the CTA needs arrive by one bulk copy per token and stay in its shared memory.
+// Cutting K between CTAs makes x fit there, and the time to fetch it short.
 //
 // A row's 16 bytes from column 16 c on are lane c's, and count as columns 2 c, 2 c + 1, 2 c + 8 and
 // 2 c + 9 of four products: mma only asks that x has the same order, so that a lane reads 16
@@ -33,8 +30,6 @@
 // A launch may start while the kernel ahead of it still runs. It uses the time to bring its first
 // weights into L2, and no further: they could be what the other one writes.
 #pragma once
-
-#include <cuda.h>
 
 #include <cstdint>
 
@@ -66,7 +61,6 @@ struct ByteGemmDirect {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockRows = 16;
   static constexpr int kStepK = kByteGemmDirectStepK;
-  static constexpr int kTileBytes = 8 * kByteGemmDirectPanelBytes;  // of a panel of x
   // Products wait for the one before in their chain; two chains are enough.
   static constexpr int kChains = kTokenTiles == 1 ? 2 : 1;
 
@@ -78,20 +72,18 @@ struct ByteGemmDirect {
 
 struct ByteGemmDirectArgs {
   Fp8GemmParams params;
-  CUtensorMap weight_map, x_map;
   ByteGemmDirectCut cut;
   int groups;                    // of cut.row_warps blocks of 16 rows
   int part_steps, longer_parts;  // the first `longer_parts` parts of K have a step more
-  int x_panel_bytes;             // of 64 columns of x
-  int x_bytes, inbox_bytes;
+  int x_row_bytes, inbox_bytes;
   int prefetch_steps;
 };
 
-// In shared memory x and the sums of two turns follow.
+// What barriers and sums have of shared memory; x follows.
 struct ByteGemmDirectBarriers {
-  uint64_t x_full[kByteGemmDirectWarps][kByteGemmDirectXChunks];  // of the CTA's parts of K
-  uint64_t full[2][kByteGemmDirectWarps];                         // sums of a block are there
-  uint64_t empty[2];  // sums of all blocks of a turn have been read
+  uint64_t x_full;
+  uint64_t full[2][kByteGemmDirectWarps];  // sums of a block are there
+  uint64_t empty[2];                       // sums of all blocks of a turn have been read
 };
 static_assert(sizeof(ByteGemmDirectBarriers) <= kByteGemmDirectBarrierBytes);
 
@@ -127,7 +119,7 @@ struct ByteGemmDirectPlace {
   }
 };
 
-// Loads a warp's steps ahead of their use, turn after turn, and asks for them still earlier.
+// Loads a warp's steps ahead of their use, turn after turn.
 template <class C>
 struct ByteGemmDirectLoader {
   const ByteGemmDirectArgs& args;
@@ -135,34 +127,32 @@ struct ByteGemmDirectLoader {
   const ByteGemmDirectPart part;
   const int turns;
   int turn = 0, steps_left;
-  int asked_turn = 0, steps_to_ask;
   const uint8_t* codes[2];   // this lane's next bytes of its two rows
   const uint8_t* scales[2];  // of its next step
 
   __device__ __forceinline__ ByteGemmDirectLoader(const ByteGemmDirectArgs& args,
                                                   const ByteGemmDirectPlace& place)
-      : args(args),
-        place(place),
-        part(args, place.part),
-        turns(place.turns(args)),
-        steps_to_ask(part.steps()) {}
+      : args(args), place(place), part(args, place.part), turns(place.turns(args)) {}
 
+  // Rows past N are computed on the last one's weights and never stored.
+  __device__ __forceinline__ int64_t row(int turn, int row_of_block) const {
+    return min(place.row(args, turn, place.block) + row_of_block, args.params.n - 1);
+  }
+  __device__ __forceinline__ const uint8_t* step_codes(int64_t row, int step) const {
+    return args.params.weight + row * args.params.stride_weight_n + int64_t{step} * C::kStepK;
+  }
   __device__ __forceinline__ int scale_bytes() const {
     return args.params.w_scales.dtype == DType::kFloat32 ? 4 : 2;
   }
 
-  // The next step's weights into L2.
-  __device__ __forceinline__ void prefetch() {
-    if (steps_to_ask == 0) {
-      if (asked_turn + 1 >= turns) return;
-      ++asked_turn;
-      steps_to_ask = part.steps();
+  // The first steps' weights into L2, 128 bytes of a row by each lane at a time.
+  __device__ __forceinline__ void prefetch() const {
+    const int steps = part.steps();
+    for (int line = threadIdx.x % 32; line < 16 * args.prefetch_steps; line += 32) {
+      const int ahead = line / 16 / steps;
+      if (ahead >= turns) return;
+      ptx::prefetch_l2(step_codes(row(ahead, line % 16), part.begin + line / 16 - ahead * steps));
     }
-    if (ptx::elect_one()) {
-      ptx::tma_prefetch_2d(&args.weight_map, (part.end - steps_to_ask) * C::kStepK,
-                           static_cast<int>(place.row(args, asked_turn, place.block)));
-    }
-    --steps_to_ask;
   }
 
   __device__ __forceinline__ void enter_turn() {
@@ -170,11 +160,8 @@ struct ByteGemmDirectLoader {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Rows past N are computed on the last one's weights and never stored.
-      const int64_t row = place.row(args, turn, place.block) + lane / 4 + 8 * half;
-      const int64_t n = min(row, args.params.n - 1);
-      codes[half] = args.params.weight + n * args.params.stride_weight_n +
-                    int64_t{part.begin} * C::kStepK + lane % 4 * 16;
+      const int64_t n = row(turn, lane / 4 + 8 * half);
+      codes[half] = step_codes(n, part.begin) + lane % 4 * 16;
       if constexpr (C::kGrouped) {
         const Fp8Scales& w_scales = args.params.w_scales;
         scales[half] = static_cast<const uint8_t*>(w_scales.data) +
@@ -184,7 +171,6 @@ struct ByteGemmDirectLoader {
   }
 
   __device__ __forceinline__ void load(typename C::Step& step) {
-    prefetch();
     if (steps_left == 0) {
       if (turn + 1 >= turns) return;
       ++turn;
@@ -222,53 +208,31 @@ struct ByteGemmDirectLoader {
   }
 };
 
-// The chunk of a step's columns of x: chunks of one part have 1, 1, 2, 4, 8, .. steps.
-__device__ __forceinline__ int x_chunk(int step) { return 32 - __clz(step); }
-__device__ __forceinline__ bool begins_x_chunk(int step) { return (step & (step - 1)) == 0; }
-
-// The columns of x of one part of K, zeros past M and K, to `x_smem`. One warp calls it.
-template <class C>
-__device__ __forceinline__ void load_activations(const ByteGemmDirectArgs& args,
-                                                 const ByteGemmDirectPart& part, uint8_t* x_smem,
-                                                 uint64_t (&full)[kByteGemmDirectXChunks]) {
-  if (!ptx::elect_one()) return;
-  const uint64_t policy = ptx::l2_evict_last();
-  for (int step = 0; step < part.steps(); ++step) {
-    uint64_t* barrier = &full[x_chunk(step)];
-    if (begins_x_chunk(step)) {
-      const int chunk_steps = min(max(step, 1), part.steps() - step);
-      ptx::mbarrier_arrive_expect_bytes(barrier, chunk_steps * 2 * args.x_panel_bytes);
-    }
-#pragma unroll
-    for (int panel = 0; panel < 2; ++panel) {
-      ptx::tma_load_2d(x_smem + (2 * step + panel) * args.x_panel_bytes, &args.x_map, barrier,
-                       (part.begin + step) * C::kStepK + 64 * panel, 0, policy);
-    }
+// The CTA's columns of x, zeros past K. Whole warp 0 calls it.
+__device__ __forceinline__ void load_activations(const ByteGemmDirectArgs& args, int first_step,
+                                                 int last_step, uint8_t* x_smem, uint64_t* full) {
+  const int lane = threadIdx.x % 32;
+  const int64_t begin = int64_t{first_step} * kByteGemmDirectStepK;
+  const int64_t end = int64_t{last_step} * kByteGemmDirectStepK;
+  const int bytes = static_cast<int>(min(end, args.params.k) - begin) * 2;
+  const int padding = static_cast<int>(end - begin) * 2 - bytes;
+  const auto tokens = static_cast<int>(args.params.m);
+  if (lane == 0) ptx::mbarrier_arrive_expect_bytes(full, tokens * bytes);
+  __syncwarp();
+  if (lane >= tokens) return;
+  uint8_t* row = x_smem + lane * args.x_row_bytes;
+  ptx::bulk_load(row, static_cast<const uint16_t*>(args.params.x) + lane * args.params.k + begin,
+                 bytes, full, ptx::l2_evict_last());
+  for (int byte = 0; byte < padding; byte += 16) {
+    *reinterpret_cast<uint4*>(row + bytes + byte) = uint4{};
   }
 }
 
-// Where a lane finds its 16 columns of a panel, in two halves. Panels of 8 rows and more are
-// swizzled; of fewer, lanes of tokens past them read what others read.
-struct ByteGemmDirectColumns {
-  const uint8_t* halves[2];
-
-  __device__ __forceinline__ ByteGemmDirectColumns(const ByteGemmDirectArgs& args,
-                                                   const uint8_t* x_smem) {
-    const int lane = threadIdx.x % 32, rows = args.x_panel_bytes / kByteGemmDirectPanelBytes;
-    const int row = lane / 4 & (rows - 1), swizzle = rows < 8 ? 0 : row;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      halves[half] =
-          x_smem + row * kByteGemmDirectPanelBytes + ((lane % 4 * 2 + half) ^ swizzle) * 16;
-    }
-  }
-};
-
-// sums += scale * weights * x over one step, whose columns of x lie `x_offset` from `columns`.
+// sums += scale * weights * x over one step. `x`: this lane's columns, of each tile's token.
 template <class C>
 __device__ __forceinline__ void multiply(const ByteGemmDirectArgs& args,
                                          const typename C::Step& step,
-                                         const ByteGemmDirectColumns& columns, int x_offset,
+                                         const uint8_t* const (&x)[C::kTokenTiles], int x_offset,
                                          float (&sums)[C::kTokenTiles][4]) {
   float partial[C::kTokenTiles][C::kChains][4] = {};
 #pragma unroll
@@ -281,8 +245,7 @@ __device__ __forceinline__ void multiply(const ByteGemmDirectArgs& args,
       uint4 values[C::kTokenTiles];
 #pragma unroll
       for (int tile = 0; tile < C::kTokenTiles; ++tile) {
-        values[tile] = *reinterpret_cast<const uint4*>(
-            columns.halves[pair] + x_offset + i * args.x_panel_bytes + tile * C::kTileBytes);
+        values[tile] = *reinterpret_cast<const uint4*>(x[tile] + x_offset + 128 * i + 16 * pair);
       }
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
@@ -408,27 +371,19 @@ struct ByteGemmDirectExchange {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     byte_gemm_direct_kernel(const __grid_constant__ ByteGemmDirectArgs args) {
-  extern __shared__ __align__(1024) uint8_t smem[];
+  extern __shared__ __align__(128) uint8_t smem[];
   auto* const barriers = reinterpret_cast<ByteGemmDirectBarriers*>(smem);
-  uint8_t* const x_smem = smem + kByteGemmDirectBarrierBytes;
-  uint8_t* const inbox = x_smem + args.x_bytes;
+  uint8_t* const inbox = smem + kByteGemmDirectBarrierBytes;
+  uint8_t* const x_smem = inbox + 2 * args.inbox_bytes;
   const int warp = ptx::uniform_warp_idx(), lane = threadIdx.x % 32;
   const ByteGemmDirectPlace place(args, warp);
   ByteGemmDirectLoader<C> loader(args, place);
-  for (int step = 0; step < args.prefetch_steps; ++step) loader.prefetch();
+  loader.prefetch();
   const int turns = loader.turns;
   const ByteGemmDirectExchange<C> exchange{args, place, barriers, inbox, warp, turns};
-
-  const int k_warps = args.cut.k_warps(), k_warp = place.part - place.rank * k_warps;
-  const int first_step = ByteGemmDirectPart(args, place.rank * k_warps).begin;
-  uint8_t* const x_part = x_smem + (loader.part.begin - first_step) * 2 * args.x_panel_bytes;
-  uint64_t (&x_full)[kByteGemmDirectXChunks] = barriers->x_full[k_warp];
-  const bool loads_activations = place.block == 0;
   if (lane == 0) {
-    if (loads_activations) {
-      for (uint64_t& barrier : x_full) ptx::mbarrier_init(&barrier, 1);
-    }
     if (warp == 0) {
+      ptx::mbarrier_init(&barriers->x_full, 1);
       for (uint64_t& barrier : barriers->empty) ptx::mbarrier_init(&barrier, args.cut.row_warps);
     }
     if (exchange.finishes()) {
@@ -442,24 +397,35 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
 
-  if (loads_activations) load_activations<C>(args, loader.part, x_part, x_full);
+  const int k_warps = args.cut.k_warps();
+  const int first_step = ByteGemmDirectPart(args, place.rank * k_warps).begin;
+  const int last_step = ByteGemmDirectPart(args, (place.rank + 1) * k_warps - 1).end;
+  if (warp == 0) load_activations(args, first_step, last_step, x_smem, &barriers->x_full);
   typename C::Step steps[C::kDepth] = {};
   loader.enter_turn();
 #pragma unroll
   for (auto& step : steps) loader.load(step);
-  const ByteGemmDirectColumns columns(args, x_part);
+
+  // Tokens past M are never stored: any row will do.
+  const uint8_t* x[C::kTokenTiles];
+#pragma unroll
+  for (int tile = 0; tile < C::kTokenTiles; ++tile) {
+    x[tile] = x_smem +
+              min(8 * tile + lane / 4, static_cast<int>(args.params.m) - 1) * args.x_row_bytes +
+              (loader.part.begin - first_step) * 2 * C::kStepK + lane % 4 * 32;
+  }
   __syncthreads();
+  ptx::mbarrier_wait(&barriers->x_full, 0);
 
   float sums[C::kTokenTiles][4] = {};
-  int turn = 0, step = 0, x_offset = 0;
+  int turn = 0, steps_left = loader.part.steps(), x_offset = 0;
   while (turn < turns) {
 #pragma unroll
     for (int i = 0; i < C::kDepth; ++i) {
-      if (turn == 0 && begins_x_chunk(step)) ptx::mbarrier_wait(&x_full[x_chunk(step)], 0);
-      multiply<C>(args, steps[i], columns, x_offset, sums);
+      multiply<C>(args, steps[i], x, x_offset, sums);
       loader.load(steps[i]);
-      x_offset += 2 * args.x_panel_bytes;
-      if (++step < loader.part.steps()) continue;
+      x_offset += 2 * C::kStepK;
+      if (--steps_left > 0) continue;
       exchange.send(turn, sums);
       exchange.finish(turn - 1);
 #pragma unroll
@@ -467,7 +433,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
         for (float& sum : tile) sum = 0.f;
       }
-      step = 0, x_offset = 0;
+      steps_left = loader.part.steps(), x_offset = 0;
       if (++turn == turns) break;
     }
   }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <array>
-#include <bit>
 #include <cstdint>
 #include <optional>
 
@@ -15,11 +14,7 @@ namespace effllm {
 inline constexpr int kByteGemmDirectTokens = 16;  // at most
 inline constexpr int kByteGemmDirectWarps = 16;   // of a CTA
 inline constexpr int kByteGemmDirectStepK = 128;  // columns of a step
-// x lies in panels of 64 columns, [panel][token][column], and arrives in chunks: 1, 1, 2, 4, 8, ..
-// steps of each part of K.
-inline constexpr int kByteGemmDirectPanelBytes = 128;  // of a token
-inline constexpr int kByteGemmDirectXChunks = 8;
-inline constexpr int kByteGemmDirectBarrierBytes = 2048;
+inline constexpr int kByteGemmDirectBarrierBytes = 1024;
 
 // Rows of W go to clusters, `row_warps` blocks of 16 at a time. The K of each is cut between the
 // cluster's `slices` CTAs, and again between the kByteGemmDirectWarps / row_warps warps that a CTA
@@ -32,12 +27,9 @@ struct ByteGemmDirectCut {
   // Blocks of a turn whose sums a CTA receives.
   constexpr int own_blocks() const { return (row_warps + slices - 1) / slices; }
 
-  // Rows of a panel for `tokens` tokens.
-  static constexpr int x_rows(int64_t tokens) {
-    return static_cast<int>(std::bit_ceil(static_cast<uint64_t>(tokens)));
-  }
-  // Of the columns of x that a CTA needs, at most.
-  int x_bytes(int64_t tokens, int64_t k) const;
+  // Of a token's columns of x that a CTA needs, at most: 16 bytes off a multiple of 128, so that 8
+  // tokens' take all banks.
+  int x_row_bytes(int64_t k) const;
   // Of the sums that a CTA receives in one turn.
   constexpr int inbox_bytes(int64_t tokens) const {
     constexpr int kTileBytes = 16 * 8 * 4;
@@ -49,7 +41,7 @@ struct ByteGemmDirectCut {
 struct ByteGemmDirectPlan {
   ByteGemmDirectCut cut;
   int clusters;
-  int prefetch_steps;  // of each warp, that L2 asks memory for ahead of its loads
+  int prefetch_steps;  // of each warp, that it brings into L2 before it may load any
 };
 
 // [slices - 1]: clusters of so many CTAs, one per multiprocessor, that run on a device at the same
