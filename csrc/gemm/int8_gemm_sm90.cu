@@ -52,8 +52,9 @@ struct Int8GemmShape {
 };
 
 // Up to 128 tokens times are those of e4m3, at whose rate int8 is multiplied. The others are fitted
-// to the choice between all plans for 7 layers of Llamas and 128 to 4096 tokens. Clusters of two such
-// tiles of 256 that share their loads are 1 to 9 % slower for 1024 tokens, and no faster for 4096.
+// to the choice between all plans for 7 layers of Llamas and 128 to 4096 tokens. Clusters of two
+// such tiles of 256 that share their loads are 1 to 9 % slower for 1024 tokens, and no faster for
+// 4096.
 constexpr std::array<Int8GemmShape, 6> kShapes{{
     {{16, 1, 5, 2, 1, 16, false}, 117},
     {{32, 1, 5, 2, 1, 32, false}, 120},
