@@ -19,8 +19,8 @@ alignas(1024) thread_local uint4 smem_raw[16 * 1024];
 namespace effllm {
 // What other files compile.
 template void launch_paged_attention<void>(const PagedAttentionArgs&, const AttentionContext&);
-template void launch_paged_extend<float16, float16>(const PagedAttentionArgs&, const AttentionContext&);
-template void launch_paged_extend<bfloat16, bfloat16>(const PagedAttentionArgs&, const AttentionContext&);
+template struct PagedExtend<float16, float16>;
+template struct PagedExtend<bfloat16, bfloat16>;
 template void launch_attn_colsum<float16>(const char*, const AttnColsumArgs&, cudaStream_t);
 template void launch_attn_colsum<bfloat16>(const char*, const AttnColsumArgs&, cudaStream_t);
 }  // namespace effllm

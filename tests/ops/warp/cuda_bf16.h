@@ -1,6 +1,8 @@
 // CUDA's bf16 for a warp on the CPU: storage and conversions, by those of common/dtype.h.
 #pragma once
 
+#include <cmath>
+
 #include "common/dtype.h"
 #include "cuda_runtime.h"
 
@@ -34,4 +36,11 @@ inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
 inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return {__float2bfloat16_rn(__bfloat162float(a.x) * __bfloat162float(b.x)),
           __float2bfloat16_rn(__bfloat162float(a.y) * __bfloat162float(b.y))};
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  const auto fma = [](__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
+    return __float2bfloat16_rn(
+        std::fma(__bfloat162float(x), __bfloat162float(y), __bfloat162float(z)));
+  };
+  return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)};
 }
