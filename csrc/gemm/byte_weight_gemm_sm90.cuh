@@ -19,9 +19,8 @@
 //   warp 8            one lane fills the ring by TMA
 //   warp 9            the scales of groups, in float32 and in the order of the accumulators
 //
-//   warpgroups 0, 1   weights -> registers -> 16-bit floats -> wgmma with x, half a stage at a
-//   time:
-//                     while one half's products are made, the next is converted
+//   warpgroups 0, 1   weights -> registers -> 16-bit floats -> wgmma with x: one half of a stage is
+//                     converted while products of the other are made
 //
 // A register of wgmma's A has two neighbouring columns, the next one those 8 on, so that of each
 // word that a lane loads it uses a half, and its neighbour the other:
@@ -40,7 +39,9 @@
 //   converting  half 1                half 0   half 1
 //
 // The halves are those of the group's columns. 192 tokens leave shared memory no spare time: 192 KB
-// for 1536 clocks of products. Registers have no room for the sums of more.
+// for 1536 clocks of products. Registers have no room for the sums of more. Measured, 1024 tokens
+// and more take 1.3 to 1.5 times as long with groups as without. Neither parts of 128 tokens in one
+// set of sums nor warpgroups a quarter of a stage apart change that by more than 8 %.
 //
 // A launch may start while the kernel ahead of it still runs, and asks L2 for its first weights.
 // They are loaded afterwards all the same, so that it does not matter if the other one writes them.
