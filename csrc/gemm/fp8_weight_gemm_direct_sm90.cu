@@ -1,11 +1,11 @@
-// fp8_weight_gemm for up to 16 tokens on Hopper: the kernels of byte_gemm_direct_sm90.cuh.
-#include "gemm/byte_gemm_direct_launch_sm90.cuh"
+// fp8_weight_gemm for up to 16 tokens on Hopper: the kernels of byte_weight_gemm_direct_sm90.cuh.
+#include "gemm/byte_weight_gemm_direct_launch_sm90.cuh"
 
 namespace effllm {
 
 bool launch_fp8_weight_gemm_direct_sm90(const Fp8GemmParams& params, int device,
                                         cudaStream_t stream) {
-  return launch_byte_gemm_direct<E4M3Dequant>("fp8_weight_gemm", params, device, stream);
+  return launch_byte_weight_gemm_direct<E4M3Dequant>("fp8_weight_gemm", params, device, stream);
 }
 
 }  // namespace effllm

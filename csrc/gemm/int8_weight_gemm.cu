@@ -1,7 +1,7 @@
 #include "common/dispatch.h"
 #include "common/torch.h"
 #include "cuda/launch.h"
-#include "gemm/byte_gemm_direct_sm90.h"
+#include "gemm/byte_weight_gemm_direct_sm90.h"
 #include "gemm/byte_weight_gemm_sm90.h"
 #include "gemm/fp8_gemm_sm80.cuh"
 #include "gemm/int8_weight_gemm.h"

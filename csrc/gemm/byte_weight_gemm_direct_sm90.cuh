@@ -35,7 +35,7 @@
 
 #include "common/math.h"
 #include "cuda/vec.cuh"
-#include "gemm/byte_gemm_direct_sm90.h"
+#include "gemm/byte_weight_gemm_direct_sm90.h"
 #include "gemm/fp8_scale.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/grid.cuh"
@@ -51,16 +51,16 @@ namespace effllm {
 // `Dequant_` is that of dequant.cuh which decodes the weights; `kGrouped`: whether sums of 128
 // columns are scaled one by one.
 template <class T_, template <class> class Dequant_, int kTokenTiles_, bool kGrouped_>
-struct ByteGemmDirect {
+struct ByteWeightDirect {
   using T = T_;
   using Dequant = Dequant_<T>;
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr bool kGrouped = kGrouped_;
   static constexpr int kDepth = 2;
-  static constexpr int kWarps = kByteGemmDirectWarps;
+  static constexpr int kWarps = kByteWeightDirectWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlockRows = 16;
-  static constexpr int kStepK = kByteGemmDirectStepK;
+  static constexpr int kStepK = kByteWeightDirectStepK;
   // Products wait for the one before in their chain; two chains are enough.
   static constexpr int kChains = kTokenTiles == 1 ? 2 : 1;
 
@@ -70,9 +70,9 @@ struct ByteGemmDirect {
   };
 };
 
-struct ByteGemmDirectArgs {
+struct ByteWeightDirectArgs {
   Fp8GemmParams params;
-  ByteGemmDirectCut cut;
+  ByteWeightDirectCut cut;
   int groups;                    // of cut.row_warps blocks of 16 rows
   int part_steps, longer_parts;  // the first `longer_parts` parts of K have a step more
   int x_row_bytes, inbox_bytes;
@@ -80,28 +80,28 @@ struct ByteGemmDirectArgs {
 };
 
 // What barriers and sums have of shared memory; x follows.
-struct ByteGemmDirectBarriers {
+struct ByteWeightDirectBarriers {
   uint64_t x_full;
-  uint64_t full[2][kByteGemmDirectWarps];  // sums of a block are there
-  uint64_t empty[2];                       // sums of all blocks of a turn have been read
+  uint64_t full[2][kByteWeightDirectWarps];  // sums of a block are there
+  uint64_t empty[2];                         // sums of all blocks of a turn have been read
 };
-static_assert(sizeof(ByteGemmDirectBarriers) <= kByteGemmDirectBarrierBytes);
+static_assert(sizeof(ByteWeightDirectBarriers) <= kByteWeightDirectBarrierBytes);
 
 // Steps of K [begin, end) of one of the parts.
-struct ByteGemmDirectPart {
+struct ByteWeightDirectPart {
   int begin, end;
 
-  __device__ __forceinline__ ByteGemmDirectPart(const ByteGemmDirectArgs& args, int part)
+  __device__ __forceinline__ ByteWeightDirectPart(const ByteWeightDirectArgs& args, int part)
       : begin(part * args.part_steps + min(part, args.longer_parts)),
         end(begin + args.part_steps + (part < args.longer_parts ? 1 : 0)) {}
   __device__ __forceinline__ int steps() const { return end - begin; }
 };
 
 // Where a warp is: its cluster, its block of rows in a turn and its part of K.
-struct ByteGemmDirectPlace {
+struct ByteWeightDirectPlace {
   int cluster, num_clusters, rank, block, part;
 
-  __device__ __forceinline__ ByteGemmDirectPlace(const ByteGemmDirectArgs& args, int warp) {
+  __device__ __forceinline__ ByteWeightDirectPlace(const ByteWeightDirectArgs& args, int warp) {
     const int k_warps = args.cut.k_warps();
     cluster = static_cast<int>(blockIdx.x) / args.cut.slices;
     num_clusters = static_cast<int>(gridDim.x) / args.cut.slices;
@@ -109,11 +109,11 @@ struct ByteGemmDirectPlace {
     block = warp / k_warps;
     part = rank * k_warps + warp - block * k_warps;
   }
-  __device__ __forceinline__ int turns(const ByteGemmDirectArgs& args) const {
+  __device__ __forceinline__ int turns(const ByteWeightDirectArgs& args) const {
     return ceil_div(args.groups - cluster, num_clusters);
   }
   // The first row of a block of a turn.
-  __device__ __forceinline__ int64_t row(const ByteGemmDirectArgs& args, int turn,
+  __device__ __forceinline__ int64_t row(const ByteWeightDirectArgs& args, int turn,
                                          int block) const {
     return (int64_t{cluster + turn * num_clusters} * args.cut.row_warps + block) * 16;
   }
@@ -121,17 +121,17 @@ struct ByteGemmDirectPlace {
 
 // Loads a warp's steps ahead of their use, turn after turn.
 template <class C>
-struct ByteGemmDirectLoader {
-  const ByteGemmDirectArgs& args;
-  const ByteGemmDirectPlace place;
-  const ByteGemmDirectPart part;
+struct ByteWeightDirectLoader {
+  const ByteWeightDirectArgs& args;
+  const ByteWeightDirectPlace place;
+  const ByteWeightDirectPart part;
   const int turns;
   int turn = 0, steps_left;
   const uint8_t* codes[2];   // this lane's next bytes of its two rows
   const uint8_t* scales[2];  // of its next step
 
-  __device__ __forceinline__ ByteGemmDirectLoader(const ByteGemmDirectArgs& args,
-                                                  const ByteGemmDirectPlace& place)
+  __device__ __forceinline__ ByteWeightDirectLoader(const ByteWeightDirectArgs& args,
+                                                    const ByteWeightDirectPlace& place)
       : args(args), place(place), part(args, place.part), turns(place.turns(args)) {}
 
   // Rows past N are computed on the last one's weights and never stored.
@@ -209,11 +209,11 @@ struct ByteGemmDirectLoader {
 };
 
 // The CTA's columns of x, zeros past K. Whole warp 0 calls it.
-__device__ __forceinline__ void load_activations(const ByteGemmDirectArgs& args, int first_step,
+__device__ __forceinline__ void load_activations(const ByteWeightDirectArgs& args, int first_step,
                                                  int last_step, uint8_t* x_smem, uint64_t* full) {
   const int lane = threadIdx.x % 32;
-  const int64_t begin = int64_t{first_step} * kByteGemmDirectStepK;
-  const int64_t end = int64_t{last_step} * kByteGemmDirectStepK;
+  const int64_t begin = int64_t{first_step} * kByteWeightDirectStepK;
+  const int64_t end = int64_t{last_step} * kByteWeightDirectStepK;
   const int bytes = static_cast<int>(min(end, args.params.k) - begin) * 2;
   const int padding = static_cast<int>(end - begin) * 2 - bytes;
   const auto tokens = static_cast<int>(args.params.m);
@@ -230,7 +230,7 @@ __device__ __forceinline__ void load_activations(const ByteGemmDirectArgs& args,
 
 // sums += scale * weights * x over one step. `x`: this lane's columns, of each tile's token.
 template <class C>
-__device__ __forceinline__ void multiply(const ByteGemmDirectArgs& args,
+__device__ __forceinline__ void multiply(const ByteWeightDirectArgs& args,
                                          const typename C::Step& step,
                                          const uint8_t* const (&x)[C::kTokenTiles], int x_offset,
                                          float (&sums)[C::kTokenTiles][4]) {
@@ -285,10 +285,10 @@ __device__ __forceinline__ void multiply(const ByteGemmDirectArgs& args,
 
 // Brings the sums of a block's parts together: [turn % 2][own block][part][token tile][lane].
 template <class C>
-struct ByteGemmDirectExchange {
-  const ByteGemmDirectArgs& args;
-  const ByteGemmDirectPlace& place;
-  ByteGemmDirectBarriers* barriers;
+struct ByteWeightDirectExchange {
+  const ByteWeightDirectArgs& args;
+  const ByteWeightDirectPlace& place;
+  ByteWeightDirectBarriers* barriers;
   uint8_t* inbox;
   int warp, turns;
 
@@ -370,17 +370,17 @@ struct ByteGemmDirectExchange {
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    byte_gemm_direct_kernel(const __grid_constant__ ByteGemmDirectArgs args) {
+    byte_weight_gemm_direct_kernel(const __grid_constant__ ByteWeightDirectArgs args) {
   extern __shared__ __align__(128) uint8_t smem[];
-  auto* const barriers = reinterpret_cast<ByteGemmDirectBarriers*>(smem);
-  uint8_t* const inbox = smem + kByteGemmDirectBarrierBytes;
+  auto* const barriers = reinterpret_cast<ByteWeightDirectBarriers*>(smem);
+  uint8_t* const inbox = smem + kByteWeightDirectBarrierBytes;
   uint8_t* const x_smem = inbox + 2 * args.inbox_bytes;
   const int warp = ptx::uniform_warp_idx(), lane = threadIdx.x % 32;
-  const ByteGemmDirectPlace place(args, warp);
-  ByteGemmDirectLoader<C> loader(args, place);
+  const ByteWeightDirectPlace place(args, warp);
+  ByteWeightDirectLoader<C> loader(args, place);
   loader.prefetch();
   const int turns = loader.turns;
-  const ByteGemmDirectExchange<C> exchange{args, place, barriers, inbox, warp, turns};
+  const ByteWeightDirectExchange<C> exchange{args, place, barriers, inbox, warp, turns};
   if (lane == 0) {
     if (warp == 0) {
       ptx::mbarrier_init(&barriers->x_full, 1);
@@ -398,8 +398,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::grid_launch_dependents();
 
   const int k_warps = args.cut.k_warps();
-  const int first_step = ByteGemmDirectPart(args, place.rank * k_warps).begin;
-  const int last_step = ByteGemmDirectPart(args, (place.rank + 1) * k_warps - 1).end;
+  const int first_step = ByteWeightDirectPart(args, place.rank * k_warps).begin;
+  const int last_step = ByteWeightDirectPart(args, (place.rank + 1) * k_warps - 1).end;
   if (warp == 0) load_activations(args, first_step, last_step, x_smem, &barriers->x_full);
   typename C::Step steps[C::kDepth] = {};
   loader.enter_turn();

@@ -1,4 +1,4 @@
-// Launches of byte_gemm_direct_sm90.cuh, over how an op's weights are decoded.
+// Launches of byte_weight_gemm_direct_sm90.cuh, over how an op's weights are decoded.
 #pragma once
 
 #include <algorithm>
@@ -9,27 +9,27 @@
 #include "common/math.h"
 #include "cuda/launch.h"
 #include "cuda/per_device.h"
-#include "gemm/byte_gemm_direct_sm90.cuh"
+#include "gemm/byte_weight_gemm_direct_sm90.cuh"
 
 namespace effllm {
 
 template <class C>
-void launch_byte_gemm_direct(const char* op, const Fp8GemmParams& params,
-                             const ByteGemmDirectPlan& plan, cudaStream_t stream) {
+void launch_byte_weight_gemm_direct(const char* op, const Fp8GemmParams& params,
+                                    const ByteWeightDirectPlan& plan, cudaStream_t stream) {
   // More than half of a multiprocessor's: of two launches at the same time, each has one CTA on
   // every multiprocessor or waits. Two CTAs of one launch on some would make the others idle.
   constexpr int64_t kMinSmemBytes = 116 * 1024;
-  const ByteGemmDirectCut& cut = plan.cut;
+  const ByteWeightDirectCut& cut = plan.cut;
   const auto steps = static_cast<int>(ceil_div<int64_t>(params.k, C::kStepK));
   const auto blocks = static_cast<int>(ceil_div<int64_t>(params.n, C::kBlockRows));
-  const ByteGemmDirectArgs args{params,
-                                cut,
-                                ceil_div(blocks, cut.row_warps),
-                                steps / cut.k_parts(),
-                                steps % cut.k_parts(),
-                                cut.x_row_bytes(params.k),
-                                cut.inbox_bytes(params.m),
-                                plan.prefetch_steps};
+  const ByteWeightDirectArgs args{params,
+                                  cut,
+                                  ceil_div(blocks, cut.row_warps),
+                                  steps / cut.k_parts(),
+                                  steps % cut.k_parts(),
+                                  cut.x_row_bytes(params.k),
+                                  cut.inbox_bytes(params.m),
+                                  plan.prefetch_steps};
   const Launch launch{
       op,
       dim3(static_cast<unsigned>(plan.clusters * cut.slices)),
@@ -38,38 +38,38 @@ void launch_byte_gemm_direct(const char* op, const Fp8GemmParams& params,
       stream,
       cut.slices,
       true};
-  launch(byte_gemm_direct_kernel<C>, args);
+  launch(byte_weight_gemm_direct_kernel<C>, args);
 }
 
 // Of the current device. Registers and threads are those of any of the kernels, and shared memory
 // is more than half of a multiprocessor's.
 template <class C>
-ByteGemmDirectResidency byte_gemm_direct_residency(const char* op) {
+ByteWeightDirectResidency byte_weight_gemm_direct_residency(const char* op) {
   constexpr int kSmemBytes = 200 * 1024;
-  ByteGemmDirectResidency clusters;
+  ByteWeightDirectResidency clusters;
   for (int slices = 1; slices <= kMaxClusterCtas; ++slices) {
-    clusters[static_cast<size_t>(slices - 1)] =
-        max_resident_clusters(op, byte_gemm_direct_kernel<C>, C::kThreads, kSmemBytes, slices);
+    clusters[static_cast<size_t>(slices - 1)] = max_resident_clusters(
+        op, byte_weight_gemm_direct_kernel<C>, C::kThreads, kSmemBytes, slices);
   }
   return clusters;
 }
 
 // Launches the kernel for these arguments if there is one.
 template <template <class> class Dequant>
-bool launch_byte_gemm_direct(const char* op, const Fp8GemmParams& params, int device,
-                             cudaStream_t stream) {
-  if (!takes_byte_gemm_direct(params)) return false;
-  static PerDevice<ByteGemmDirectResidency> known;
-  const ByteGemmDirectResidency residency = known.get(device, [op] {
-    return byte_gemm_direct_residency<ByteGemmDirect<bfloat16, Dequant, 2, true>>(op);
+bool launch_byte_weight_gemm_direct(const char* op, const Fp8GemmParams& params, int device,
+                                    cudaStream_t stream) {
+  if (!takes_byte_weight_gemm_direct(params)) return false;
+  static PerDevice<ByteWeightDirectResidency> known;
+  const ByteWeightDirectResidency residency = known.get(device, [op] {
+    return byte_weight_gemm_direct_residency<ByteWeightDirect<bfloat16, Dequant, 2, true>>(op);
   });
-  const auto plan = plan_byte_gemm_direct(params.m, params.n, params.k, residency);
+  const auto plan = plan_byte_weight_gemm_direct(params.m, params.n, params.k, residency);
   if (!plan) return false;
   dispatch_16bit(params.dtype, [&](auto element) {
     using T = decltype(element);
     const auto launch = [&](auto tiles, auto grouped) {
-      launch_byte_gemm_direct<ByteGemmDirect<T, Dequant, tiles, grouped>>(op, params, *plan,
-                                                                          stream);
+      launch_byte_weight_gemm_direct<ByteWeightDirect<T, Dequant, tiles, grouped>>(op, params,
+                                                                                   *plan, stream);
     };
     constexpr std::integral_constant<int, 1> kOneTile;
     constexpr std::integral_constant<int, 2> kTwoTiles;
