@@ -91,10 +91,9 @@ inline unsigned turns_of_warp;  // of the current run
 inline unsigned lane_after(unsigned lane) {
   static uint32_t random = 1;
   if (turns_of_warp == 0) return (lane + 1) % lanes.size();
-  random = random * 1664525u + 1013904223u;
-  if ((random >> 16) % turns_of_warp == 0 || lanes[lane].done) {
-    return (random >> 8) % lanes.size();
-  }
+  const auto draw = [] { return (random = random * 1664525u + 1013904223u) >> 8; };
+  // Of one number for both, some lanes would never be drawn.
+  if ((draw() >> 8) % turns_of_warp == 0 || lanes[lane].done) return draw() % lanes.size();
   return lane / kLanes * kLanes + (lane + 1) % kLanes;
 }
 
