@@ -13,6 +13,7 @@ from ...ops.int8_weight_gemm import dequantize_groups, int8_weight_gemm_ref
 from ..case import Args, Kwargs
 from ..hostile import normal
 from . import fp8_weight_gemm as fp8
+from .int8_gemm import random_int8
 
 
 def group_scales(n: int, k: int, per: str, dtype: torch.dtype, seed: int) -> Tensor:
@@ -30,9 +31,7 @@ class Int8WeightGemmCase(fp8.Fp8WeightGemmCase):
 
     def make(self, device: str | torch.device, seed: int = 0) -> tuple[Args, Kwargs]:
         x = normal(self.m, self.k, dtype=self.dtype, seed=seed)
-        generator = torch.Generator().manual_seed(seed + 1)
-        shape = (self.n, self.k)
-        weight = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+        weight = random_int8(self.n, self.k, seed + 1, device)
         w_scales = group_scales(self.n, self.k, self.per, self.scales_dtype, seed + 2)
         bias = normal(self.n, dtype=self.dtype, seed=seed + 3) if self.bias else None
         tensors = (x, weight, w_scales, bias)
