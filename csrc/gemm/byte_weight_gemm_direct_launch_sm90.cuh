@@ -76,7 +76,7 @@ bool launch_byte_weight_gemm_direct(const char* op, const Fp8GemmParams& params,
     if (params.m <= 8) {
       params.grouped() ? launch(kOneTile, std::true_type()) : launch(kOneTile, std::false_type());
     } else {
-      params.grouped() ? launch(kTwoTiles, std::true_type()) : launch(kTwoTiles, std::false_type());
+      launch(kTwoTiles, std::true_type());
     }
   });
   return true;

@@ -59,9 +59,9 @@ bool takes_byte_weight_gemm_direct(const Fp8GemmParams& params) {
   const auto is_aligned = [](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   };
-  return params.m > 0 && params.m <= kByteWeightDirectTokens && params.k > 0 &&
-         params.k % 16 == 0 && params.stride_weight_n % 16 == 0 && is_aligned(params.x) &&
-         is_aligned(params.weight);
+  return params.m > 0 && params.m <= max_byte_weight_direct_tokens(params.grouped()) &&
+         params.k > 0 && params.k % 16 == 0 && params.stride_weight_n % 16 == 0 &&
+         is_aligned(params.x) && is_aligned(params.weight);
 }
 
 std::optional<ByteWeightDirectPlan> plan_byte_weight_gemm_direct(

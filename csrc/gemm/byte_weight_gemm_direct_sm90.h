@@ -11,7 +11,9 @@
 
 namespace effllm {
 
-inline constexpr int kByteWeightDirectTokens = 16;  // at most
+// At most. Without groups, tiles of byte_weight_gemm_sm90.cuh multiply more than 8 quicker.
+constexpr int max_byte_weight_direct_tokens(bool grouped) { return grouped ? 16 : 8; }
+
 inline constexpr int kByteWeightDirectWarps = 16;   // of a CTA
 inline constexpr int kByteWeightDirectStepK = 128;  // columns of a step
 inline constexpr int kByteWeightDirectBarrierBytes = 1024;

@@ -17,7 +17,8 @@
 
 namespace effllm {
 
-inline constexpr std::array<ByteWeightShape, 4> kByteWeightChannelShapes{{
+inline constexpr std::array<ByteWeightShape, 5> kByteWeightChannelShapes{{
+    {16, 2, 10, 16, 230},
     {32, 2, 8, 32, 230},
     {64, 2, 6, 64, 270},
     {128, 2, 4, 128, 375},

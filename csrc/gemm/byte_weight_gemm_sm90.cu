@@ -11,7 +11,7 @@ namespace effllm {
 namespace {
 
 bool is_taken(const Fp8GemmParams& params) {
-  constexpr int kMinTokens = 17;      // fewer are not what its tiles were made for
+  constexpr int kMinTokens = 9;       // fewer are not what its tiles were made for
   constexpr int64_t kAlignment = 16;  // bytes
   const auto is_aligned = [](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % kAlignment == 0;
