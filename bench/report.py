@@ -156,7 +156,7 @@ def table(rows: list[Row], peers: dict[str, list[Row]] | None = None) -> str:
 
 
 def plot(rows: list[Row], path: Path, peers: dict[str, list[Row]] | None = None) -> None:
-    """Bars of the speed-up over the baseline, one per row, with the best peer's as a mark.
+    """The speed-up over the baseline: of matmuls by tokens, of anything else a bar per row.
 
     Raises:
         ImportError: without matplotlib, the [plot] extra.
@@ -166,6 +166,64 @@ def plot(rows: list[Row], path: Path, peers: dict[str, list[Row]] | None = None)
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'effllm[plot]'") from error
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    are_matmuls = all({"N", "K", "M"} <= set(row["case"]) for row in rows)
+    figure = plot_matmuls(rows, peers) if are_matmuls else plot_bars(rows, peers)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def plot_matmuls(rows: list[Row], peers: dict[str, list[Row]] | None) -> Any:
+    """A panel for each op and way to scale: lines of layers over tokens, dotted the best peers'."""
+    from matplotlib import colormaps, lines, pyplot
+
+    panels: dict[str, dict[str, list[Row]]] = {}
+    colors: dict[str, Any] = {}
+    for row in sorted(rows, key=lambda row: row["case"]["M"]):
+        details = [str(v) for key, v in row["case"].items() if key not in ("N", "K", "M")]
+        layer = f"{row['case']['N']} x {row['case']['K']}"
+        panels.setdefault(", ".join([row["op"], *details]), {}).setdefault(layer, []).append(row)
+        colors.setdefault(layer, colormaps["tab20"](len(colors)))
+
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    height = -(-len(panels) // columns)
+    size = (1.5 + 4.2 * columns, 0.8 + 3.2 * height)
+    figure, grid = pyplot.subplots(
+        height, columns, figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    handles = [lines.Line2D([], [], color=color, label=layer) for layer, color in colors.items()]
+    has_peers = False
+    for axes, (title, layers) in zip(grid.flat, panels.items(), strict=False):
+        for layer, of_layer in layers.items():
+            ours = [(row["case"]["M"], row["ratio"]) for row in of_layer]
+            axes.plot(*zip(*ours, strict=True), ".-", c=colors[layer], lw=1)
+            theirs = [
+                (row["case"]["M"], row["ratio"] / peer.speedup)
+                for row in of_layer
+                if peers and (peer := best_peer(row, peers))
+            ]
+            if theirs:
+                has_peers = True
+                axes.plot(*zip(*theirs, strict=True), ":", c=colors[layer], lw=1)
+        axes.axhline(1, color="grey", lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("tokens")
+        axes.grid(lw=0.3)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("times as fast as the baseline")
+    if has_peers:
+        handles.append(lines.Line2D([], [], color="black", ls=":", label="best peer"))
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def plot_bars(rows: list[Row], peers: dict[str, list[Row]] | None) -> Any:
+    """A bar per row, with the best peer's speed-up as a mark."""
     from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.26 * len(rows)), layout="constrained")
@@ -190,8 +248,7 @@ def plot(rows: list[Row], path: Path, peers: dict[str, list[Row]] | None = None)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # no margins, the first row on top
     axes.set_xlabel("times as fast as the baseline")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:

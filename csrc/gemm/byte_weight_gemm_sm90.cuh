@@ -41,9 +41,9 @@
 // The halves are those of the group's columns. 192 tokens leave shared memory no spare time: 192 KB
 // for 1536 clocks of products. Registers have no room for the sums of more. Measured, 1024 tokens
 // and more take 1.3 to 1.5 times as long with groups as without. Neither parts of 128 tokens in one
-// set of sums nor warpgroups a quarter of a stage apart change that by more than 8 %, and scales
-// multiplied into the weights, which are then rounded, neither: 5 % faster on average for 1024
-// tokens, 5 to 10 % slower for 32.
+// set of sums nor warpgroups a quarter of a stage apart change that by more than 8 %. Scales
+// multiplied into the weights, which are then rounded, were 3 to 10 % faster for 1024 tokens and 6
+// to 11 % slower for 32.
 //
 // A launch may start while the kernel ahead of it still runs, and asks L2 for its first weights.
 // They are loaded afterwards all the same, so that it does not matter if the other one writes them.
