@@ -2,11 +2,13 @@
 #include "gemm/int8_gemm.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "common/dispatch.h"
 #include "common/math.h"
 #include "common/torch.h"
+#include "gemm/int8_gemm_amx.h"
 #include "gemm/int8_gemm_cpu.h"
 
 namespace effllm {
@@ -37,70 +39,150 @@ struct Int8Tokens {
   std::vector<int32_t> sums;
 };
 
-// What int8_gemm.h makes of an exact sum.
+// Tokens in the panels of int8_gemm_amx.h.
+struct Int8Panels {
+  struct alignas(64) Fours {  // of columns, of a panel's tokens
+    int8_t columns[kInt8AmxTokens][4];
+  };
+  static constexpr int kTileFours = kInt8AmxTileK / 4;
+
+  explicit Int8Panels(const Int8GemmParams& params)
+      : count(ceil_div<int64_t>(params.m, kInt8AmxTokens)),
+        fours_per_panel(ceil_div<int64_t>(params.k, kInt8AmxTileK) * kTileFours),
+        fours(fours_per_panel * count) {
+    TorchThreads().for_each(count, 1, [&](int64_t panel) {
+      const int64_t first = panel * kInt8AmxTokens;
+      const auto* x = static_cast<const int8_t*>(params.x) + first * params.k;
+      const int64_t tokens = std::min<int64_t>(params.m - first, kInt8AmxTokens);
+      Fours* const to = fours.data() + panel * fours_per_panel;
+      for (int64_t k = 0; k < params.k; k += 4) {
+        const auto columns = static_cast<size_t>(std::min<int64_t>(params.k - k, 4));
+        for (int64_t token = 0; token < tokens; ++token) {
+          std::memcpy(to[k / 4].columns[token], x + token * params.k + k, columns);
+        }
+      }
+    });
+  }
+
+  const int8_t* panel(int64_t index) const {
+    return fours.data()[index * fours_per_panel].columns[0];
+  }
+
+  int64_t count, fours_per_panel;
+  std::vector<Fours> fours;
+};
+
+// What int8_gemm.h makes of the exact sums [tokens, rows] of a block of W's rows.
+template <int kMaxRows, class Out>
 class Int8Finish {
  public:
-  explicit Int8Finish(const Int8GemmParams& params) : params_(params) {}
-
-  float operator()(int64_t m, int64_t n, int32_t sum) const {
-    if (params_.x_zeros.data != nullptr) {
-      // Without overflow, if w_sums are what they should be.
-      const auto zero = static_cast<uint32_t>(
-          static_cast<const int8_t*>(params_.x_zeros.data)[m * params_.x_zeros.stride]);
-      const auto w_sum = static_cast<uint32_t>(
-          static_cast<const int32_t*>(params_.w_sums.data)[n * params_.w_sums.stride]);
-      sum = static_cast<int32_t>(static_cast<uint32_t>(sum) - zero * w_sum);
+  Int8Finish(const Int8GemmParams& params, int64_t first_row)
+      : params_(params),
+        first_row_(first_row),
+        num_rows_(std::min<int64_t>(params.n - first_row, kMaxRows)) {
+    for (int64_t row = 0; row < num_rows_; ++row) {
+      const int64_t n = first_row + row;
+      scales_[row] = load_int8_scale(params.w_scales, n);
+      if (params.bias != nullptr) {
+        biases_[row] = load_float(params.bias, params.bias_dtype, n * params.stride_bias);
+      }
+      if (params.x_zeros.data != nullptr) {
+        w_sums_[row] = static_cast<uint32_t>(
+            static_cast<const int32_t*>(params.w_sums.data)[n * params.w_sums.stride]);
+      }
     }
-    const float scale = load_int8_scale(params_.w_scales, n) * load_int8_scale(params_.x_scales, m);
-    const float bias = params_.bias == nullptr
-                           ? 0.0f
-                           : load_float(params_.bias, params_.bias_dtype, n * params_.stride_bias);
-    return static_cast<float>(sum) * scale + bias;
+  }
+
+  void operator()(int64_t first_token, int64_t num_tokens, const int32_t* sums) const {
+    for (int64_t m = first_token; m < first_token + num_tokens; ++m, sums += kMaxRows) {
+      const float x_scale = load_int8_scale(params_.x_scales, m);
+      const auto zero = params_.x_zeros.data == nullptr
+                            ? 0u
+                            : static_cast<uint32_t>(static_cast<const int8_t*>(
+                                  params_.x_zeros.data)[m * params_.x_zeros.stride]);
+      Out* const out = static_cast<Out*>(params_.out) + m * params_.n + first_row_;
+      for (int64_t row = 0; row < num_rows_; ++row) {
+        // Without overflow, if w_sums are what they should be.
+        const auto sum =
+            static_cast<int32_t>(static_cast<uint32_t>(sums[row]) - zero * w_sums_[row]);
+        const float scaled = static_cast<float>(sum) * (scales_[row] * x_scale);
+        out[row] = from_float<Out>(scaled + biases_[row]);
+      }
+    }
   }
 
  private:
   const Int8GemmParams& params_;
+  const int64_t first_row_, num_rows_;
+  float scales_[kMaxRows], biases_[kMaxRows] = {};
+  uint32_t w_sums_[kMaxRows] = {};
 };
+
+// multiply(first row) for each block of so many rows of W. Threads pay off from some hundred
+// thousand products each.
+template <class F>
+void for_each_block(const Int8GemmParams& params, int rows, const F& multiply) {
+  const int64_t block_products = rows * (params.k + 1) * std::min<int64_t>(params.m + 1, 48);
+  const int64_t grain = ceil_div<int64_t>(int64_t{1} << 17, block_products);
+  TorchThreads().for_each(ceil_div<int64_t>(params.n, rows), grain,
+                          [&](int64_t block) { multiply(block * rows); });
+}
+
+template <class Out>
+void multiply_int8_vectors(const Int8GemmParams& params) {
+  const Int8BlockKernel kernel = select_int8_block_kernel();
+  const Int8Tokens x(params);
+  for_each_block(params, kInt8CpuRows, [&](int64_t first_row) {
+    const Int8Finish<kInt8CpuRows, Out> finish(params, first_row);
+    int32_t sums[kInt8CpuMaxTokens * kInt8CpuRows];
+    for (int64_t token = 0; token < params.m; token += kInt8CpuMaxTokens) {
+      const int64_t num_tokens = std::min<int64_t>(params.m - token, kInt8CpuMaxTokens);
+      kernel({
+          .weight = params.weight + first_row * params.stride_weight_n,
+          .stride_weight = params.stride_weight_n,
+          .num_rows = static_cast<int>(std::min<int64_t>(params.n - first_row, kInt8CpuRows)),
+          .k = params.k,
+          .x = reinterpret_cast<const int8_t*>(x.lines.data() + token * x.lines_per_token),
+          .stride_x = x.lines_per_token * kInt8CpuTileK,
+          .x_sums = x.sums.data() + token,
+          .num_tokens = static_cast<int>(num_tokens),
+          .sums = sums,
+      });
+      finish(token, num_tokens, sums);
+    }
+  });
+}
+
+template <class Out>
+void multiply_int8_panels(const Int8GemmParams& params) {
+  const Int8Panels x(params);
+  for_each_block(params, kInt8AmxRows, [&](int64_t first_row) {
+    const Int8Finish<kInt8AmxRows, Out> finish(params, first_row);
+    int32_t sums[kInt8AmxPanels * kInt8AmxTokens * kInt8AmxRows];
+    for (int64_t panel = 0; panel < x.count; panel += kInt8AmxPanels) {
+      const int64_t token = panel * kInt8AmxTokens;
+      int8_block_amx({
+          .weight = params.weight + first_row * params.stride_weight_n,
+          .stride_weight = params.stride_weight_n,
+          .num_rows = static_cast<int>(std::min<int64_t>(params.n - first_row, kInt8AmxRows)),
+          .k = params.k,
+          .x = x.panel(panel),
+          .num_panels = static_cast<int>(std::min<int64_t>(x.count - panel, kInt8AmxPanels)),
+          .sums = sums,
+      });
+      finish(token, std::min<int64_t>(params.m - token, kInt8AmxPanels * kInt8AmxTokens), sums);
+    }
+  });
+}
 
 template <class Out>
 void multiply_int8(const Int8GemmParams& params) {
-  const Int8BlockKernel kernel = select_int8_block_kernel();
-  const Int8Tokens x(params);
-  const Int8Finish finish(params);
-  const auto multiply = [&](int64_t first_row, int64_t first_token) {
-    int32_t sums[kInt8CpuMaxTokens * kInt8CpuRows];
-    const int64_t num_rows = std::min<int64_t>(params.n - first_row, kInt8CpuRows);
-    const int64_t num_tokens = std::min<int64_t>(params.m - first_token, kInt8CpuMaxTokens);
-    kernel({
-        .weight = params.weight + first_row * params.stride_weight_n,
-        .stride_weight = params.stride_weight_n,
-        .num_rows = static_cast<int>(num_rows),
-        .k = params.k,
-        .x = reinterpret_cast<const int8_t*>(x.lines.data() + first_token * x.lines_per_token),
-        .stride_x = x.lines_per_token * kInt8CpuTileK,
-        .x_sums = x.sums.data() + first_token,
-        .num_tokens = static_cast<int>(num_tokens),
-        .sums = sums,
-    });
-    for (int64_t token = 0; token < num_tokens; ++token) {
-      const int64_t m = first_token + token;
-      Out* out = static_cast<Out*>(params.out) + m * params.n + first_row;
-      for (int64_t row = 0; row < num_rows; ++row) {
-        const int32_t sum = sums[token * kInt8CpuRows + row];
-        out[row] = from_float<Out>(finish(m, first_row + row, sum));
-      }
+  if constexpr (kHasX86Isas) {
+    if (cpu_isa() >= CpuIsa::kAmx && params.m >= kInt8AmxMinTokens) {
+      return multiply_int8_panels<Out>(params);
     }
-  };
-
-  // Threads pay off from some hundred thousand products each.
-  const int64_t grain =
-      ceil_div<int64_t>(int64_t{1} << 17, kInt8CpuRows * (params.k + 1) *
-                                              std::min<int64_t>(params.m + 1, kInt8CpuMaxTokens));
-  TorchThreads().for_each(ceil_div<int64_t>(params.n, kInt8CpuRows), grain, [&](int64_t block) {
-    for (int64_t token = 0; token < params.m; token += kInt8CpuMaxTokens) {
-      multiply(block * kInt8CpuRows, token);
-    }
-  });
+  }
+  multiply_int8_vectors<Out>(params);
 }
 
 Tensor int8_gemm_cpu(const Tensor& x, const Tensor& x_scales, const Tensor& weight,

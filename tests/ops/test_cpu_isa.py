@@ -62,6 +62,11 @@ def test_values_within_the_limit(op: str, isa: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_int8_gemm_without_the_tiles_of_amx() -> None:
+    result = run_limited("int8_gemm", "avx512bf16")
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_codes_of_fp8_gemm_within_the_limit(isa: str) -> None:
     """Each instruction set has its own way to decode e4m3, NaN included."""
@@ -93,5 +98,6 @@ def run_tests(isa: str, file: str, expression: str) -> None:
 
 
 def test_unknown_limit_is_a_named_error() -> None:
-    message = "EFFLLM_CPU_ISA must be baseline, avx2, avx512, avx512vnni or avx512bf16, got 'sse9'"
+    names = "baseline, avx2, avx512, avx512vnni, avx512bf16 or amx"
+    message = f"EFFLLM_CPU_ISA must be {names}, got 'sse9'"
     assert message in run_limited("int4_gemm", "sse9").stderr
