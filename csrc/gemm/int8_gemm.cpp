@@ -2,14 +2,13 @@
 #include "gemm/int8_gemm.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "common/dispatch.h"
 #include "common/math.h"
 #include "common/torch.h"
-#include "gemm/int8_gemm_amx.h"
 #include "gemm/int8_gemm_cpu.h"
+#include "gemm/int8_panels.h"
 
 namespace effllm {
 namespace {
@@ -37,39 +36,6 @@ struct Int8Tokens {
   int64_t lines_per_token;
   std::vector<Line> lines;
   std::vector<int32_t> sums;
-};
-
-// Tokens in the panels of int8_gemm_amx.h.
-struct Int8Panels {
-  struct alignas(64) Fours {  // of columns, of a panel's tokens
-    int8_t columns[kInt8AmxTokens][4];
-  };
-  static constexpr int kTileFours = kInt8AmxTileK / 4;
-
-  explicit Int8Panels(const Int8GemmParams& params)
-      : count(ceil_div<int64_t>(params.m, kInt8AmxTokens)),
-        fours_per_panel(ceil_div<int64_t>(params.k, kInt8AmxTileK) * kTileFours),
-        fours(fours_per_panel * count) {
-    TorchThreads().for_each(count, 1, [&](int64_t panel) {
-      const int64_t first = panel * kInt8AmxTokens;
-      const auto* x = static_cast<const int8_t*>(params.x) + first * params.k;
-      const int64_t tokens = std::min<int64_t>(params.m - first, kInt8AmxTokens);
-      Fours* const to = fours.data() + panel * fours_per_panel;
-      for (int64_t k = 0; k < params.k; k += 4) {
-        const auto columns = static_cast<size_t>(std::min<int64_t>(params.k - k, 4));
-        for (int64_t token = 0; token < tokens; ++token) {
-          std::memcpy(to[k / 4].columns[token], x + token * params.k + k, columns);
-        }
-      }
-    });
-  }
-
-  const int8_t* panel(int64_t index) const {
-    return fours.data()[index * fours_per_panel].columns[0];
-  }
-
-  int64_t count, fours_per_panel;
-  std::vector<Fours> fours;
 };
 
 // What int8_gemm.h makes of the exact sums [tokens, rows] of a block of W's rows.
@@ -155,21 +121,21 @@ void multiply_int8_vectors(const Int8GemmParams& params) {
 
 template <class Out>
 void multiply_int8_panels(const Int8GemmParams& params) {
-  const Int8Panels x(params);
+  const Int8Panels x(static_cast<const int8_t*>(params.x), params.m, params.k, TorchThreads());
   for_each_block(params, kInt8AmxRows, [&](int64_t first_row) {
     const Int8Finish<kInt8AmxRows, Out> finish(params, first_row);
     int32_t sums[kInt8AmxPanels * kInt8AmxTokens * kInt8AmxRows];
     for (int64_t panel = 0; panel < x.count; panel += kInt8AmxPanels) {
       const int64_t token = panel * kInt8AmxTokens;
-      int8_block_amx({
+      const Int8AmxBlock block{
           .weight = params.weight + first_row * params.stride_weight_n,
           .stride_weight = params.stride_weight_n,
           .num_rows = static_cast<int>(std::min<int64_t>(params.n - first_row, kInt8AmxRows)),
           .k = params.k,
           .x = x.panel(panel),
           .num_panels = static_cast<int>(std::min<int64_t>(x.count - panel, kInt8AmxPanels)),
-          .sums = sums,
-      });
+      };
+      multiply_int8_amx(block, sums);
       finish(token, std::min<int64_t>(params.m - token, kInt8AmxPanels * kInt8AmxTokens), sums);
     }
   });
@@ -178,9 +144,7 @@ void multiply_int8_panels(const Int8GemmParams& params) {
 template <class Out>
 void multiply_int8(const Int8GemmParams& params) {
   if constexpr (kHasX86Isas) {
-    if (cpu_isa() >= CpuIsa::kAmx && params.m >= kInt8AmxMinTokens) {
-      return multiply_int8_panels<Out>(params);
-    }
+    if (takes_int8_panels(params.m)) return multiply_int8_panels<Out>(params);
   }
   multiply_int8_vectors<Out>(params);
 }

@@ -12,7 +12,10 @@
 
 #include <immintrin.h>
 
+#include <atomic>
 #include <cstring>
+
+#include "common/vector.h"
 
 namespace effllm {
 namespace {
@@ -27,7 +30,7 @@ struct alignas(64) TileConfig {
 };
 
 // Intrinsics of some compilers do not say that they read and write memory.
-inline void memory_barrier() { asm volatile("" ::: "memory"); }
+inline void memory_barrier() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 // Rows of W that a tile lacks are none of its.
 void configure(int num_rows) {
@@ -61,70 +64,106 @@ void multiply_step(const int8_t* weight, int64_t stride_weight, const int8_t* x,
   }
 }
 
-// From [row][token] to [token][row].
-void turn(const int32_t (&tile)[kTileRows][kInt8AmxTokens], int num_rows, int32_t* sums) {
-  for (int token = 0; token < kInt8AmxTokens; ++token) {
-    for (int row = 0; row < num_rows; ++row) sums[token * kInt8AmxRows + row] = tile[row][token];
-  }
-}
+struct alignas(64) TileSums {
+  int32_t of[kTileRows][kInt8AmxTokens];
+};
 
-// Two panels at most.
+// Products of columns [begin, end), begin a multiple of 64, of up to two panels: [row tile][panel].
 template <int kRowTiles, int kPanels>
-void multiply_panels(const Int8AmxBlock& block, const int8_t* x, int64_t panel_bytes,
-                     int32_t* sums) {
+void multiply_columns(const Int8AmxBlock& block, const int8_t* x, int64_t panel_bytes,
+                      int64_t begin, int64_t end, TileSums (&sums)[2][2]) {
   _tile_zero(0);
   if constexpr (kPanels == 2) _tile_zero(1);
   if constexpr (kRowTiles == 2) _tile_zero(2);
   if constexpr (kRowTiles == 2 && kPanels == 2) _tile_zero(3);
 
-  const int64_t steps = block.k / kTileBytes, rest = block.k % kTileBytes;
-  for (int64_t step = 0; step < steps; ++step) {
-    multiply_step<kRowTiles, kPanels>(block.weight + step * kTileBytes, block.stride_weight,
-                                      x + step * kInt8AmxTileBytes, panel_bytes);
+  const int64_t rest = (end - begin) % kTileBytes, whole = end - rest;
+  for (int64_t k = begin; k < whole; k += kTileBytes) {
+    multiply_step<kRowTiles, kPanels>(block.weight + k, block.stride_weight, x + k * kInt8AmxTokens,
+                                      panel_bytes);
   }
   if (rest > 0) {
     // Where x is zero any weights will do, but not those of memory that is not there.
     alignas(64) int8_t ends[kInt8AmxRows][kTileBytes] = {};
     for (int row = 0; row < block.num_rows; ++row) {
-      std::memcpy(ends[row], block.weight + row * block.stride_weight + steps * kTileBytes, rest);
+      std::memcpy(ends[row], block.weight + row * block.stride_weight + whole, rest);
     }
     memory_barrier();
-    multiply_step<kRowTiles, kPanels>(ends[0], kTileBytes, x + steps * kInt8AmxTileBytes,
-                                      panel_bytes);
+    multiply_step<kRowTiles, kPanels>(ends[0], kTileBytes, x + whole * kInt8AmxTokens, panel_bytes);
     memory_barrier();  // they are there until here
   }
 
-  alignas(64) int32_t tiles[4][kTileRows][kInt8AmxTokens];
-  _tile_stored(0, tiles[0], kTileBytes);
-  if constexpr (kPanels == 2) _tile_stored(1, tiles[1], kTileBytes);
-  if constexpr (kRowTiles == 2) _tile_stored(2, tiles[2], kTileBytes);
-  if constexpr (kRowTiles == 2 && kPanels == 2) _tile_stored(3, tiles[3], kTileBytes);
+  _tile_stored(0, &sums[0][0], kTileBytes);
+  if constexpr (kPanels == 2) _tile_stored(1, &sums[0][1], kTileBytes);
+  if constexpr (kRowTiles == 2) _tile_stored(2, &sums[1][0], kTileBytes);
+  if constexpr (kRowTiles == 2 && kPanels == 2) _tile_stored(3, &sums[1][1], kTileBytes);
   memory_barrier();
-  for (int row_tile = 0; row_tile < kRowTiles; ++row_tile) {
-    const int first_row = row_tile * kTileRows;
-    const int rows =
-        block.num_rows - first_row < kTileRows ? block.num_rows - first_row : kTileRows;
-    for (int panel = 0; panel < kPanels; ++panel) {
-      turn(tiles[2 * row_tile + panel], rows,
-           sums + panel * kInt8AmxTokens * kInt8AmxRows + first_row);
-    }
+}
+
+using Multiply = decltype(&multiply_columns<1, 1>);
+
+Multiply multiply_of(int num_rows, int num_panels) {
+  if (num_rows > kTileRows) {
+    return num_panels == 2 ? multiply_columns<2, 2> : multiply_columns<2, 1>;
   }
+  return num_panels == 2 ? multiply_columns<1, 2> : multiply_columns<1, 1>;
+}
+
+// f(first panel, how many, bytes of a panel, its multiply_columns) for pairs of panels.
+template <class F>
+void for_pairs_of_panels(const Int8AmxBlock& block, const F& f) {
+  const int64_t panel_bytes = (block.k + kTileBytes - 1) / kTileBytes * kInt8AmxTileBytes;
+  configure(block.num_rows);
+  for (int panel = 0; panel < block.num_panels; panel += 2) {
+    const int count = panel + 1 < block.num_panels ? 2 : 1;
+    f(panel, count, panel_bytes, multiply_of(block.num_rows, count));
+  }
+  _tile_release();  // registers that are in use cost every switch of threads
 }
 
 }  // namespace
 
-void int8_block_amx(const Int8AmxBlock& block) {
-  const int64_t panel_bytes =
-      (block.k + kInt8AmxTileK - 1) / kInt8AmxTileK * int64_t{kInt8AmxTileBytes};
-  configure(block.num_rows);
-  for (int panel = 0; panel < block.num_panels; panel += 2) {
-    const bool two_rows = block.num_rows > kTileRows, two_panels = panel + 1 < block.num_panels;
-    const auto multiply = two_rows ? (two_panels ? multiply_panels<2, 2> : multiply_panels<2, 1>)
-                                   : (two_panels ? multiply_panels<1, 2> : multiply_panels<1, 1>);
-    multiply(block, block.x + panel * panel_bytes, panel_bytes,
-             block.sums + panel * kInt8AmxTokens * kInt8AmxRows);
-  }
-  _tile_release();  // registers that are in use cost every switch of threads
+void multiply_int8_amx(const Int8AmxBlock& block, int32_t* sums) {
+  for_pairs_of_panels(block, [&](int first, int count, int64_t panel_bytes, Multiply multiply) {
+    TileSums tiles[2][2];
+    multiply(block, block.x + first * panel_bytes, panel_bytes, 0, block.k, tiles);
+    for (int row = 0; row < block.num_rows; ++row) {
+      for (int panel = 0; panel < count; ++panel) {
+        const int32_t* of_row = tiles[row / kTileRows][panel].of[row % kTileRows];
+        int32_t* to = sums + (first + panel) * kInt8AmxTokens * kInt8AmxRows + row;
+        for (int token = 0; token < kInt8AmxTokens; ++token) {
+          to[token * kInt8AmxRows] = of_row[token];
+        }
+      }
+    }
+  });
+}
+
+void multiply_int8_groups_amx(const Int8AmxBlock& block, int64_t group_k, const float* scales,
+                              float* totals) {
+  using Floats = FloatVector<kInt8AmxTokens>;
+  constexpr int kStride = kInt8AmxPanels * kInt8AmxTokens;
+  for_pairs_of_panels(block, [&](int first, int count, int64_t panel_bytes, Multiply multiply) {
+    Floats sums[kInt8AmxRows][2] = {};
+    const float* scale = scales;
+    for (int64_t k = 0; k < block.k; k += group_k, scale += kInt8AmxRows) {
+      TileSums tiles[2][2];
+      const int64_t end = k + group_k < block.k ? k + group_k : block.k;
+      multiply(block, block.x + first * panel_bytes, panel_bytes, k, end, tiles);
+      for (int row = 0; row < block.num_rows; ++row) {
+        for (int panel = 0; panel < count; ++panel) {
+          const auto products = load_vector<Vector<int32_t, kInt8AmxTokens>>(
+              tiles[row / kTileRows][panel].of[row % kTileRows]);
+          sums[row][panel] += scale[row] * __builtin_convertvector(products, Floats);
+        }
+      }
+    }
+    for (int row = 0; row < block.num_rows; ++row) {
+      for (int panel = 0; panel < count; ++panel) {
+        store_vector(sums[row][panel], totals + row * kStride + (first + panel) * kInt8AmxTokens);
+      }
+    }
+  });
 }
 
 }  // namespace effllm

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <vector>
 
 #include "common/dispatch.h"
 #include "common/math.h"
@@ -47,49 +48,131 @@ void check_multiplier_values(const W4A8GemmParams& params) {
   }
 }
 
-// Sums of a block of 16 rows and up to kInt8CpuMaxTokens tokens, [tokens, 16], and what becomes of
-// them.
-class W4A8Block {
+// What becomes of the sums of 16 rows: of integers with one group, else of floats to which scales
+// of groups have been applied.
+class W4A8Finish {
  public:
-  static constexpr int64_t kSums = kInt8CpuMaxTokens * kInt8CpuRows;
-
-  W4A8Block(const W4A8GemmParams& params, const W4A8Lines& cut, const W4A8Tokens& x,
-            const int8_t* weight)
-      : params_(params), cut_(cut), x_(x), weight_(weight) {}
-
-  template <class Out>
-  void run(int64_t first_row, int64_t first_token) {
-    const int64_t num_rows = std::min<int64_t>(params_.n - first_row, kInt8CpuRows);
-    const int64_t num_tokens = std::min<int64_t>(params_.m - first_token, kInt8CpuMaxTokens);
-    std::fill_n(totals_, kSums, 0.0f);
-    for (int64_t group = 0; group < params_.num_groups; ++group) {
-      multiply(group, num_rows, first_token, num_tokens);
-      for (int64_t row = 0; row < num_rows; ++row) {
-        const float scale = load_float(
-            params_.scales, params_.scales_dtype,
-            (first_row + row) * params_.stride_scales_n + group * params_.stride_scales_g);
-        for (int64_t token = 0; token < num_tokens; ++token) {
-          const int64_t idx = token * kInt8CpuRows + row;
-          const auto sum = static_cast<float>(sums_[idx]);
-          // As int8_gemm has it with one group: its scales are multiplied first.
-          totals_[idx] = params_.num_groups == 1 ? sum * (scale * x_scale(first_token + token))
-                                                 : totals_[idx] + sum * scale;
-        }
-      }
+  W4A8Finish(const W4A8GemmParams& params, int64_t first_row)
+      : params_(params),
+        first_row_(first_row),
+        num_rows_(std::min<int64_t>(params.n - first_row, kInt8CpuRows)) {
+    for (int64_t row = 0; row < num_rows_; ++row) {
+      scales_[row] = params.num_groups == 1 ? scale(row, 0) : 1.0f;
+      if (params.bias == nullptr) continue;
+      biases_[row] =
+          load_float(params.bias, params.bias_dtype, (first_row + row) * params.stride_bias);
     }
-    for (int64_t token = 0; token < num_tokens; ++token) {
-      const int64_t m = first_token + token;
-      Out* out = static_cast<Out*>(params_.out) + m * params_.n + first_row;
-      for (int64_t row = 0; row < num_rows; ++row) {
-        float total = totals_[token * kInt8CpuRows + row];
-        if (params_.num_groups != 1) total *= x_scale(m);
-        out[row] = from_float<Out>(total + bias(first_row + row));
+  }
+
+  int64_t num_rows() const { return num_rows_; }
+
+  float scale(int64_t row, int64_t group) const {
+    return load_float(
+        params_.scales, params_.scales_dtype,
+        (first_row_ + row) * params_.stride_scales_n + group * params_.stride_scales_g);
+  }
+
+  // Sums of tokens from first_token on, at [token * token_stride + row * row_stride].
+  template <class Out, class Sum>
+  void store(int64_t first_token, int64_t num_tokens, const Sum* sums, int64_t token_stride,
+             int64_t row_stride) const {
+    for (int64_t m = first_token; m < first_token + num_tokens; ++m, sums += token_stride) {
+      const float x_scale = load_int8_scale(params_.x_scales, m);
+      Out* out = static_cast<Out*>(params_.out) + m * params_.n + first_row_;
+      for (int64_t row = 0; row < num_rows_; ++row) {
+        // As int8_gemm has it with one group: its scales are multiplied first.
+        const float scaled = static_cast<float>(sums[row * row_stride]) * (scales_[row] * x_scale);
+        out[row] = from_float<Out>(scaled + biases_[row]);
       }
     }
   }
 
  private:
-  void multiply(int64_t group, int64_t num_rows, int64_t first_token, int64_t num_tokens) {
+  const W4A8GemmParams& params_;
+  const int64_t first_row_, num_rows_;
+  float scales_[kInt8CpuRows], biases_[kInt8CpuRows] = {};
+};
+
+// Blocks of 16 rows, one after the other, times all tokens.
+class W4A8Blocks {
+ public:
+  // `weight` has room for the int8 of a block.
+  W4A8Blocks(const W4A8GemmParams& params, const W4A8Lines& cut, const W4A8Tokens& x,
+             int8_t* weight)
+      : params_(params),
+        cut_(cut),
+        x_(x),
+        weight_(weight),
+        scales_(kInt8AmxRows * params.num_groups) {}
+
+  template <class Out>
+  void run(int64_t block) {
+    unpack_w4a8_block(params_, cut_, block, weight_);
+    const W4A8Finish finish(params_, block * kInt8CpuRows);
+    if constexpr (kHasX86Isas) {
+      if (x_.panels) return multiply_panels<Out>(finish);
+    }
+    for (int64_t token = 0; token < params_.m; token += kInt8CpuMaxTokens) {
+      multiply_vectors<Out>(finish, token);
+    }
+  }
+
+ private:
+  static constexpr int64_t kPanelTokens = kInt8AmxPanels * kInt8AmxTokens;
+
+  template <class Out>
+  void multiply_panels(const W4A8Finish& finish) {
+    const bool is_grouped = params_.num_groups != 1;
+    for (int64_t group = 0; is_grouped && group < params_.num_groups; ++group) {
+      for (int64_t row = 0; row < finish.num_rows(); ++row) {
+        scales_[group * kInt8AmxRows + row] = finish.scale(row, group);
+      }
+    }
+    for (int64_t panel = 0; panel < x_.panels->count; panel += kInt8AmxPanels) {
+      const int64_t token = panel * kInt8AmxTokens;
+      const int64_t num_tokens = std::min(params_.m - token, kPanelTokens);
+      const Int8AmxBlock block{
+          .weight = weight_,
+          .stride_weight = cut_.count * kW4A8Line,
+          .num_rows = static_cast<int>(finish.num_rows()),
+          .k = cut_.count * kW4A8Line,
+          .x = x_.panels->panel(panel),
+          .num_panels =
+              static_cast<int>(std::min<int64_t>(x_.panels->count - panel, kInt8AmxPanels)),
+      };
+      if (is_grouped) {
+        multiply_int8_groups_amx(block, cut_.per_group * kW4A8Line, scales_.data(), totals_);
+        finish.store<Out>(token, num_tokens, totals_, 1, kPanelTokens);
+      } else {
+        multiply_int8_amx(block, sums_);
+        finish.store<Out>(token, num_tokens, sums_, kInt8AmxRows, 1);
+      }
+    }
+  }
+
+  template <class Out>
+  void multiply_vectors(const W4A8Finish& finish, int64_t first_token) {
+    const int64_t num_tokens = std::min<int64_t>(params_.m - first_token, kInt8CpuMaxTokens);
+    if (params_.num_groups == 1) {
+      multiply_group(0, finish.num_rows(), first_token, num_tokens);
+      finish.store<Out>(first_token, num_tokens, sums_, kInt8CpuRows, 1);
+      return;
+    }
+    std::fill_n(totals_, num_tokens * kInt8CpuRows, 0.0f);
+    for (int64_t group = 0; group < params_.num_groups; ++group) {
+      multiply_group(group, finish.num_rows(), first_token, num_tokens);
+      float scales[kInt8CpuRows] = {};
+      for (int64_t row = 0; row < finish.num_rows(); ++row) {
+        scales[row] = finish.scale(row, group);
+      }
+      for (int64_t idx = 0; idx < num_tokens * kInt8CpuRows; ++idx) {
+        totals_[idx] += static_cast<float>(sums_[idx]) * scales[idx % kInt8CpuRows];
+      }
+    }
+    finish.store<Out>(first_token, num_tokens, totals_, kInt8CpuRows, 1);
+  }
+
+  void multiply_group(int64_t group, int64_t num_rows, int64_t first_token, int64_t num_tokens) {
     const int64_t first_line = cut_.first_of(group), stride = cut_.count * kW4A8Line;
     kernel_({
         .weight = weight_ + first_line * kW4A8Line,
@@ -104,19 +187,14 @@ class W4A8Block {
     });
   }
 
-  float x_scale(int64_t m) const { return load_int8_scale(params_.x_scales, m); }
-  float bias(int64_t n) const {
-    if (params_.bias == nullptr) return 0.0f;
-    return load_float(params_.bias, params_.bias_dtype, n * params_.stride_bias);
-  }
-
   const W4A8GemmParams& params_;
   const W4A8Lines& cut_;
   const W4A8Tokens& x_;
-  const int8_t* weight_;
+  int8_t* const weight_;
   const Int8BlockKernel kernel_ = select_int8_block_kernel();
-  int32_t sums_[kSums];
-  float totals_[kSums];
+  std::vector<float> scales_;  // [groups, kInt8AmxRows]
+  int32_t sums_[kPanelTokens * kInt8AmxRows];
+  float totals_[kPanelTokens * kInt8CpuRows];
 };
 
 template <class Out>
@@ -133,15 +211,15 @@ void multiply_w4a8(const W4A8GemmParams& params) {
       std::min({threads.count(), num_blocks, ceil_div<int64_t>(products, int64_t{1} << 17)});
   const int64_t block_bytes = kInt8CpuRows * cut.count * kW4A8Line;
   const std::unique_ptr<int8_t[]> memory(new int8_t[num_workers * block_bytes]);
+  std::vector<W4A8Blocks> workers;
+  workers.reserve(static_cast<size_t>(num_workers));
+  for (int64_t idx = 0; idx < num_workers; ++idx) {
+    workers.emplace_back(params, cut, x, memory.get() + idx * block_bytes);
+  }
   std::atomic<int64_t> next_block = 0;
   threads.for_each(num_workers, 1, [&](int64_t idx) {
-    int8_t* const weight = memory.get() + idx * block_bytes;
-    W4A8Block sums(params, cut, x, weight);
     for (int64_t block; (block = next_block.fetch_add(1)) < num_blocks;) {
-      unpack_w4a8_block(params, cut, block, weight);
-      for (int64_t token = 0; token < params.m; token += kInt8CpuMaxTokens) {
-        sums.run<Out>(block * kInt8CpuRows, token);
-      }
+      workers[static_cast<size_t>(idx)].run<Out>(block);
     }
   });
 }

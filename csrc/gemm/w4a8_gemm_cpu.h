@@ -15,11 +15,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "common/math.h"
 #include "common/vector.h"
-#include "gemm/int8_gemm_block.h"
+#include "gemm/int8_panels.h"
 #include "gemm/packed_gemm_cpu.h"
 #include "gemm/w4a8_gemm.h"
 
@@ -43,7 +44,7 @@ struct W4A8Lines {
   int64_t count_of(int64_t group) const { return std::min(per_group, count - first_of(group)); }
 };
 
-// x in lines, and the sums of each token's groups [groups, M].
+// x in lines, and the sums of each token's groups [groups, M]; or the lines in panels.
 struct W4A8Tokens {
   struct alignas(kW4A8Line) Line {
     int8_t bytes[kW4A8Line];
@@ -69,10 +70,14 @@ struct W4A8Tokens {
         sums[line / cut.per_group * params.m + m] += sum;
       }
     });
+    if (takes_int8_panels(params.m)) {
+      panels.emplace(lines.data()->bytes, params.m, cut.count * kW4A8Line, threads);
+    }
   }
 
   std::vector<Line> lines;  // [M, lines]; never empty, as it is pointed into
   std::vector<int32_t> sums;
+  std::optional<Int8Panels> panels;
 };
 
 // A line of rows n and n + 8: codes less zero points, which are int8.

@@ -62,8 +62,9 @@ def test_values_within_the_limit(op: str, isa: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_int8_gemm_without_the_tiles_of_amx() -> None:
-    result = run_limited("int8_gemm", "avx512bf16")
+@pytest.mark.parametrize("op", ["int8_gemm", "w4a8_gemm"])
+def test_values_without_the_tiles_of_amx(op: str) -> None:
+    result = run_limited(op, "avx512bf16")
     assert result.returncode == 0, result.stderr
 
 
