@@ -1,5 +1,6 @@
-// Matmuls over weights of a byte in plain rows for up to 16 tokens with a 16-bit x (sm_90): weights
-// go from global memory straight into registers, where they become the A fragments of mma.sync.
+// Matmuls over weights of a byte in plain rows with a 16-bit x for few tokens (sm_90), up to 8, or
+// 16 with groups: weights go from global memory straight into registers, where they become the A
+// fragments of mma.sync.
 //
 // Roofline: N * K bytes of weights, each read once: 13 bytes per clock and multiprocessor at 3
 // TB/s. That leaves a scheduler 630 clocks for a step of 16 x 128 weights, which takes some 200

@@ -1,4 +1,4 @@
-// fp8_weight_gemm for up to 16 tokens on Hopper: the kernels of byte_weight_gemm_direct_sm90.cuh.
+// fp8_weight_gemm for few tokens on Hopper: the kernels of byte_weight_gemm_direct_sm90.cuh.
 #include "gemm/byte_weight_gemm_direct_launch_sm90.cuh"
 
 namespace effllm {
