@@ -1,8 +1,9 @@
 // int4_gemm: schema and CPU implementation.
 //
-// There are two loops. packed_gemm_strip.h, compiled once per instruction set, multiplies in fp32;
-// int4_gemm_avx512bf16.cpp takes x as bf16, which it must be, and needs AVX-512 BF16. The choice is
-// by dtype and processor, never by shape: a token's result does not depend on the batch.
+// There are three loops. packed_gemm_strip.h, compiled once per instruction set, multiplies in
+// fp32; int4_gemm_avx512bf16.cpp and int4_gemm_amx.cpp take x as bf16, which it must be, and need
+// what their names say. The choice is by dtype and processor, never by shape, as each has its own
+// order of additions: a token's result does not depend on the batch.
 #include "gemm/int4_gemm.h"
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 
 #include "common/dispatch.h"
 #include "common/torch.h"
+#include "gemm/int4_gemm_amx.h"
 #include "gemm/int4_gemm_bf16_strip.h"
 #include "gemm/int4_gemm_strip.h"
 #include "gemm/packed_gemm_cpu.h"
@@ -82,6 +84,8 @@ struct Bf16Loop {
   using X = bfloat16;
   static constexpr int64_t kMaxTokens = kInt4Bf16MaxTokens;
 
+  static constexpr int64_t padded_tokens(int64_t num_tokens) { return num_tokens; }
+
   static constexpr int64_t slot_of_row(int64_t row) { return row; }
 
   static void order(const bfloat16* columns, bfloat16* x) {
@@ -90,6 +94,12 @@ struct Bf16Loop {
     std::memcpy(pairs, columns, sizeof(pairs));
     for (int idx = 0; idx < kPairs; ++idx) ordered[idx] = pairs[int4_bf16_pair(idx)];
     std::memcpy(x, ordered, sizeof(ordered));
+  }
+
+  template <class T, class Threads>
+  static void gather(const PackedGemmParams& params, int64_t num_tiles, TokenTile<bfloat16>* x,
+                     const Threads& threads) {
+    gather_tokens<T, Bf16Loop>(params, num_tiles, x, threads);
   }
 };
 
@@ -118,8 +128,65 @@ class Bf16Decoding : public ZerosTable {
   Int4Zeros kind_ = Int4Zeros::kEight;
 };
 
+// The loop of int4_gemm_amx.cpp, which has its own order of tokens, too.
+struct AmxLoop {
+  using X = bfloat16;
+  static constexpr int64_t kMaxTokens = kInt4AmxMaxTokens;
+
+  static constexpr int64_t padded_tokens(int64_t num_tokens) {
+    const int64_t rest = num_tokens % kMaxTokens;
+    return num_tokens - rest + round_up<int64_t>(rest, int4_amx_panel_width(rest));
+  }
+
+  static constexpr int64_t slot_of_row(int64_t row) { return row; }
+
+  template <class T, class Threads>
+  static void gather(const PackedGemmParams& params, int64_t num_tiles, TokenTile<X>* x,
+                     const Threads& threads) {
+    constexpr int64_t kTiles = 16;  // of a task
+    const int64_t num_tasks = ceil_div(num_tiles, kTiles);
+    for (int64_t token = 0; token < params.m; token += kMaxTokens) {
+      const int64_t num_tokens = std::min<int64_t>(params.m - token, kMaxTokens);
+      const Int4AmxTokens tokens{
+          .x = static_cast<const T*>(params.x) + token * params.k,
+          .k = params.k,
+          .num_tokens = static_cast<int>(num_tokens),
+          .two_groups_per_tile = has_two_groups_per_tile(params),
+          .tiles = x[token].columns,
+          .stride_tile = padded_tokens(params.m) * kPackedCpuTileK,
+      };
+      threads.for_each(num_tasks, ceil_div<int64_t>(64, num_tokens), [&](int64_t task) {
+        int4_gather_amx(tokens, task * kTiles, std::min(num_tiles, (task + 1) * kTiles));
+      });
+    }
+  }
+};
+
+// As Int4AmxStrip wants them.
+class AmxDecoding : public ZerosTable {
+ public:
+  using Loop = AmxLoop;
+  using ZerosTable::ZerosTable;
+
+  void init(float* memory) const {
+    std::fill(memory, memory + size(), int4_amx_decoding(kInt4PaddingCode));
+  }
+
+  void load(int64_t first_row, int64_t num_rows, float* memory) const {
+    if (params_.zeros == nullptr) return;
+    load_zeros<Loop>(first_row, num_rows, memory, int4_amx_decoding);
+  }
+
+  void multiply(const Int4AmxStrip& strip) const {
+    int4_strip_amx(strip, params_.zeros != nullptr);
+  }
+};
+
 void run_int4_gemm(const Int4GemmParams& params) {
   if constexpr (kHasX86Isas) {
+    if (params.dtype == DType::kBFloat16 && cpu_isa() >= CpuIsa::kAmx) {
+      return packed_gemm_cpu<bfloat16>(params, AmxDecoding(params), TorchThreads());
+    }
     if (params.dtype == DType::kBFloat16 && cpu_isa() >= CpuIsa::kAvx512Bf16) {
       return packed_gemm_cpu<bfloat16>(params, Bf16Decoding(params), TorchThreads());
     }

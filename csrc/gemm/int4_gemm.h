@@ -12,10 +12,11 @@
 // up to 32 tokens; for more, each weight (q - z) * s may be rounded once to the type of x before it
 // is multiplied, which is what a dense layer over the dequantised weight does.
 //
-// The CPU multiplies bf16 x by dot products of bf16 pairs where the processor has them (AVX-512
-// BF16), else, and x of other types always, in fp32. q - z is exact in bf16, too: the products are
-// the same. Their order is not, and numbers below 2^-126 count as zero. Both ways a token's sum is
-// built in the same order whatever the tokens beside it: CPU results do not depend on the batch.
+// The CPU multiplies bf16 x by dot products of bf16 pairs where the processor has them (AMX or
+// AVX-512 BF16), else, and x of other types always, in fp32. q - z is exact in bf16, too: the
+// products are the same. Their order is not, and numbers below 2^-126 count as zero. Either way a
+// token's sum is built in the same order whatever the tokens beside it: CPU results do not depend
+// on the batch.
 #pragma once
 
 #include <cstdint>

@@ -39,10 +39,42 @@ constexpr int64_t column_of_byte(int word, int byte) {
   return kPackedCpuStep * (word % 4) + 2 * (word / 4) + 8 * (byte % 2) + byte / 2;
 }
 
+inline bool has_two_groups_per_tile(const PackedGemmParams& params) {
+  return params.group_size < kPackedCpuTileK && params.num_groups > 1;
+}
+
+// A token's columns of a tile. Loads of a whole cache line that cross two would cost many tokens a
+// fifth of their time.
+template <class X>
+struct alignas(64) TokenTile {
+  X columns[kPackedCpuTileK];
+};
+
+constexpr int64_t kGatherTokens = 8;  // for fewer, threads cost more than they save
+
+// A loop's gather, token by token: x as [num_tiles, M] in its type and order, padded with zeros to
+// whole tiles.
+template <class T, class Loop, class Threads>
+void gather_tokens(const PackedGemmParams& params, int64_t num_tiles,
+                   TokenTile<typename Loop::X>* x, const Threads& threads) {
+  threads.for_each(params.m, kGatherTokens, [&](int64_t m) {
+    const T* row = static_cast<const T*>(params.x) + m * params.k;
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      const int64_t first = tile * kPackedCpuTileK;
+      T columns[kPackedCpuTileK] = {};
+      std::memcpy(columns, row + first,
+                  std::min<int64_t>(params.k - first, kPackedCpuTileK) * sizeof(T));
+      Loop::order(columns, x[tile * params.m + m].columns);
+    }
+  });
+}
+
 // What the code around a loop must know of it; here that of packed_gemm_strip.h, for x of any type.
 struct Fp32Loop {
   using X = float;
   static constexpr int64_t kMaxTokens = kPackedCpuMaxTokens;
+
+  static constexpr int64_t padded_tokens(int64_t num_tokens) { return num_tokens; }
 
   static constexpr int64_t slot_of_row(int64_t row) {
     return row / 16 * 16 + row % 8 * 2 + row % 16 / 8;
@@ -58,6 +90,12 @@ struct Fp32Loop {
         x[step + idx] = values[step + column_of_byte(idx / 4 * 4, idx % 4)];
       }
     }
+  }
+
+  template <class T, class Threads>
+  static void gather(const PackedGemmParams& params, int64_t num_tiles, TokenTile<float>* x,
+                     const Threads& threads) {
+    gather_tokens<T, Fp32Loop>(params, num_tiles, x, threads);
   }
 };
 
@@ -93,31 +131,6 @@ void prefetch_group_table(const T* data, int64_t stride_n, int64_t stride_g, int
       __builtin_prefetch(data + row * stride_n + group, 0, 2);
     }
   }
-}
-
-// A token's columns of a tile. Loads of a whole cache line that cross two would cost many tokens a
-// fifth of their time.
-template <class X>
-struct alignas(64) TokenTile {
-  X columns[kPackedCpuTileK];
-};
-
-constexpr int64_t kGatherTokens = 8;  // for fewer, threads cost more than they save
-
-// x as [num_tiles, M] in the loop's type and order, padded with zeros to whole tiles.
-template <class T, class Loop, class Threads>
-void gather_x(const PackedGemmParams& params, int64_t num_tiles, TokenTile<typename Loop::X>* x,
-              const Threads& threads) {
-  threads.for_each(params.m, kGatherTokens, [&](int64_t m) {
-    const T* row = static_cast<const T*>(params.x) + m * params.k;
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      const int64_t first = tile * kPackedCpuTileK;
-      T columns[kPackedCpuTileK] = {};
-      std::memcpy(columns, row + first,
-                  std::min<int64_t>(params.k - first, kPackedCpuTileK) * sizeof(T));
-      Loop::order(columns, x[tile * params.m + m].columns);
-    }
-  });
 }
 
 // StripOf::padding.
@@ -209,7 +222,7 @@ class StripWorker {
         .num_tiles = num_tiles,
         .num_rows = static_cast<int>(task.num_rows),
         .x = x_[task.first_token].columns,
-        .stride_x_tile = params_.m * kPackedCpuTileK,
+        .stride_x_tile = Loop::padded_tokens(params_.m) * kPackedCpuTileK,
         .num_tokens = static_cast<int>(task.num_tokens),
         .scales = scales_,
         .stride_scales = scales_stride(params_),
@@ -217,7 +230,7 @@ class StripWorker {
         .stride_decoding_slot = decoding_.stride_slot(),
         .stride_decoding_group = decoding_.stride_group(),
         .tiles_per_group = ceil_div<int64_t>(params_.group_size, kPackedCpuTileK),
-        .two_groups_per_tile = params_.group_size < kPackedCpuTileK && params_.num_groups > 1,
+        .two_groups_per_tile = has_two_groups_per_tile(params_),
         .padding = padding_,
         .sums = sums_,
     });
@@ -262,8 +275,8 @@ void packed_gemm_cpu(const PackedGemmParams& params, const Decoding& decoding,
   using Worker = StripWorker<T, Decoding>;
   using Loop = typename Decoding::Loop;
   const int64_t num_tiles = ceil_div<int64_t>(params.k, kPackedCpuTileK);
-  std::vector<TokenTile<typename Loop::X>> x(num_tiles * params.m);
-  gather_x<T, Loop>(params, num_tiles, x.data(), threads);
+  std::vector<TokenTile<typename Loop::X>> x(num_tiles * Loop::padded_tokens(params.m));
+  Loop::template gather<T>(params, num_tiles, x.data(), threads);
   const std::vector<uint32_t> padding = padding_words(params.k);
 
   // All memory is there before the threads start: an exception in one of them would end the

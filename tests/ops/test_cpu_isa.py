@@ -62,10 +62,15 @@ def test_values_within_the_limit(op: str, isa: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("op", ["int8_gemm", "w4a8_gemm"])
+@pytest.mark.parametrize("op", ["int4_gemm", "int8_gemm", "w4a8_gemm"])
 def test_values_without_the_tiles_of_amx(op: str) -> None:
     result = run_limited(op, "avx512bf16")
     assert result.returncode == 0, result.stderr
+
+
+def test_tokens_of_int4_gemm_without_the_tiles_of_amx() -> None:
+    """Each loop has its own order of additions, and its own ways for few tokens and for many."""
+    run_tests("avx512bf16", "test_int4_gemm.py", "does_not_depend_on_its_batch or every_code")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])

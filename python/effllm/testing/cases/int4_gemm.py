@@ -227,11 +227,11 @@ CPU_CASES = [
         Int4GemmCase(4, 96, 320, 64, torch.float32, zeros, zeros, torch.float32)
         for zeros in (False, True)
     ),
-    # Zero points that a loop may look up (all up to 16), on both sides of that limit and of the
-    # number of tokens from which weights are kept.
+    # Zero points that a loop may look up (all up to 16), on both sides of that limit, of the number
+    # of tokens from which weights are kept, and in one to four panels of them.
     *(
         Int4GemmCase(m, 96, 320, g, zeros=True, max_zero=max_zero)
-        for m in (1, 4, 5, 67)
+        for m in (1, 4, 5, 30, 40, 67)
         for g in (32, 128)
         for max_zero in (16, 17)
     ),
