@@ -6,11 +6,7 @@
 #include "common/vector.h"
 
 #if defined(__AVX2__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of what is in its own header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "common/x86_intrinsics.h"
 #endif
 
 namespace effllm {

@@ -17,15 +17,11 @@
 // All of that is the same whatever the number of tokens, so that results do not depend on it.
 //
 // Two groups in a tile (g = 32) are a step each, for which two shuffles regroup the words.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of what is in its own header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "gemm/int4_gemm_amx.h"
 
 #include <array>
 
-#include "gemm/int4_gemm_amx.h"
+#include "common/x86_intrinsics.h"
 
 namespace effllm {
 namespace {

@@ -17,14 +17,9 @@
 //
 // In intrinsics: vector extensions have neither the dot product nor shuffles of 16-bit values by a
 // variable. They are always inlined, as common/vector.h asks for.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of what is in its own header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include <array>
 
+#include "common/x86_intrinsics.h"
 #include "gemm/int4_gemm_bf16_strip.h"
 
 namespace effllm {
