@@ -18,6 +18,7 @@ struct DenseGemm {
   using InT = InT_;
   using Params = DenseGemmParams;
   using Finish = AddBias<Params>;
+  static constexpr bool kSplits = false;
   template <class C>
   using Promotion = NoPromotion<C>;
 };

@@ -189,6 +189,7 @@ struct Fp8Wgmma {
   using InT = float8_e4m3;
   using Params = Fp8WgmmaParams;
   using Finish = Fp8Finish<kSummation == Fp8Summation::kScaled>;
+  static constexpr bool kSplits = true;
   template <class C>
   using Promotion = std::conditional_t<
       kSummation == Fp8Summation::kTensorCore, NoPromotion<C>,

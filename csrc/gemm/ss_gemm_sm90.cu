@@ -12,14 +12,16 @@ namespace {
 
 // Nanoseconds that a GEMM takes by a model, but for what all take: tiles and reductions, and stages
 // of K at the rate at which a multiprocessor multiplies or loads them. Fitted to the choice between
-// all plans of fp8_gemm for 14 layers of Llamas and DeepSeek-V3 and up to 4096 tokens on an H100
-// 80GB HBM3: its choices were 0.9 % slower than the best plans, the worst one 25 %.
+// all plans of fp8_gemm, int8_gemm and w4a8_gemm for 13 layers of Llamas, Qwens and DeepSeek-V3 and
+// 1 to 4096 tokens on an H100 80GB HBM3: by way to scale and sum, choices were 0.4 to 1.5 % slower
+// than the best plans, the worst one 26 %.
 class TimeModel {
  public:
   TimeModel(const SsGemmProblem& problem, const SsGemmCandidate& candidate, int num_sms)
       : tile_(candidate.tile),
         stage_time_(candidate.stage_time),
         weight_bits_(problem.weight_bits),
+        sum_time_(problem.sum_time),
         num_sms_(num_sms),
         k_tiles_(ceil_div<int64_t>(problem.k, 128)),
         row_tiles_(ceil_div<int64_t>(tile_.token_rows ? problem.m : problem.n, tile_.rows())),
@@ -48,7 +50,7 @@ class TimeModel {
     if (cut.slices == 1) return rest == 0 ? time : time + whole_time(rest * tile_.neighbours);
     const int cluster = cut.slices * tile_.neighbours;
     for (const int64_t clusters = pieces / cut.slices; rest > 0; rest -= clusters) {
-      time += kReduce + kReduceSlice * cut.slices + kReduceValue * tile_.rows() * tile_.cols;
+      time += kReduce + kReduceSlice * cut.slices + sum_time_ * tile_.rows() * tile_.cols;
       time += static_cast<double>(ceil_div<int64_t>(k_tiles_, cut.slices)) *
               stage_time(std::min(rest, clusters) * cluster, cluster);
     }
@@ -57,7 +59,7 @@ class TimeModel {
 
  private:
   static constexpr double kShared = 2100, kNeighbours = 3300, kTile = 860, kReduce = 960,
-                          kReduceSlice = 350, kReduceValue = 0.212, kStageBytesPerNanosecond = 67;
+                          kReduceSlice = 350, kStageBytesPerNanosecond = 67;
 
   // Large clusters are put on few multiprocessors, even where others are idle.
   double stage_time(int64_t busy, int cluster) const {
@@ -69,7 +71,9 @@ class TimeModel {
   }
 
   const SsGemmShape tile_;
-  const int stage_time_, weight_bits_, num_sms_;
+  const int stage_time_, weight_bits_;
+  const double sum_time_;
+  const int num_sms_;
   const int64_t k_tiles_, row_tiles_, col_tiles_;
 };
 
@@ -82,7 +86,7 @@ SsGemmChoice plan_ss_gemm(const SsGemmProblem& problem, std::span<const SsGemmCa
   for (size_t index = 0; index < candidates.size(); ++index) {
     const SsGemmCandidate& candidate = candidates[index];
     if (candidate.stage_time == 0) continue;
-    const bool splits = candidate.tile.splits();
+    const bool splits = candidate.residency[1] > 0;
     if (!splits && problem.out_dtype == DType::kFloat32) continue;
     const TimeModel model(problem, candidate, num_sms);
     if (!model.applies_to(problem.m)) continue;

@@ -27,9 +27,10 @@
 //
 // An op brings types:
 //   InT, Params    of the operands, int8 summed up in int32; the op's arguments, with x, weight,
-//   stride_weight_n, m, n, k Finish         what becomes of sums (tile_epilogue_sm90.cuh), made of
-//   Params Promotion<C>   NoPromotion, or how the tensor core's sums of one stage are added up
-//   outside:
+//                  stride_weight_n, m, n, k
+//   Finish         what becomes of sums (tile_epilogue_sm90.cuh), made of Params
+//   kSplits        whether tiles may share K, where their shape allows it
+//   Promotion<C>   NoPromotion, or how the tensor core's sums of one stage are added up outside:
 //     kStageBytes                           of shared memory that it wants beside a stage
 //     produce(params, smem, full, work, k_tile)   fills them
 //     Promotion(params, work)               at a tile's begin
@@ -106,7 +107,7 @@ struct SsGemm {
       1024 + kRingBytes + kOutBytes + kStages * Promotion::kStageBytes;
   static_assert(kCtasPerSm * (kSmemBytes + 1024) <= 228 * 1024);
   static_assert(kCols <= 256 && kRows <= 256);
-  static constexpr bool kSplits = kShape.splits();
+  static constexpr bool kSplits = Op::kSplits && kShape.splits();
   static_assert(!kSplits || SliceSums<SsGemm>::kSmemBytes <= kRingBytes);
 };
 
@@ -320,6 +321,16 @@ __device__ __forceinline__ void mainloop(const Args& args, const SsGemmShared<C>
   }
 }
 
+// The ring may be filled again, by neighbours as well: nobody reads sums there any more.
+template <class C>
+__device__ __forceinline__ void free_ring() {
+  if constexpr (C::kNeighbours == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync_relaxed();
+  }
+}
+
 template <class C, class Args, class Finish>
 __device__ __forceinline__ void store(const Args& args, const SsGemmShared<C>& smem,
                                       const Finish& finish, const TileTerms<C, Finish>& terms,
@@ -337,7 +348,7 @@ __device__ __forceinline__ void store(const Args& args, const SsGemmShared<C>& s
     dispatch_float(args.out_dtype, [&](auto out) {
       store_split_tile<C, decltype(out)>(finish, terms, slice_sums, phase, work, sums);
     });
-    __syncthreads();  // the ring may be filled again
+    free_ring<C>();
   }
 }
 
@@ -397,7 +408,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
       __syncwarp();
       if (split) {  // the ring takes sums, until the math warps have added them
         ptx::cluster_sync_relaxed();
-        __syncthreads();
+        free_ring<C>();
       }
     }
   } else {

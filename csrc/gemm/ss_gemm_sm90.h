@@ -22,9 +22,9 @@ struct SsGemmShape {
   constexpr int tokens() const { return token_rows ? rows() : cols; }
   constexpr int features() const { return token_rows ? cols : rows(); }
 
-  // Whether a cluster may share a tile's K, and float32 go out. Large tiles have many sums to
-  // exchange.
-  constexpr bool splits() const { return row_blocks * cols <= 128; }
+  // Whether a cluster may share a tile's K, and float32 go out. Of large tiles with tokens for rows
+  // that is slow: a warp would store 16 bytes a token.
+  constexpr bool splits() const { return row_blocks * cols <= (token_rows ? 128 : 256); }
 };
 
 // How a GEMM is cut: CTAs at the same time, and how many of a cluster share the K of each tile that
@@ -33,14 +33,16 @@ struct SsGemmPlan {
   int ctas, slices;
 };
 
-// [slices - 1]: clusters of so many slices that run on a device at the same time.
+// [slices - 1]: clusters of so many slices that run on a device at the same time; beyond 1, none of
+// a kernel that does not split tiles.
 using SsGemmResidency = std::array<int, kMaxClusterCtas>;
 
 // Of the current device and a kernel over tiles C.
 template <class C, class Params>
 SsGemmResidency tile_gemm_residency(const char* op, void (*kernel)(Params)) {
   SsGemmResidency clusters{};
-  for (int slices = 1; slices * C::kNeighbours <= kMaxClusterCtas; ++slices) {
+  const int max_slices = C::kSplits ? kMaxClusterCtas / C::kNeighbours : 1;
+  for (int slices = 1; slices <= max_slices; ++slices) {
     clusters[static_cast<size_t>(slices - 1)] =
         max_resident_clusters(op, kernel, C::kThreads, C::kSmemBytes, slices * C::kNeighbours);
   }
@@ -63,6 +65,7 @@ struct SsGemmProblem {
   int64_t m, n, k;
   DType out_dtype;
   int weight_bits = 8;
+  double sum_time = 0.212;  // nanoseconds for each sum of a split tile, of that model
 };
 
 struct SsGemmChoice {

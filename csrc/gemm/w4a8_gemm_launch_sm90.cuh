@@ -51,26 +51,23 @@ struct W4A8GemmShape {
 };
 
 // For up to 64 tokens, a CTA of a deep ring on each multiprocessor was faster than two of half its
-// stages in all measured cells. Times are fitted to the choice between all plans for 4 layers of
-// Llamas: with a scale a row 1 to 256 and 1024 tokens, where choices are 0.1 % slower than the best
-// plans and the worst one 1.5 %; with multipliers of 128 columns, up to 4096 tokens, all are the
-// best. 320 to 360 for 64 tokens choose the same; the other times may differ by far more.
+// stages in all measured cells. Times are fitted as told in ss_gemm_sm90.cu: with a scale a row
+// choices are 0.5 % slower than the best plans, the worst one 12 %; with multipliers of 128
+// columns, from 96 tokens on, 0.8 and 15 %.
 inline constexpr std::array<W4A8GemmShape, 5> kW4A8Shapes{{
     {{16, 1, 18, 1, 1, 16, false}, 170},
     {{32, 1, 15, 1, 1, 32, false}, 250},
-    {{64, 1, 11, 1, 1, 64, false}, 340},
+    {{64, 1, 11, 1, 1, 64, false}, 296},
     {{128, 1, 7, 1, 1, 128, false}, 300},
     {{256, 1, 4, 1, 1, 128, false}, 660},
 }};
-// With scales of groups. Fitted in the same way, to groups of 128 columns and 1 to 256 tokens:
-// choices are 0.2 % slower than the best plans, the worst one 2.9 %. Beyond, those of 128 and 256
-// tokens choose the best plans for 7 layers of Llamas and up to 4096 tokens. Groups of 64 columns
-// are not fitted.
+// With scales of groups. Fitted in the same way, to groups of 128 columns: choices are 0.6 % slower
+// than the best plans, the worst one 12 %. Groups of 64 columns are not fitted.
 inline constexpr std::array<W4A8GemmShape, 5> kW4A8GroupShapes{{
     {{16, 1, 17, 1, 1, 16, false}, 170},
     {{32, 1, 14, 1, 1, 32, false}, 250},
-    {{64, 1, 12, 1, 1, 64, false}, 310},
-    {{128, 1, 7, 1, 1, 128, false}, 460},
+    {{64, 1, 12, 1, 1, 64, false}, 292},
+    {{128, 1, 7, 1, 1, 128, false}, 276},
     {{256, 1, 4, 1, 1, 128, false}, 620},
 }};
 
@@ -86,7 +83,7 @@ class W4A8Kernels {
       candidates[index] = {kShapes[index].tile, kShapes[index].stage_time, residency[index]};
     }
     const int num_sms = device_attribute(cudaDevAttrMultiProcessorCount, device, kW4A8Op);
-    const SsGemmProblem problem{params.m, params.n, params.k, params.out_dtype, 4};
+    const SsGemmProblem problem{params.m, params.n, params.k, params.out_dtype, 4, 0.15};
     launch(params, plan_ss_gemm(problem, candidates, num_sms), stream, kIndices);
   }
 

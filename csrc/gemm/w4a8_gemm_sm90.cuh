@@ -117,12 +117,14 @@ struct W4A8Gemm {
   static constexpr int kParts = kCols / kPartCols;
   static constexpr int kSets = std::min(kParts, 2);  // of sums on their way
   static constexpr int kThreads = kMathThreads + 128;
-  static constexpr int kProducers = kStageGroups > 0 ? 2 : 1;   // of a stage
+  static constexpr int kProducers = kStageGroups > 0 ? 33 : 1;  // lanes that fill a stage
   static constexpr int kScaleWarps = kStageGroups > 0 ? 3 : 0;  // warps left beside the producer
   // A CTA starts with 168 registers per thread; what the producers give up, the others get.
   static constexpr int kProducerRegisters = 40;
   static constexpr int kMathRegisters = 232;
-  static constexpr bool kSplits = kShape.splits();
+  // Of 256 tokens, and groups of 64 columns, no registers are left for it.
+  static constexpr bool kSplits =
+      kShape.splits() && !(kGrouped && kGroupSteps == 2 && kCols == 256);
   static_assert(!kSplits || SliceSums<W4A8Gemm>::kSmemBytes <= kRingBytes);
   static_assert(kSmemBytes + sizeof(TileTerms<W4A8Gemm, Finish>) + 2048 <= 228 * 1024);
 };
@@ -237,8 +239,9 @@ __device__ __forceinline__ void produce_scales(const W4A8GemmArgs& args, const W
     for (int group = 0; group < C::kStageGroups; ++group) {
       groups.store(smem.scales(ring.stage, group));
       const bool is_last = group == C::kStageGroups - 1;
-      __syncwarp();
-      if (is_last && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&smem.full[ring.stage]);
+      // Each lane for itself: no slower than one for all, and racecheck sees what it orders.
+      if (is_last) ptx::mbarrier_arrive(&smem.full[ring.stage]);
+      __syncwarp();  // else ptxas spills, of 256 tokens
       // After the arrival: ptxas may move what is loaded, and so wait for it.
       groups.load(is_last ? (C::kScaleWarps - 1) * C::kStageGroups + 1 : 1);
     }

@@ -266,6 +266,19 @@ def test_results_repeat_to_the_bit(out_dtype: torch.dtype, accurate: bool) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("accurate", "m", "n"), [(True, 400, 25472), (False, 700, 17152)])
+def test_last_round_of_large_tiles(accurate: bool, m: int, n: int) -> None:
+    """Pairs of CTAs that have taken pairs of tiles share the few pairs left over."""
+    case = Fp8GemmCase(m, n, 4096, "row", "row", BF16, bias=True)
+    args, kwargs = case.make("cuda")
+    first = fp8_gemm(*args, **kwargs, accurate=accurate)
+    exact, plain = case.reference(*args, **kwargs), case.baseline(*args, **kwargs)
+    assert_close_to_reference(first, exact, plain, dtype=BF16)
+    for _ in range(20):
+        assert_equal(fp8_gemm(*args, **kwargs, accurate=accurate), first)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 64, 700])
 def test_scales_of_x_in_any_layout(m: int) -> None:
     """Kernels read one layout; others are copied into it."""

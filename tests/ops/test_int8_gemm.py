@@ -275,6 +275,17 @@ def test_results_repeat_to_the_bit(out_dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("zeros_per", [None, "row"])
+def test_last_round_of_large_tiles(zeros_per: str | None) -> None:
+    """Of 137 tiles of 256 tokens a CTA each takes 120, and clusters share the others."""
+    case = Int8GemmCase(129, 17536, 4096, bias=True, zeros_per=zeros_per)
+    args, kwargs = case.make("cuda")
+    expected = case.reference(*args, **kwargs)
+    for _ in range(20):
+        assert_equal(int8_gemm(*args, **kwargs), expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("k", [1368, 1376])
 @pytest.mark.parametrize("m", [0, 1, 20, 300])
 @pytest.mark.parametrize("zeros_per", [None, "row"])

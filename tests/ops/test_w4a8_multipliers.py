@@ -289,6 +289,14 @@ def test_results_repeat_to_the_bit(out_dtype: torch.dtype, group_size: int) -> N
 
 
 @pytest.mark.gpu
+@each_group_size
+def test_last_round_of_large_tiles(group_size: int) -> None:
+    """Of 137 tiles of 256 tokens a CTA each takes 120, and clusters share the others."""
+    case = TwoLevelW4A8GemmCase(129, 17536, 4096, group_size, bias=True)
+    check_values(w4a8_gemm, case, "cuda")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("k", [1368, 1376])
 @pytest.mark.parametrize("m", [0, 1, 20, 300])
 @each_group_size
