@@ -19,6 +19,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 Row = dict[str, Any]
@@ -156,7 +157,8 @@ def table(rows: list[Row], peers: dict[str, list[Row]] | None = None) -> str:
 
 
 def plot(rows: list[Row], path: Path, peers: dict[str, list[Row]] | None = None) -> None:
-    """The speed-up over the baseline: of matmuls by tokens, of anything else a bar per row.
+    """The speed-up over the baseline: of matmuls by tokens, of another op a bar per row, of several
+    ops a line with a dot per row.
 
     Raises:
         ImportError: without matplotlib, the [plot] extra.
@@ -168,8 +170,12 @@ def plot(rows: list[Row], path: Path, peers: dict[str, list[Row]] | None = None)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    are_matmuls = all({"N", "K", "M"} <= set(row["case"]) for row in rows)
-    figure = plot_matmuls(rows, peers) if are_matmuls else plot_bars(rows, peers)
+    if all({"N", "K", "M"} <= set(row["case"]) for row in rows):
+        figure = plot_matmuls(rows, peers)
+    elif len({row["op"] for row in rows}) == 1:
+        figure = plot_bars(rows, peers)
+    else:
+        figure = plot_ops(rows)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -224,18 +230,13 @@ def plot_matmuls(rows: list[Row], peers: dict[str, list[Row]] | None) -> Any:
 
 def plot_bars(rows: list[Row], peers: dict[str, list[Row]] | None) -> Any:
     """A bar per row, with the best peer's speed-up as a mark."""
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.26 * len(rows)), layout="constrained")
     positions = range(len(rows))
     # On a log axis bars grow from 1: to the right what is faster, to the left what is slower.
     ratios = [row["ratio"] for row in rows]
     axes.barh(positions, [r - 1 for r in ratios], left=1, color="tab:blue", label="effllm")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.grid(axis="x", lw=0.3)
     if peers:
         marks = [
             (position, row["ratio"] / peer.speedup)
@@ -243,12 +244,39 @@ def plot_bars(rows: list[Row], peers: dict[str, list[Row]] | None) -> Any:
             if (peer := best_peer(row, peers))
         ]
         axes.plot([x for _, x in marks], [y for y, _ in marks], "k|", ms=12, label="best peer")
-    axes.axvline(1, color="grey", lw=0.8)
-    axes.set_yticks(positions, [f"{row['op']} {label(row)}" for row in rows], fontsize=7)
-    axes.set_ylim(len(rows) - 0.5, -0.5)  # no margins, the first row on top
-    axes.set_xlabel("times as fast as the baseline")
+    finish_ratio_axis(axes, [f"{row['op']} {label(row)}" for row in rows])
     axes.legend(loc="lower right")
     return figure
+
+
+def plot_ops(rows: list[Row]) -> Any:
+    """A line for each op, with a dot per row and a bar at the geometric mean of all."""
+    from matplotlib import pyplot
+
+    ops: dict[str, list[float]] = {}
+    for row in rows:
+        ops.setdefault(row["op"], []).append(row["ratio"])
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.26 * len(ops)), layout="constrained")
+    for position, ratios in enumerate(ops.values()):
+        axes.plot(ratios, [position] * len(ratios), "o", c="tab:blue", ms=5, alpha=0.5, mew=0)
+        axes.plot(geometric_mean(ratios), position, "k|", ms=12)
+    finish_ratio_axis(axes, [f"{op} ({len(ratios)})" for op, ratios in ops.items()])
+    return figure
+
+
+def finish_ratio_axis(axes: Any, labels: list[str]) -> None:
+    """A line for each label, the first on top, over ratios to the baseline."""
+    from matplotlib import ticker
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.grid(axis="x", lw=0.3)
+    axes.axvline(1, color="grey", lw=0.8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # no margins
+    axes.set_xlabel("times as fast as the baseline")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -169,5 +169,20 @@ def test_command_line(
 
 def test_plot(tmp_path: Path, report: ModuleType) -> None:
     pytest.importorskip("matplotlib", reason="plots need the [plot] extra")
-    report.plot([ROW, ATTENTION], tmp_path / "plot.png", PEERS)
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for rows in ([ROW], [ATTENTION], [ROW, ATTENTION]):
+        report.plot(rows, tmp_path / "plot.png", PEERS)
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "plot.png").unlink()
+
+
+def test_ops_have_a_line_each(report: ModuleType) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the [plot] extra")
+    slower = ATTENTION | {"ratio": ATTENTION["ratio"] / 4}
+    (axes,) = report.plot_ops([ATTENTION, ROW, slower]).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        f"{ATTENTION['op']} (2)",
+        f"{ROW['op']} (1)",
+    ]
+    dots, mean, *_ = axes.get_lines()
+    assert list(dots.get_xdata()) == [ATTENTION["ratio"], slower["ratio"]]
+    assert list(mean.get_xdata()) == pytest.approx([ATTENTION["ratio"] / 2])
