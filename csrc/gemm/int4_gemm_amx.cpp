@@ -21,12 +21,12 @@
 
 #include <array>
 
-#include "common/x86_intrinsics.h"
+#include "common/amx.h"
 
 namespace effllm {
 namespace {
 
-constexpr int kRows = 16, kRowBytes = 64;  // of a tile register
+constexpr int kRows = kAmxRows, kRowBytes = kAmxRowBytes;
 constexpr int kStepColumns = 32;
 constexpr int kMaxTiles = 2;  // of W that are decoded at a time
 constexpr int kBlocks = kPackedCpuRows / kRows;
@@ -54,26 +54,14 @@ struct alignas(64) TileSums {
   float values[kRows * kInt4AmxTokens];  // [16 rows][panel's tokens]
 };
 
-// Rows and bytes of each tile register, as LDTILECFG reads them.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Intrinsics of some compilers do not say that they read and write memory.
-inline void memory_barrier() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
-
 // Tiles 0 .. 3 are sums, 4 and 5 weights, 6 and 7 of x.
-void configure(int width) {
+TileConfig tiles_of_width(int width) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
     const bool weights = tile == 4 || tile == 5;
-    config.rows[tile] = kRows;
-    config.row_bytes[tile] = static_cast<uint16_t>(weights ? kRowBytes : 4 * width);
+    config.set(tile, kRows, weights ? kRowBytes : 4 * width);
   }
-  memory_barrier();
-  _tile_loadconfig(&config);
+  return config;
 }
 
 // What the codes become by the lowest four of five bits.
@@ -388,7 +376,7 @@ void int4_strip_amx(const Int4AmxStrip& strip, bool has_zeros) {
   const DecodeBlock decode_block = strip.two_groups_per_tile
                                        ? (has_zeros ? decode<true, true> : decode<true, false>)
                                        : (has_zeros ? decode<false, true> : decode<false, false>);
-  configure(width);
+  const Tiles tiles(tiles_of_width(width));
   switch ((strip.num_tokens + kInt4AmxTokens - 1) / kInt4AmxTokens) {
     case 1:
       StripLoop<4, 1>(strip, width, decode_block).run();
@@ -402,7 +390,6 @@ void int4_strip_amx(const Int4AmxStrip& strip, bool has_zeros) {
     default:
       StripLoop<1, 4>(strip, width, decode_block).run();
   }
-  _tile_release();  // registers that are in use cost every switch of threads
 }
 
 }  // namespace effllm

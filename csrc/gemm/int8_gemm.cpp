@@ -88,7 +88,8 @@ class Int8Finish {
 // thousand products each.
 template <class F>
 void for_each_block(const Int8GemmParams& params, int rows, const F& multiply) {
-  const int64_t block_products = rows * (params.k + 1) * std::min<int64_t>(params.m + 1, 48);
+  const int64_t block_products =
+      rows * (params.k + 1) * std::min<int64_t>(params.m + 1, kInt8CpuMaxTokens);
   const int64_t grain = ceil_div<int64_t>(int64_t{1} << 17, block_products);
   TorchThreads().for_each(ceil_div<int64_t>(params.n, rows), grain,
                           [&](int64_t block) { multiply(block * rows); });

@@ -10,41 +10,27 @@
 // For many tokens 4 products of 16 clocks for 4 loads of 8; for few the bytes of W.
 #include "gemm/int8_gemm_amx.h"
 
-#include <immintrin.h>
-
-#include <atomic>
 #include <cstring>
 
+#include "common/amx.h"
 #include "common/vector.h"
 
 namespace effllm {
 namespace {
 
-constexpr int kTileRows = 16, kTileBytes = 64;
-
-// Rows and bytes of each tile register, as LDTILECFG reads them.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Intrinsics of some compilers do not say that they read and write memory.
-inline void memory_barrier() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+constexpr int kTileRows = kAmxRows, kTileBytes = kAmxRowBytes;
 
 // Rows of W that a tile lacks are none of its.
-void configure(int num_rows) {
+TileConfig tiles_of_rows(int num_rows) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
     const bool lower = tile == 2 || tile == 3 || tile == 5;
     int rows = kTileRows;
     if (tile < 6) rows = lower ? num_rows - kTileRows : num_rows;
     if (rows <= 0) continue;
-    config.rows[tile] = static_cast<uint8_t>(rows < kTileRows ? rows : kTileRows);
-    config.row_bytes[tile] = kTileBytes;
+    config.set(tile, rows < kTileRows ? rows : kTileRows, kTileBytes);
   }
-  memory_barrier();
-  _tile_loadconfig(&config);
+  return config;
 }
 
 template <int kRowTiles, int kPanels>
@@ -113,12 +99,11 @@ Multiply multiply_of(int num_rows, int num_panels) {
 template <class F>
 void for_pairs_of_panels(const Int8AmxBlock& block, const F& f) {
   const int64_t panel_bytes = (block.k + kTileBytes - 1) / kTileBytes * kInt8AmxTileBytes;
-  configure(block.num_rows);
+  const Tiles tiles(tiles_of_rows(block.num_rows));
   for (int panel = 0; panel < block.num_panels; panel += 2) {
     const int count = panel + 1 < block.num_panels ? 2 : 1;
     f(panel, count, panel_bytes, multiply_of(block.num_rows, count));
   }
-  _tile_release();  // registers that are in use cost every switch of threads
 }
 
 }  // namespace

@@ -161,12 +161,16 @@ class W4A8Blocks {
     std::fill_n(totals_, num_tokens * kInt8CpuRows, 0.0f);
     for (int64_t group = 0; group < params_.num_groups; ++group) {
       multiply_group(group, finish.num_rows(), first_token, num_tokens);
-      float scales[kInt8CpuRows] = {};
+      float scales[kInt8CpuRows];
       for (int64_t row = 0; row < finish.num_rows(); ++row) {
         scales[row] = finish.scale(row, group);
       }
-      for (int64_t idx = 0; idx < num_tokens * kInt8CpuRows; ++idx) {
-        totals_[idx] += static_cast<float>(sums_[idx]) * scales[idx % kInt8CpuRows];
+      for (int64_t token = 0; token < num_tokens; ++token) {
+        const int32_t* const sums = sums_ + token * kInt8CpuRows;
+        float* const totals = totals_ + token * kInt8CpuRows;
+        for (int64_t row = 0; row < finish.num_rows(); ++row) {
+          totals[row] += static_cast<float>(sums[row]) * scales[row];
+        }
       }
     }
     finish.store<Out>(first_token, num_tokens, totals_, kInt8CpuRows, 1);

@@ -44,7 +44,7 @@ struct W4A8Lines {
   int64_t count_of(int64_t group) const { return std::min(per_group, count - first_of(group)); }
 };
 
-// x in lines, and the sums of each token's groups [groups, M]; or the lines in panels.
+// x in lines: with the sums of each token's groups [groups, M], or in panels, which need none.
 struct W4A8Tokens {
   struct alignas(kW4A8Line) Line {
     int8_t bytes[kW4A8Line];
@@ -52,7 +52,9 @@ struct W4A8Tokens {
 
   template <class Threads>
   W4A8Tokens(const W4A8GemmParams& params, const W4A8Lines& cut, const Threads& threads)
-      : lines(std::max<int64_t>(cut.count * params.m, 1)), sums(params.num_groups * params.m) {
+      : lines(std::max<int64_t>(cut.count * params.m, 1)) {
+    const bool in_panels = takes_int8_panels(params.m);
+    if (!in_panels) sums.resize(params.num_groups * params.m);
     constexpr int64_t kGrain = 8;  // for fewer, threads cost more than they save
     threads.for_each(params.m, kGrain, [&](int64_t m) {
       const auto* row = static_cast<const int8_t*>(params.x) + m * params.k;
@@ -62,15 +64,16 @@ struct W4A8Tokens {
         std::memcpy(columns + first % kW4A8Line, row + first,
                     std::min<int64_t>(params.k - first, cut.columns));
         int8_t* to = lines[m * cut.count + line].bytes;
-        int32_t sum = 0;
         for (int idx = 0; idx < kW4A8Line; ++idx) {
           to[idx] = columns[column_of_byte(idx / 4, idx % 4)];
-          sum += to[idx];
         }
+        if (in_panels) continue;
+        int32_t sum = 0;
+        for (const int8_t column : columns) sum += column;
         sums[line / cut.per_group * params.m + m] += sum;
       }
     });
-    if (takes_int8_panels(params.m)) {
+    if (in_panels) {
       panels.emplace(lines.data()->bytes, params.m, cut.count * kW4A8Line, threads);
     }
   }
