@@ -138,8 +138,10 @@ inline void add_products(const Fp8Block& block, const Pair& pair, int first_row,
                               ? 1.0f
                               : block.x_scales[tile * block.stride_x_scales + first_token + token];
     for (int idx = 0; idx < 2; ++idx) {
+      // One product, which is the one that is added: of two, compilers fuse another one with the
+      // addition where they know that x has no scales, as for some numbers of tokens.
       Float& sum = sums[(first_token + token) * 2 + idx];
-      sum = partial[token][idx] * splat<kWidth>(w_scales[idx]) * splat<kWidth>(x_scale) + sum;
+      sum = partial[token][idx] * splat<kWidth>(w_scales[idx] * x_scale) + sum;
     }
   }
 }
