@@ -135,7 +135,7 @@ struct AmxLoop {
 
   static constexpr int64_t padded_tokens(int64_t num_tokens) {
     const int64_t rest = num_tokens % kMaxTokens;
-    return num_tokens - rest + round_up<int64_t>(rest, int4_amx_panel_width(rest));
+    return num_tokens - rest + round_up<int64_t>(rest, amx_panel_width(rest));
   }
 
   static constexpr int64_t slot_of_row(int64_t row) { return row; }
@@ -147,16 +147,16 @@ struct AmxLoop {
     const int64_t num_tasks = ceil_div(num_tiles, kTiles);
     for (int64_t token = 0; token < params.m; token += kMaxTokens) {
       const int64_t num_tokens = std::min<int64_t>(params.m - token, kMaxTokens);
-      const Int4AmxTokens tokens{
+      const AmxTokens tokens{
           .x = static_cast<const T*>(params.x) + token * params.k,
           .k = params.k,
           .num_tokens = static_cast<int>(num_tokens),
-          .two_groups_per_tile = has_two_groups_per_tile(params),
           .tiles = x[token].columns,
           .stride_tile = padded_tokens(params.m) * kPackedCpuTileK,
       };
       threads.for_each(num_tasks, ceil_div<int64_t>(64, num_tokens), [&](int64_t task) {
-        int4_gather_amx(tokens, task * kTiles, std::min(num_tiles, (task + 1) * kTiles));
+        int4_gather_amx(tokens, task * kTiles, std::min(num_tiles, (task + 1) * kTiles),
+                        has_two_groups_per_tile(params));
       });
     }
   }

@@ -22,6 +22,7 @@
 #include <array>
 
 #include "common/amx.h"
+#include "gemm/amx_transpose.h"
 
 namespace effllm {
 namespace {
@@ -32,7 +33,8 @@ constexpr int kMaxTiles = 2;  // of W that are decoded at a time
 constexpr int kBlocks = kPackedCpuRows / kRows;
 constexpr int kBlockWords = kPackedCpuTileWords / kBlocks;
 constexpr int kRowPairWords = 16;
-constexpr int kPanelElements = kInt4AmxTokens * kPackedCpuTileK;  // of a tile of x
+constexpr int kPanelElements = kAmxPanelTokens * kAmxPanelTileK;  // of a tile of x
+static_assert(kAmxPanelTileK == kPackedCpuTileK);
 constexpr int kPrefetchWords =
     3 * kPackedCpuTileWords;  // 6 KB: what hardware prefetches is too near
 
@@ -51,7 +53,7 @@ struct alignas(64) Step {
 };
 
 struct alignas(64) TileSums {
-  float values[kRows * kInt4AmxTokens];  // [16 rows][panel's tokens]
+  float values[kRows * kAmxPanelTokens];  // [16 rows][panel's tokens]
 };
 
 // Tiles 0 .. 3 are sums, 4 and 5 weights, 6 and 7 of x.
@@ -274,7 +276,7 @@ class StripLoop {
         const __m512 values = _mm512_load_ps(products[panel].values + 16 * idx);
         _mm512_store_ps(sums, _mm512_fmadd_ps(values, scale, _mm512_load_ps(sums)));
       };
-      if (kPanels > 1 || width_ == kInt4AmxTokens) {
+      if (kPanels > 1 || width_ == kAmxPanelTokens) {
         for (int row = 0; row < kRows; ++row) {
           const __m512 scale = _mm512_set1_ps(scales[row * strip_.stride_scales]);
           for (int panel = 0; panel < kPanels; ++panel) add(panel, row, scale);
@@ -293,7 +295,7 @@ class StripLoop {
     const __m512i rows = multiply_lanes(width_);
     for (int token = 0; token < strip_.num_tokens; ++token) {
       for (int block = 0; block < num_blocks_; ++block) {
-        const float* from = sums_[block][token / kInt4AmxTokens].values + token % kInt4AmxTokens;
+        const float* from = sums_[block][token / kAmxPanelTokens].values + token % kAmxPanelTokens;
         _mm512_storeu_ps(strip_.sums + token * kPackedCpuRows + block * kRows,
                          _mm512_i32gather_ps(rows, from, sizeof(float)));
       }
@@ -303,81 +305,28 @@ class StripLoop {
   const Int4AmxStrip& strip_;
   const int width_, num_blocks_;
   const DecodeBlock decode_;
-  const __m512i slots_;                   // where a group's scales are
-  __m512i row_of_value_[kInt4AmxTokens];  // of a panel that is not whole
+  const __m512i slots_;                    // where a group's scales are
+  __m512i row_of_value_[kAmxPanelTokens];  // of a panel that is not whole
   TileSums sums_[kBlocks][kPanels] = {};
   TileSums products_[2][4];
   Step weights_[2][kRowBlocks * 2 * kMaxTiles];
 };
 
-// Panels [first_tile .. last_tile - 1] of some tokens, up to `width`.
-struct PanelGather {
-  PanelGather(const Int4AmxTokens& tokens, int tokens_of_panels)
-      : x(tokens), width(tokens_of_panels) {
-    token_of_lane = _mm512_and_si512(lanes(), _mm512_set1_epi32(width - 1));
-    for (int idx = 0; idx < 2 * width; ++idx) {
-      alignas(64) int columns[16];
-      for (int lane = 0; lane < 16; ++lane) {
-        columns[lane] = column_of_pair((16 * idx + lane) / width, x.two_groups_per_tile);
-      }
-      const __m512i rows =
-          _mm512_mullo_epi32(token_of_lane, _mm512_set1_epi32(static_cast<int>(x.k)));
-      offsets[idx] = _mm512_add_epi32(rows, _mm512_load_si512(columns));
-    }
-  }
-
-  void whole_tile(const bfloat16* from, int count, bfloat16* to) const {
-    const __mmask16 mask = _mm512_cmplt_epi32_mask(token_of_lane, _mm512_set1_epi32(count));
-    for (int idx = 0; idx < 2 * width; ++idx) {
-      const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, offsets[idx],
-                                                        from, sizeof(bfloat16));
-      _mm512_storeu_si512(to + 32 * idx, pairs);
-    }
-  }
-
-  void columns(const bfloat16* from, int count, int num_columns, bfloat16* to) const {
-    for (int pair = 0; pair < kStepColumns; ++pair) {
-      for (int half = 0; half < 2; ++half) {
-        const int column = column_of_pair(pair, x.two_groups_per_tile) + half;
-        for (int token = 0; token < width; ++token) {
-          const bool there = token < count && column < num_columns;
-          to[2 * (pair * width + token) + half] = there ? from[token * x.k + column] : bfloat16{};
-        }
-      }
-    }
-  }
-
-  const Int4AmxTokens& x;
-  const int width;
-  __m512i token_of_lane, offsets[2 * kInt4AmxTokens];
-};
-
 }  // namespace
 
-void int4_gather_amx(const Int4AmxTokens& tokens, int64_t first_tile, int64_t last_tile) {
-  const PanelGather gather(tokens, int4_amx_panel_width(tokens.num_tokens));
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-    const int64_t column = tile * kPackedCpuTileK, num_columns = tokens.k - column;
-    bfloat16* to = tokens.tiles + tile * tokens.stride_tile;
-    for (int token = 0; token < tokens.num_tokens; token += kInt4AmxTokens, to += kPanelElements) {
-      const bfloat16* from = tokens.x + token * tokens.k + column;
-      const int count = tokens.num_tokens - token;
-      if (num_columns >= kPackedCpuTileK) {
-        gather.whole_tile(from, count, to);
-      } else {
-        gather.columns(from, count, static_cast<int>(num_columns), to);
-      }
-    }
-  }
+void int4_gather_amx(const AmxTokens& tokens, int64_t first_tile, int64_t last_tile,
+                     bool two_groups_per_tile) {
+  gather_panels(tokens, first_tile, last_tile,
+                [=](int pair) { return column_of_pair(pair, two_groups_per_tile); });
 }
 
 void int4_strip_amx(const Int4AmxStrip& strip, bool has_zeros) {
-  const int width = int4_amx_panel_width(strip.num_tokens);
+  const int width = amx_panel_width(strip.num_tokens);
   const DecodeBlock decode_block = strip.two_groups_per_tile
                                        ? (has_zeros ? decode<true, true> : decode<true, false>)
                                        : (has_zeros ? decode<false, true> : decode<false, false>);
   const Tiles tiles(tiles_of_width(width));
-  switch ((strip.num_tokens + kInt4AmxTokens - 1) / kInt4AmxTokens) {
+  switch ((strip.num_tokens + kAmxPanelTokens - 1) / kAmxPanelTokens) {
     case 1:
       StripLoop<4, 1>(strip, width, decode_block).run();
       break;
