@@ -25,7 +25,8 @@ inline constexpr bool kHasX86Isas = true;
 inline bool may_use_amx() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") &&
+  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("amx-int8") &&
+         __builtin_cpu_supports("amx-bf16") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

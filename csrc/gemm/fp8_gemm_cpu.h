@@ -10,6 +10,7 @@
 #include "common/cpu_isa.h"
 #include "common/dispatch.h"
 #include "common/math.h"
+#include "gemm/byte_weight_gemm_amx.h"
 #include "gemm/fp8_gemm.h"
 #include "gemm/fp8_gemm_block.h"
 
@@ -17,11 +18,13 @@ namespace effllm {
 
 static_assert(kFp8CpuTileK == kFp8GroupSize && kFp8GroupSize % kFp8CpuRows == 0);
 
-// Of what weights are: the inner loop, and what its sums are to be multiplied by.
+// Of what weights are: the inner loop, what its sums are to be multiplied by, and the loop for bf16
+// x with AMX.
 struct E4M3Weights {
   static constexpr float kPower = kE4M3VectorPower;
   static constexpr Fp8BlockKernel kBaseline = multiply_block<4, E4M3Decoder>;
   static constexpr Fp8BlockKernel kAvx2 = fp8_block_avx2, kAvx512 = fp8_block_avx512;
+  static constexpr ByteAmxKernel kAmx = multiply_e4m3_weight_amx;
 };
 
 struct Int8Weights {
@@ -29,6 +32,7 @@ struct Int8Weights {
   static constexpr Fp8BlockKernel kBaseline = multiply_block<4, Int8Decoder>;
   static constexpr Fp8BlockKernel kAvx2 = int8_weight_block_avx2;
   static constexpr Fp8BlockKernel kAvx512 = int8_weight_block_avx512;
+  static constexpr ByteAmxKernel kAmx = multiply_int8_weight_amx;
 };
 
 template <class Weights>

@@ -3,7 +3,7 @@
 
 #include "common/dispatch.h"
 #include "common/torch.h"
-#include "gemm/fp8_gemm_cpu.h"
+#include "gemm/byte_weight_gemm_cpu.h"
 
 namespace effllm {
 namespace {
@@ -17,7 +17,7 @@ Tensor int8_weight_gemm_cpu(const Tensor& x, const Tensor& weight, const Tensor&
   Tensor out = new_empty_like_rows(x, params.n);
   params.out = out.mutable_data_ptr();
   dispatch_float(params.dtype, [&](auto element) {
-    multiply_fp8<decltype(element), decltype(element), Int8Weights>(params, TorchThreads());
+    multiply_byte_weight<decltype(element), Int8Weights>(params, TorchThreads());
   });
   return out;
 }

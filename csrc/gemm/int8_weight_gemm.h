@@ -9,6 +9,11 @@
 //
 // int8 is exact in the type of x; scales apply to fp32 sums, of 128 columns where there are groups.
 // But for its codes this is fp8_weight_gemm, whose loops and kernel it shares.
+//
+// The CPU multiplies bf16 x in tiles of bf16 where the processor has AMX, else, and x of other
+// types always, in fp32. The products are the same. Their order is not, and numbers below 2^-126
+// count as zero. Either way a token's sum is built in the same order whatever the tokens beside it:
+// CPU results do not depend on the batch.
 #pragma once
 
 #include <optional>

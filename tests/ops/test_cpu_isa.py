@@ -79,9 +79,11 @@ def test_codes_of_fp8_gemm_within_the_limit(isa: str) -> None:
     run_tests(isa, "test_fp8_gemm.py", "every_code or nan_codes or anywhere_in_memory")
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_codes_of_int8_weight_gemm_within_the_limit(isa: str) -> None:
-    run_tests(isa, "test_int8_weight_gemm.py", "every_code or anywhere_in_memory")
+@pytest.mark.parametrize("op", ["int8_weight_gemm", "fp8_weight_gemm"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_codes_of_byte_weights_within_the_limit(op: str, isa: str) -> None:
+    """bf16 x goes another way where there are the tiles of AMX."""
+    run_tests(isa, f"test_{op}.py", "every_code or anywhere_in_memory or its_batch or no_numbers")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])

@@ -124,9 +124,28 @@ CASES = [
     Fp8WeightGemmCase(16, 40008, 272, "row", _HALF),
 ]
 CPU_CASES = [
-    Fp8WeightGemmCase(m, 97, k, per, _FP32, per == "row")
-    for m, k in ((2, 352), (3, 129), (4, 320), (40, 200))
-    for per in ("tensor", "row", "block")
+    *(
+        Fp8WeightGemmCase(m, 97, k, per, _FP32, per == "row")
+        for m, k in ((2, 352), (3, 129), (4, 320), (40, 200))
+        for per in ("tensor", "row", "block")
+    ),
+    # AMX: one to three panels of tokens, and more than a call takes; rows that end in either half
+    # of a unit, and blocks of them; columns that end in a line, a step, a group and a unit.
+    *(
+        Fp8WeightGemmCase(m, n, k, per, _BF16, per == "row", scales_dtype)
+        for m, n, k in (
+            (1, 97, 352),
+            (3, 33, 129),
+            (16, 48, 257),
+            (17, 130, 383),
+            (47, 300, 520),
+            (90, 1100, 639),
+            (257, 97, 769),
+            (300, 161, 64),
+        )
+        for per in ("tensor", "row", "block")
+        for scales_dtype in (_HALF, _FP32)
+    ),
 ]
 BENCH = [
     Fp8WeightGemmCase(m, n, k, per)
