@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -15,36 +16,35 @@
 namespace effllm {
 namespace {
 
-void check_zero_values(const W4A8GemmParams& params) {
-  if (params.zeros == nullptr) return;
-  for (int64_t n = 0; n < params.n; ++n) {
-    for (int64_t group = 0; group < params.num_groups; ++group) {
-      const int zero = params.zeros[n * params.stride_zeros_n + group * params.stride_zeros_g];
-      if (zero > kW4A8MaxZero) {
-        fail("w4a8_gemm", "zeros must be at most " + std::to_string(kW4A8MaxZero) + ", got " +
-                              std::to_string(zero) + " at [" + std::to_string(n) + ", " +
-                              std::to_string(group) + "]");
+// Bytes of groups [N, groups]: of a row without gaps, compilers find the largest in vectors.
+void check_group_values(const char* name, const uint8_t* data, int64_t stride_n, int64_t stride_g,
+                        int64_t n, int64_t num_groups, int largest) {
+  for (int64_t row = 0; row < n; ++row, data += stride_n) {
+    const auto largest_of_row = [&](int64_t stride) {
+      uint8_t value = 0;
+      for (int64_t group = 0; group < num_groups; ++group) {
+        value = std::max(value, data[group * stride]);
       }
-    }
+      return value;
+    };
+    if ((stride_g == 1 ? largest_of_row(1) : largest_of_row(stride_g)) <= largest) continue;
+    int64_t group = 0;
+    while (data[group * stride_g] <= largest) ++group;
+    fail("w4a8_gemm", name + (" must be at most " + std::to_string(largest)) + ", got " +
+                          std::to_string(data[group * stride_g]) + " at [" + std::to_string(row) +
+                          ", " + std::to_string(group) + "]");
   }
 }
 
-void check_multiplier_values(const W4A8GemmParams& params) {
+void check_group_values(const W4A8GemmParams& params) {
+  if (params.zeros != nullptr) {
+    check_group_values("zeros", params.zeros, params.stride_zeros_n, params.stride_zeros_g,
+                       params.n, params.num_groups, kW4A8MaxZero);
+  }
   const W4A8Multipliers& multipliers = params.multipliers;
-  if (multipliers.data == nullptr) return;
-  for (int64_t n = 0; n < params.n; ++n) {
-    const uint8_t* row = multipliers.data + n * multipliers.stride_n;
-    int bits = 0;  // of any in the row: the search for a larger one is the exception
-    for (int64_t group = 0; group < multipliers.num_groups; ++group) {
-      bits |= row[group * multipliers.stride_g];
-    }
-    for (int64_t group = 0; bits > kW4A8MaxMultiplier; ++group) {
-      const int multiplier = row[group * multipliers.stride_g];
-      if (multiplier <= kW4A8MaxMultiplier) continue;
-      fail("w4a8_gemm", "multipliers must be at most " + std::to_string(kW4A8MaxMultiplier) +
-                            ", got " + std::to_string(multiplier) + " at [" + std::to_string(n) +
-                            ", " + std::to_string(group) + "]");
-    }
+  if (multipliers.data != nullptr) {
+    check_group_values("multipliers", multipliers.data, multipliers.stride_n, multipliers.stride_g,
+                       params.n, multipliers.num_groups, kW4A8MaxMultiplier);
   }
 }
 
@@ -107,7 +107,7 @@ class W4A8Blocks {
 
   template <class Out>
   void run(int64_t block) {
-    unpack_w4a8_block(params_, cut_, block, weight_);
+    unpack_w4a8_block(params_, cut_, unpack_, block, weight_);
     const W4A8Finish finish(params_, block * kInt8CpuRows);
     if constexpr (kHasX86Isas) {
       if (x_.panels) return multiply_panels<Out>(finish);
@@ -196,6 +196,7 @@ class W4A8Blocks {
   const W4A8Tokens& x_;
   int8_t* const weight_;
   const Int8BlockKernel kernel_ = select_int8_block_kernel();
+  const W4A8CodeRowsKernel unpack_ = select_w4a8_code_rows_kernel();
   std::vector<float> scales_;  // [groups, kInt8AmxRows]
   int32_t sums_[kPanelTokens * kInt8AmxRows];
   float totals_[kPanelTokens * kInt8CpuRows];
@@ -238,8 +239,7 @@ Tensor w4a8_gemm_cpu(const Tensor& x, const Tensor& x_scales, const Tensor& qwei
       as_view(x_rows, "x"), {as_view(x_scales, "x_scales"), as_view(x_scale_rows, "x_scales")},
       as_view(qweight, "qweight"), as_view(scales, "scales"), as_view(zeros, "zeros"),
       as_view(bias, "bias"), as_view(multipliers, "multipliers"), group_size, as_dtype(out_dtype));
-  check_zero_values(params);
-  check_multiplier_values(params);
+  check_group_values(params);
   Tensor out = new_empty_like_rows(x, params.n, params.out_dtype);
   if (out.numel() == 0) return out;
   params.out = out.mutable_data_ptr();

@@ -1,9 +1,8 @@
 // What w4a8_gemm does on the CPU around the loop over int8 of int8_gemm_block.h: 16 rows of codes
 // become int8 in memory that stays in L2, and are then multiplied group by group.
 //
-// Sixteen consecutive words of a tile hold two rows, n in the low and n + 8 in the high half of
-// each byte. So 64 bytes become a line of either row by a mask, without a shuffle, in the order of
-// those words, into which x is brought instead:
+// The loop over codes (w4a8_code_rows.h) makes a line of each row of 16 words, in their order, into
+// which x is brought instead:
 //
 //   one or more tiles per group   a line is a tile of 64 columns
 //   two groups per tile (g = 32)  a line is a tile, too, with the zero points of one of the groups;
@@ -18,10 +17,11 @@
 #include <optional>
 #include <vector>
 
+#include "common/cpu_isa.h"
 #include "common/math.h"
-#include "common/vector.h"
 #include "gemm/int8_panels.h"
 #include "gemm/packed_gemm_cpu.h"
+#include "gemm/w4a8_code_rows.h"
 #include "gemm/w4a8_gemm.h"
 
 namespace effllm {
@@ -83,103 +83,61 @@ struct W4A8Tokens {
   std::optional<Int8Panels> panels;
 };
 
-// A line of rows n and n + 8: codes less zero points, which are int8.
-inline void unpack_w4a8_line(const int32_t* words, uint8_t low_zero, uint8_t high_zero, int8_t* low,
-                             int8_t* high) {
-  uint8_t bytes[kW4A8Line];
-  std::memcpy(bytes, words, kW4A8Line);
-  for (int idx = 0; idx < kW4A8Line; ++idx) {
-    low[idx] = static_cast<int8_t>((bytes[idx] & 15) - low_zero);
+// Which loop over codes; in internal linkage, as it is.
+namespace {
+
+inline W4A8CodeRowsKernel select_w4a8_code_rows_kernel() {
+  constexpr W4A8CodeRowsKernel kBaseline = unpack_w4a8_rows<4>;
+  if constexpr (kHasX86Isas) {
+    const CpuIsa isa = cpu_isa();
+    if (isa >= CpuIsa::kAvx512) return unpack_w4a8_rows_avx512;
+    if (isa >= CpuIsa::kAvx2) return unpack_w4a8_rows_avx2;
   }
-  for (int idx = 0; idx < kW4A8Line; ++idx) {
-    high[idx] = static_cast<int8_t>((bytes[idx] >> 4) - high_zero);
-  }
+  return kBaseline;
 }
 
-// What makes int8 of a row's codes, pairs of them at a time: q * m - 8 * m. With 128 more that is 8
-// .. 233, and no byte touches the one above it.
-class W4A8PairTerms {
- public:
-  using Pairs = Vector<uint16_t, 4>;  // of the codes in four words
-
-  // Words 0 and 1 of four have columns of the first half of a line.
-  W4A8PairTerms(int first, int second) {
-    constexpr uint64_t kEach = 0x0001000100010001;
-    const Vector<uint64_t, 4> halves = {first * kEach, second * kEach};
-    factors_ = load_vector<Pairs>(&halves);
-    offsets_ = (128 - 8 * factors_) * 0x0101;
-  }
-
-  Pairs operator()(Pairs codes) const { return ((codes & 0x0f0f) * factors_ + offsets_) ^ 0x8080; }
-
- private:
-  Pairs factors_, offsets_;
-};
-
-// A line of rows n and n + 8: codes less 8, times multipliers.
-inline void unpack_w4a8_line(const int32_t* words, const W4A8PairTerms& low_terms,
-                             const W4A8PairTerms& high_terms, int8_t* low, int8_t* high) {
-  constexpr int kBytes = sizeof(W4A8PairTerms::Pairs);
-  for (int byte = 0; byte < kW4A8Line; byte += kBytes) {
-    const auto codes = load_vector<W4A8PairTerms::Pairs>(words + byte / 4);
-    store_vector(low_terms(codes), low + byte);
-    store_vector(high_terms(codes >> 4), high + byte);
-  }
-}
-
-// Rows n and n + 8, `words` being the first of theirs.
-inline void unpack_w4a8_rows(const W4A8Multipliers& multipliers, const W4A8Lines& cut,
-                             const int32_t* words, const int64_t (&rows)[2], int8_t* low,
-                             int8_t* high) {
-  const int64_t lines = std::max<int64_t>(multipliers.group_size / kW4A8Line, 1);
-  const int64_t groups = kW4A8Line * lines / multipliers.group_size;  // in so many lines: 1 or 2
-  for (int64_t line = 0, group = 0; line < cut.count; group += groups) {
-    const int64_t second = std::min(group + groups, multipliers.num_groups) - 1;
-    const auto terms = [&](int64_t row) {
-      const uint8_t* of_row = multipliers.data + row * multipliers.stride_n;
-      return W4A8PairTerms(of_row[group * multipliers.stride_g],
-                           of_row[second * multipliers.stride_g]);
-    };
-    const W4A8PairTerms low_terms = terms(rows[0]), high_terms = terms(rows[1]);
-    for (const int64_t last = std::min(line + lines, cut.count); line < last; ++line) {
-      unpack_w4a8_line(words + line * kInt4TileWords, low_terms, high_terms, low + line * kW4A8Line,
-                       high + line * kW4A8Line);
-    }
-  }
-}
+}  // namespace
 
 // The 16 rows of a block, [16, lines] of bytes.
-inline void unpack_w4a8_block(const W4A8GemmParams& params, const W4A8Lines& cut, int64_t block,
-                              int8_t* weight) {
+inline void unpack_w4a8_block(const W4A8GemmParams& params, const W4A8Lines& cut,
+                              W4A8CodeRowsKernel unpack, int64_t block, int8_t* weight) {
   constexpr int64_t kBlocks = kInt4StripRows / kInt8CpuRows;
   constexpr int kPairs = kInt8CpuRows / 2;
-  const int32_t* words = params.qweight + block / kBlocks * params.stride_qweight_strip +
-                         block % kBlocks * kPairs * kPackedCpuStep;
+  const W4A8Multipliers& multipliers = params.multipliers;
+  W4A8CodeRows rows{
+      .words = params.qweight + block / kBlocks * params.stride_qweight_strip +
+               block % kBlocks * kPairs * kPackedCpuStep,
+      .num_lines = cut.count,
+      .two_lines_per_tile = cut.columns < kW4A8Line,
+      .groups = {},
+      .are_multipliers = multipliers.data != nullptr,
+      .num_groups = params.num_groups,
+      .stride_group = params.stride_zeros_g,
+      .lines_per_run = cut.per_group,
+      .groups_per_run = 1,
+      .low = weight,
+      .high = weight + kPairs * cut.count * kW4A8Line,
+  };
+  const uint8_t* groups = params.zeros;
+  int64_t stride_row = params.stride_zeros_n;
+  if (rows.are_multipliers) {
+    groups = multipliers.data;
+    stride_row = multipliers.stride_n;
+    rows.num_groups = multipliers.num_groups;
+    rows.stride_group = multipliers.stride_g;
+    rows.lines_per_run = std::max<int64_t>(multipliers.group_size / kW4A8Line, 1);
+    rows.groups_per_run = kW4A8Line * rows.lines_per_run / multipliers.group_size;
+  }
   for (int pair = 0; pair < kPairs; ++pair) {
-    // Rows past N are computed and never stored: any terms will do.
-    const int64_t first_row = block * kInt8CpuRows + pair;
-    const int64_t rows[2] = {std::min(first_row, params.n - 1),
-                             std::min(first_row + 8, params.n - 1)};
-    int8_t* const low = weight + pair * cut.count * kW4A8Line;
-    int8_t* const high = low + kPairs * cut.count * kW4A8Line;
-    if (params.multipliers.data != nullptr) {
-      unpack_w4a8_rows(params.multipliers, cut, words + pair * kPackedCpuStep, rows, low, high);
-      continue;
+    for (int half = 0; half < 2 && groups != nullptr; ++half) {
+      // Rows past N are computed and never stored: any groups will do.
+      const int64_t row = block * kInt8CpuRows + pair + half * kPairs;
+      rows.groups[half] = groups + std::min(row, params.n - 1) * stride_row;
     }
-    const uint8_t* zeros[2] = {};
-    if (params.zeros != nullptr) {
-      for (int half = 0; half < 2; ++half) {
-        zeros[half] = params.zeros + rows[half] * params.stride_zeros_n;
-      }
-    }
-    for (int64_t line = 0; line < cut.count; ++line) {
-      const auto zero = [&](int half) -> uint8_t {
-        if (params.zeros == nullptr) return kInt4PaddingCode;
-        return zeros[half][line / cut.per_group * params.stride_zeros_g];
-      };
-      unpack_w4a8_line(words + cut.tile(line) * kInt4TileWords + pair * kPackedCpuStep, zero(0),
-                       zero(1), low + line * kW4A8Line, high + line * kW4A8Line);
-    }
+    unpack(rows);
+    rows.words += kPackedCpuStep;
+    rows.low += cut.count * kW4A8Line;
+    rows.high += cut.count * kW4A8Line;
   }
 }
 
