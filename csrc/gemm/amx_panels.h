@@ -1,5 +1,5 @@
 // x of the CPU's loops in AMX tiles of bf16: in panels, of which a tile register takes 16 pairs of
-// columns. amx_transpose.h brings it there.
+// columns. amx_panel_tiles.h brings it there.
 #pragma once
 
 #include <cstdint>

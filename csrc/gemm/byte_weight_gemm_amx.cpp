@@ -17,7 +17,7 @@
 #include "gemm/byte_weight_gemm_amx.h"
 
 #include "common/amx.h"
-#include "gemm/amx_transpose.h"
+#include "gemm/amx_panel_tiles.h"
 
 namespace effllm {
 namespace {
@@ -104,16 +104,6 @@ class Decoder {
 constexpr int column_of_pair(int pair) {
   const int step = pair / 16, lane = pair % 16 / 4, i = pair % 4;
   return 16 * lane + 8 * step + 2 * i;
-}
-
-// Tiles 0 .. 3 are sums, 4 and 5 weights, 6 and 7 of x.
-TileConfig tiles_of_width(int width) {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    const bool weights = tile == 4 || tile == 5;
-    config.set(tile, kRows, weights ? kRowBytes : 4 * width);
-  }
-  return config;
 }
 
 // Rows and columns of W that are decoded and multiplied at a time.
@@ -372,7 +362,7 @@ class BlockLoop {
 
 template <class Codes>
 void multiply_block(const ByteAmxBlock& block) {
-  const Tiles tiles(tiles_of_width(amx_panel_width(block.num_tokens)));
+  const Tiles tiles(panel_tiles(amx_panel_width(block.num_tokens)));
   BlockLoop<Codes>(block).run();
 }
 

@@ -22,7 +22,7 @@
 #include <array>
 
 #include "common/amx.h"
-#include "gemm/amx_transpose.h"
+#include "gemm/amx_panel_tiles.h"
 
 namespace effllm {
 namespace {
@@ -55,16 +55,6 @@ struct alignas(64) Step {
 struct alignas(64) TileSums {
   float values[kRows * kAmxPanelTokens];  // [16 rows][panel's tokens]
 };
-
-// Tiles 0 .. 3 are sums, 4 and 5 weights, 6 and 7 of x.
-TileConfig tiles_of_width(int width) {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    const bool weights = tile == 4 || tile == 5;
-    config.set(tile, kRows, weights ? kRowBytes : 4 * width);
-  }
-  return config;
-}
 
 // What the codes become by the lowest four of five bits.
 inline __m512i load_table(int first) {
@@ -325,7 +315,7 @@ void int4_strip_amx(const Int4AmxStrip& strip, bool has_zeros) {
   const DecodeBlock decode_block = strip.two_groups_per_tile
                                        ? (has_zeros ? decode<true, true> : decode<true, false>)
                                        : (has_zeros ? decode<false, true> : decode<false, false>);
-  const Tiles tiles(tiles_of_width(width));
+  const Tiles tiles(panel_tiles(width));
   switch ((strip.num_tokens + kAmxPanelTokens - 1) / kAmxPanelTokens) {
     case 1:
       StripLoop<4, 1>(strip, width, decode_block).run();

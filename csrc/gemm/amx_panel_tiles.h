@@ -1,14 +1,27 @@
-// What the loops in AMX tiles of bf16 turn around in registers: x on its way into panels, and sums
-// on theirs to the rows of `out`. In internal linkage, as vector.h is.
+// What the loops in AMX tiles of bf16 share: the tile registers, and what is turned around in those
+// of vectors, x on its way into panels, and sums on theirs to the rows of `out`. In internal
+// linkage, as vector.h is.
 #pragma once
 
 #include <cstdint>
 
+#include "common/amx.h"
 #include "common/x86_intrinsics.h"
 #include "gemm/amx_panels.h"
 
 namespace effllm {
 namespace {
+
+// The tile registers that multiply panels of so many tokens: 0 .. 3 are sums, 4 and 5 weights, 6
+// and 7 of x.
+inline TileConfig panel_tiles(int width) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    const bool weights = tile == 4 || tile == 5;
+    config.set(tile, kAmxRows, weights ? kAmxRowBytes : 4 * width);
+  }
+  return config;
+}
 
 // [16][16] of 32 bits each.
 inline void transpose(__m512i (&rows)[16]) {
