@@ -93,22 +93,34 @@ class W4A8Finish {
   float scales_[kInt8CpuRows], biases_[kInt8CpuRows] = {};
 };
 
+// What sums of codes of 16 rows and a group are multiplied by; zero for rows past N.
+struct W4A8CodeGroup {
+  uint32_t bytes[kW4A8CodeSumRows] = {};
+  float scales[kW4A8CodeSumRows] = {};
+};
+
 // Blocks of 16 rows, one after the other, times all tokens.
 class W4A8Blocks {
  public:
-  // `weight` has room for the int8 of a block.
-  W4A8Blocks(const W4A8GemmParams& params, const W4A8Lines& cut, const W4A8Tokens& x,
-             int8_t* weight)
+  // `weight` has room for the int8 of a block. With lines_per_code_sum codes are summed up.
+  W4A8Blocks(const W4A8GemmParams& params, const W4A8Lines& cut, int64_t lines_per_code_sum,
+             const W4A8Tokens& x, int8_t* weight)
       : params_(params),
         cut_(cut),
+        lines_per_code_sum_(lines_per_code_sum),
         x_(x),
         weight_(weight),
-        scales_(kInt8AmxRows * params.num_groups) {}
+        scales_(kInt8AmxRows * params.num_groups),
+        code_groups_(lines_per_code_sum == 0 ? 0 : ceil_div(cut.count, lines_per_code_sum)),
+        code_sums_(code_groups_.size() * kW4A8CodeSumRows) {}
 
   template <class Out>
   void run(int64_t block) {
-    unpack_w4a8_block(params_, cut_, unpack_, block, weight_);
     const W4A8Finish finish(params_, block * kInt8CpuRows);
+    if constexpr (kHasX86Isas) {
+      if (lines_per_code_sum_ > 0) return sum_codes<Out>(finish, block);
+    }
+    unpack_w4a8_block(params_, cut_, unpack_, block, weight_);
     if constexpr (kHasX86Isas) {
       if (x_.panels) return multiply_panels<Out>(finish);
     }
@@ -119,6 +131,55 @@ class W4A8Blocks {
 
  private:
   static constexpr int64_t kPanelTokens = kInt8AmxPanels * kInt8AmxTokens;
+
+  template <class Out>
+  void sum_codes(const W4A8Finish& finish, int64_t block) {
+    const int64_t num_groups = ceil_div(cut_.count, lines_per_code_sum_);
+    for (int64_t row = 0; row < finish.num_rows(); ++row) {
+      for (int64_t group = 0; group < num_groups; ++group) {
+        W4A8CodeGroup& of_group = code_groups_[static_cast<size_t>(group)];
+        of_group.bytes[row] = group_bytes_(block * kInt8CpuRows + row, group);
+        if (params_.num_groups > 1) of_group.scales[row] = finish.scale(row, group);
+      }
+    }
+    for (int64_t token = 0; token < params_.m; ++token) {
+      sum_w4a8_codes_avx512vnni({
+          .words = w4a8_block_words(params_, block),
+          .num_lines = cut_.count,
+          .lines_per_sum = lines_per_code_sum_,
+          .two_lines_per_tile = cut_.columns < kW4A8Line,
+          .x = x_.lines[token * cut_.count].bytes,
+          .sums = code_sums_.data(),
+      });
+      std::fill_n(sums_, kInt8CpuRows, 0);
+      std::fill_n(totals_, kInt8CpuRows, 0.0f);
+      for (int64_t group = 0; group < num_groups; ++group) {
+        add_code_sums(code_groups_[static_cast<size_t>(group)],
+                      code_sums_.data() + group * kW4A8CodeSumRows,
+                      x_.sums[group * params_.m + token]);
+      }
+      if (params_.num_groups == 1) {
+        finish.store<Out>(token, 1, sums_, kInt8CpuRows, 1);
+      } else {
+        finish.store<Out>(token, 1, totals_, kInt8CpuRows, 1);
+      }
+    }
+  }
+
+  // Unsigned, as products of codes alone may wrap, and wrap back.
+  void add_code_sums(const W4A8CodeGroup& group, const int32_t* codes, uint32_t x_sum) {
+    for (int row = 0; row < kW4A8CodeSumRows; ++row) {
+      const auto sum = static_cast<uint32_t>(codes[row]);
+      if (group_bytes_.are_multipliers()) {
+        const uint32_t product = group.bytes[row] * (sum - kInt4PaddingCode * x_sum);
+        sums_[row] = static_cast<int32_t>(static_cast<uint32_t>(sums_[row]) + product);
+      } else {
+        const auto shifted = static_cast<int32_t>(sum - group.bytes[row] * x_sum);
+        sums_[row] = shifted;  // if there is but one group
+        totals_[row] += static_cast<float>(shifted) * group.scales[row];
+      }
+    }
+  }
 
   template <class Out>
   void multiply_panels(const W4A8Finish& finish) {
@@ -193,11 +254,15 @@ class W4A8Blocks {
 
   const W4A8GemmParams& params_;
   const W4A8Lines& cut_;
+  const int64_t lines_per_code_sum_;
+  const W4A8GroupBytes group_bytes_{params_};
   const W4A8Tokens& x_;
   int8_t* const weight_;
   const Int8BlockKernel kernel_ = select_int8_block_kernel();
   const W4A8CodeRowsKernel unpack_ = select_w4a8_code_rows_kernel();
   std::vector<float> scales_;  // [groups, kInt8AmxRows]
+  std::vector<W4A8CodeGroup> code_groups_;
+  std::vector<int32_t> code_sums_;  // [groups, rows]
   int32_t sums_[kPanelTokens * kInt8AmxRows];
   float totals_[kPanelTokens * kInt8CpuRows];
 };
@@ -206,7 +271,9 @@ template <class Out>
 void multiply_w4a8(const W4A8GemmParams& params) {
   const TorchThreads threads;
   const W4A8Lines cut(params);
-  const W4A8Tokens x(params, cut, threads);
+  const int64_t lines_per_code_sum = w4a8_lines_per_code_sum(params, cut);
+  const int64_t lines_per_sum = lines_per_code_sum > 0 ? lines_per_code_sum : cut.per_group;
+  const W4A8Tokens x(params, cut, lines_per_sum, threads);
   // All memory is there before the threads start: an exception in one of them would end the
   // process.
   const int64_t num_blocks = ceil_div<int64_t>(params.n, kInt8CpuRows);
@@ -219,7 +286,7 @@ void multiply_w4a8(const W4A8GemmParams& params) {
   std::vector<W4A8Blocks> workers;
   workers.reserve(static_cast<size_t>(num_workers));
   for (int64_t idx = 0; idx < num_workers; ++idx) {
-    workers.emplace_back(params, cut, x, memory.get() + idx * block_bytes);
+    workers.emplace_back(params, cut, lines_per_code_sum, x, memory.get() + idx * block_bytes);
   }
   std::atomic<int64_t> next_block = 0;
   threads.for_each(num_workers, 1, [&](int64_t idx) {

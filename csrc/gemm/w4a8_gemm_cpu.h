@@ -9,6 +9,8 @@
 //                                 x is 0 in the columns of the other
 //
 // Groups with multipliers are not summed apart: a line is a tile, of which each half has its own.
+//
+// Few tokens meet the codes as they are, where a loop for that is there (w4a8_code_sums.h).
 #pragma once
 
 #include <algorithm>
@@ -22,6 +24,7 @@
 #include "gemm/int8_panels.h"
 #include "gemm/packed_gemm_cpu.h"
 #include "gemm/w4a8_code_rows.h"
+#include "gemm/w4a8_code_sums.h"
 #include "gemm/w4a8_gemm.h"
 
 namespace effllm {
@@ -44,17 +47,31 @@ struct W4A8Lines {
   int64_t count_of(int64_t group) const { return std::min(per_group, count - first_of(group)); }
 };
 
-// x in lines: with the sums of each token's groups [groups, M], or in panels, which need none.
+// How many lines' products of codes are summed up as they are, a whole number of groups of zero
+// points or one of multipliers; 0 if those of none are.
+inline int64_t w4a8_lines_per_code_sum(const W4A8GemmParams& params, const W4A8Lines& cut) {
+  constexpr int64_t kMaxTokens = 3;  // for more, loops over int8 are faster
+  static_assert(kMaxTokens < kInt8AmxMinTokens);
+  if (!kHasX86Isas || cpu_isa() < CpuIsa::kAvx512Vnni || params.m > kMaxTokens) return 0;
+  if (params.multipliers.data != nullptr) return params.multipliers.group_size / kW4A8Line;
+  return cut.per_group;
+}
+
+// x in lines: with the sums of each token's groups [sums, M], or in panels, which need none.
 struct W4A8Tokens {
   struct alignas(kW4A8Line) Line {
     int8_t bytes[kW4A8Line];
   };
 
   template <class Threads>
-  W4A8Tokens(const W4A8GemmParams& params, const W4A8Lines& cut, const Threads& threads)
+  W4A8Tokens(const W4A8GemmParams& params, const W4A8Lines& cut, int64_t lines_per_sum,
+             const Threads& threads)
       : lines(std::max<int64_t>(cut.count * params.m, 1)) {
     const bool in_panels = takes_int8_panels(params.m);
-    if (!in_panels) sums.resize(params.num_groups * params.m);
+    if (!in_panels) {
+      const int64_t num_sums = ceil_div<int64_t>(cut.count, std::max<int64_t>(lines_per_sum, 1));
+      sums.resize(std::max(num_sums, params.num_groups) * params.m);
+    }
     constexpr int64_t kGrain = 8;  // for fewer, threads cost more than they save
     threads.for_each(params.m, kGrain, [&](int64_t m) {
       const auto* row = static_cast<const int8_t*>(params.x) + m * params.k;
@@ -70,7 +87,7 @@ struct W4A8Tokens {
         if (in_panels) continue;
         int32_t sum = 0;
         for (const int8_t column : columns) sum += column;
-        sums[line / cut.per_group * params.m + m] += sum;
+        sums[line / lines_per_sum * params.m + m] += sum;
       }
     });
     if (in_panels) {
@@ -98,15 +115,42 @@ inline W4A8CodeRowsKernel select_w4a8_code_rows_kernel() {
 
 }  // namespace
 
+// Of any row and group: a multiplier or zero point.
+class W4A8GroupBytes {
+ public:
+  explicit W4A8GroupBytes(const W4A8GemmParams& params)
+      : data_(params.zeros), stride_n_(params.stride_zeros_n), stride_g_(params.stride_zeros_g) {
+    if (params.multipliers.data == nullptr) return;
+    are_multipliers_ = true;
+    data_ = params.multipliers.data;
+    stride_n_ = params.multipliers.stride_n, stride_g_ = params.multipliers.stride_g;
+  }
+
+  bool are_multipliers() const { return are_multipliers_; }
+  uint8_t operator()(int64_t row, int64_t group) const {
+    return data_ == nullptr ? kInt4PaddingCode : data_[row * stride_n_ + group * stride_g_];
+  }
+
+ private:
+  bool are_multipliers_ = false;
+  const uint8_t* data_;
+  int64_t stride_n_, stride_g_;
+};
+
+// Where the codes of the 16 rows of a block begin.
+inline const int32_t* w4a8_block_words(const W4A8GemmParams& params, int64_t block) {
+  constexpr int64_t kBlocks = kInt4StripRows / kInt8CpuRows, kPairs = kInt8CpuRows / 2;
+  return params.qweight + block / kBlocks * params.stride_qweight_strip +
+         block % kBlocks * kPairs * kPackedCpuStep;
+}
+
 // The 16 rows of a block, [16, lines] of bytes.
 inline void unpack_w4a8_block(const W4A8GemmParams& params, const W4A8Lines& cut,
                               W4A8CodeRowsKernel unpack, int64_t block, int8_t* weight) {
-  constexpr int64_t kBlocks = kInt4StripRows / kInt8CpuRows;
   constexpr int kPairs = kInt8CpuRows / 2;
   const W4A8Multipliers& multipliers = params.multipliers;
   W4A8CodeRows rows{
-      .words = params.qweight + block / kBlocks * params.stride_qweight_strip +
-               block % kBlocks * kPairs * kPackedCpuStep,
+      .words = w4a8_block_words(params, block),
       .num_lines = cut.count,
       .two_lines_per_tile = cut.columns < kW4A8Line,
       .groups = {},

@@ -83,7 +83,12 @@ def test_codes_of_fp8_gemm_within_the_limit(isa: str) -> None:
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_codes_of_byte_weights_within_the_limit(op: str, isa: str) -> None:
     """bf16 x goes another way where there are the tiles of AMX."""
-    run_tests(isa, f"test_{op}.py", "every_code or anywhere_in_memory or its_batch or no_numbers")
+    run_tests(isa, f"test_{op}.py", "every_code or anywhere_in_memory")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_tokens_of_byte_weights_within_the_limit(isa: str) -> None:
+    run_tests(isa, "test_byte_weight_gemm.py", "its_batch or no_numbers")
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
