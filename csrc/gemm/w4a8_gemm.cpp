@@ -16,35 +16,29 @@
 namespace effllm {
 namespace {
 
-// Bytes of groups [N, groups]: of a row without gaps, compilers find the largest in vectors.
-void check_group_values(const char* name, const uint8_t* data, int64_t stride_n, int64_t stride_g,
-                        int64_t n, int64_t num_groups, int largest) {
-  for (int64_t row = 0; row < n; ++row, data += stride_n) {
+void check_group_values(const W4A8GemmParams& params) {
+  const W4A8GroupBytes bytes(params);
+  if (bytes.data == nullptr) return;
+  const int largest = bytes.are_multipliers ? kW4A8MaxMultiplier : kW4A8MaxZero;
+  for (int64_t n = 0; n < params.n; ++n) {
+    const uint8_t* row = bytes.row(n);
     const auto largest_of_row = [&](int64_t stride) {
       uint8_t value = 0;
-      for (int64_t group = 0; group < num_groups; ++group) {
-        value = std::max(value, data[group * stride]);
+      for (int64_t group = 0; group < bytes.num_groups; ++group) {
+        value = std::max(value, row[group * stride]);
       }
       return value;
     };
-    if ((stride_g == 1 ? largest_of_row(1) : largest_of_row(stride_g)) <= largest) continue;
+    // Of a row without gaps compilers find it in vectors.
+    if ((bytes.stride_g == 1 ? largest_of_row(1) : largest_of_row(bytes.stride_g)) <= largest) {
+      continue;
+    }
     int64_t group = 0;
-    while (data[group * stride_g] <= largest) ++group;
-    fail("w4a8_gemm", name + (" must be at most " + std::to_string(largest)) + ", got " +
-                          std::to_string(data[group * stride_g]) + " at [" + std::to_string(row) +
-                          ", " + std::to_string(group) + "]");
-  }
-}
-
-void check_group_values(const W4A8GemmParams& params) {
-  if (params.zeros != nullptr) {
-    check_group_values("zeros", params.zeros, params.stride_zeros_n, params.stride_zeros_g,
-                       params.n, params.num_groups, kW4A8MaxZero);
-  }
-  const W4A8Multipliers& multipliers = params.multipliers;
-  if (multipliers.data != nullptr) {
-    check_group_values("multipliers", multipliers.data, multipliers.stride_n, multipliers.stride_g,
-                       params.n, multipliers.num_groups, kW4A8MaxMultiplier);
+    while (row[group * bytes.stride_g] <= largest) ++group;
+    fail("w4a8_gemm", (bytes.are_multipliers ? "multipliers" : "zeros") +
+                          (" must be at most " + std::to_string(largest)) + ", got " +
+                          std::to_string(row[group * bytes.stride_g]) + " at [" +
+                          std::to_string(n) + ", " + std::to_string(group) + "]");
   }
 }
 
@@ -138,7 +132,7 @@ class W4A8Blocks {
     for (int64_t row = 0; row < finish.num_rows(); ++row) {
       for (int64_t group = 0; group < num_groups; ++group) {
         W4A8CodeGroup& of_group = code_groups_[static_cast<size_t>(group)];
-        of_group.bytes[row] = group_bytes_(block * kInt8CpuRows + row, group);
+        of_group.bytes[row] = group_bytes_.at(block * kInt8CpuRows + row, group);
         if (params_.num_groups > 1) of_group.scales[row] = finish.scale(row, group);
       }
     }
@@ -170,7 +164,7 @@ class W4A8Blocks {
   void add_code_sums(const W4A8CodeGroup& group, const int32_t* codes, uint32_t x_sum) {
     for (int row = 0; row < kW4A8CodeSumRows; ++row) {
       const auto sum = static_cast<uint32_t>(codes[row]);
-      if (group_bytes_.are_multipliers()) {
+      if (group_bytes_.are_multipliers) {
         const uint32_t product = group.bytes[row] * (sum - kInt4PaddingCode * x_sum);
         sums_[row] = static_cast<int32_t>(static_cast<uint32_t>(sums_[row]) + product);
       } else {

@@ -42,7 +42,6 @@ struct W4A8Lines {
         count(ceil_div<int64_t>(params.k, columns)),
         per_group(ceil_div<int64_t>(params.group_size, columns)) {}
 
-  int64_t tile(int64_t line) const { return line * columns / kW4A8Line; }
   int64_t first_of(int64_t group) const { return group * per_group; }
   int64_t count_of(int64_t group) const { return std::min(per_group, count - first_of(group)); }
 };
@@ -115,26 +114,28 @@ inline W4A8CodeRowsKernel select_w4a8_code_rows_kernel() {
 
 }  // namespace
 
-// Of any row and group: a multiplier or zero point.
-class W4A8GroupBytes {
- public:
+// Multipliers or zero points, of all rows and groups.
+struct W4A8GroupBytes {
   explicit W4A8GroupBytes(const W4A8GemmParams& params)
-      : data_(params.zeros), stride_n_(params.stride_zeros_n), stride_g_(params.stride_zeros_g) {
-    if (params.multipliers.data == nullptr) return;
-    are_multipliers_ = true;
-    data_ = params.multipliers.data;
-    stride_n_ = params.multipliers.stride_n, stride_g_ = params.multipliers.stride_g;
+      : data(params.zeros),
+        stride_n(params.stride_zeros_n),
+        stride_g(params.stride_zeros_g),
+        num_groups(params.num_groups) {
+    const W4A8Multipliers& multipliers = params.multipliers;
+    if (multipliers.data == nullptr) return;
+    are_multipliers = true;
+    data = multipliers.data, num_groups = multipliers.num_groups;
+    stride_n = multipliers.stride_n, stride_g = multipliers.stride_g;
   }
 
-  bool are_multipliers() const { return are_multipliers_; }
-  uint8_t operator()(int64_t row, int64_t group) const {
-    return data_ == nullptr ? kInt4PaddingCode : data_[row * stride_n_ + group * stride_g_];
+  const uint8_t* row(int64_t n) const { return data == nullptr ? nullptr : data + n * stride_n; }
+  uint8_t at(int64_t n, int64_t group) const {
+    return data == nullptr ? kInt4PaddingCode : data[n * stride_n + group * stride_g];
   }
 
- private:
-  bool are_multipliers_ = false;
-  const uint8_t* data_;
-  int64_t stride_n_, stride_g_;
+  bool are_multipliers = false;
+  const uint8_t* data;  // null: zero points of 8
+  int64_t stride_n, stride_g, num_groups;
 };
 
 // Where the codes of the 16 rows of a block begin.
@@ -148,35 +149,30 @@ inline const int32_t* w4a8_block_words(const W4A8GemmParams& params, int64_t blo
 inline void unpack_w4a8_block(const W4A8GemmParams& params, const W4A8Lines& cut,
                               W4A8CodeRowsKernel unpack, int64_t block, int8_t* weight) {
   constexpr int kPairs = kInt8CpuRows / 2;
-  const W4A8Multipliers& multipliers = params.multipliers;
+  const W4A8GroupBytes bytes(params);
   W4A8CodeRows rows{
       .words = w4a8_block_words(params, block),
       .num_lines = cut.count,
       .two_lines_per_tile = cut.columns < kW4A8Line,
       .groups = {},
-      .are_multipliers = multipliers.data != nullptr,
-      .num_groups = params.num_groups,
-      .stride_group = params.stride_zeros_g,
+      .are_multipliers = bytes.are_multipliers,
+      .num_groups = bytes.num_groups,
+      .stride_group = bytes.stride_g,
       .lines_per_run = cut.per_group,
       .groups_per_run = 1,
       .low = weight,
       .high = weight + kPairs * cut.count * kW4A8Line,
   };
-  const uint8_t* groups = params.zeros;
-  int64_t stride_row = params.stride_zeros_n;
-  if (rows.are_multipliers) {
-    groups = multipliers.data;
-    stride_row = multipliers.stride_n;
-    rows.num_groups = multipliers.num_groups;
-    rows.stride_group = multipliers.stride_g;
-    rows.lines_per_run = std::max<int64_t>(multipliers.group_size / kW4A8Line, 1);
-    rows.groups_per_run = kW4A8Line * rows.lines_per_run / multipliers.group_size;
+  if (bytes.are_multipliers) {
+    const int64_t group_size = params.multipliers.group_size;
+    rows.lines_per_run = std::max<int64_t>(group_size / kW4A8Line, 1);
+    rows.groups_per_run = kW4A8Line * rows.lines_per_run / group_size;
   }
   for (int pair = 0; pair < kPairs; ++pair) {
-    for (int half = 0; half < 2 && groups != nullptr; ++half) {
+    for (int half = 0; half < 2; ++half) {
       // Rows past N are computed and never stored: any groups will do.
       const int64_t row = block * kInt8CpuRows + pair + half * kPairs;
-      rows.groups[half] = groups + std::min(row, params.n - 1) * stride_row;
+      rows.groups[half] = bytes.row(std::min(row, params.n - 1));
     }
     unpack(rows);
     rows.words += kPackedCpuStep;
