@@ -20,6 +20,12 @@ constexpr int amx_panel_width(int64_t num_tokens) {
   return width;
 }
 
+// Tokens with those that fill the last panel, where a call takes up to max_tokens.
+constexpr int64_t amx_padded_tokens(int64_t num_tokens, int64_t max_tokens) {
+  const int64_t rest = num_tokens % max_tokens, width = amx_panel_width(rest);
+  return num_tokens - rest + (rest + width - 1) / width * width;
+}
+
 }  // namespace
 
 // x of one call, and where it goes: a tile of x is [panels][2 steps][16 pairs][panel's tokens][2],

@@ -26,7 +26,7 @@ class ByteAmxX {
   template <class Threads>
   ByteAmxX(const Fp8GemmParams& params, const Threads& threads)
       : num_tiles_(ceil_div<int64_t>(params.k, kAmxPanelTileK)),
-        lines_(std::max<int64_t>(1, num_tiles_ * padded_rows(params.m))) {
+        lines_(std::max<int64_t>(1, num_tiles_ * padded(params.m))) {
     constexpr int64_t kTiles = 8;  // of a task
     for (int64_t token = 0; token < params.m; token += kByteAmxMaxTokens) {
       const int64_t num_tokens = std::min<int64_t>(params.m - token, kByteAmxMaxTokens);
@@ -54,17 +54,12 @@ class ByteAmxX {
   };
 
   static int64_t padded(int64_t num_tokens) {
-    return round_up<int64_t>(num_tokens, amx_panel_width(num_tokens));
-  }
-
-  static int64_t padded_rows(int64_t m) {
-    const int64_t rest = m % kByteAmxMaxTokens;
-    return m - rest + padded(rest);
+    return amx_padded_tokens(num_tokens, kByteAmxMaxTokens);
   }
 
   int64_t num_tiles_;
-  std::vector<Line>
-      lines_;  // [tiles, padded tokens] of each call; never empty, as it is pointed into
+  // [tiles, padded tokens] of each call; never empty, as it is pointed into.
+  std::vector<Line> lines_;
 };
 
 // Scales of groups in fp32, where they are if they are that.

@@ -134,8 +134,7 @@ struct AmxLoop {
   static constexpr int64_t kMaxTokens = kInt4AmxMaxTokens;
 
   static constexpr int64_t padded_tokens(int64_t num_tokens) {
-    const int64_t rest = num_tokens % kMaxTokens;
-    return num_tokens - rest + round_up<int64_t>(rest, amx_panel_width(rest));
+    return amx_padded_tokens(num_tokens, kMaxTokens);
   }
 
   static constexpr int64_t slot_of_row(int64_t row) { return row; }

@@ -87,7 +87,7 @@ class W4A8Finish {
   float scales_[kInt8CpuRows], biases_[kInt8CpuRows] = {};
 };
 
-// What sums of codes of 16 rows and a group are multiplied by; zero for rows past N.
+// What sums of codes of 16 rows and a group are multiplied by; anything for rows past N.
 struct W4A8CodeGroup {
   uint32_t bytes[kW4A8CodeSumRows] = {};
   float scales[kW4A8CodeSumRows] = {};
@@ -96,23 +96,22 @@ struct W4A8CodeGroup {
 // Blocks of 16 rows, one after the other, times all tokens.
 class W4A8Blocks {
  public:
-  // `weight` has room for the int8 of a block. With lines_per_code_sum codes are summed up.
-  W4A8Blocks(const W4A8GemmParams& params, const W4A8Lines& cut, int64_t lines_per_code_sum,
-             const W4A8Tokens& x, int8_t* weight)
+  // `weight` has room for the int8 of a block, unless codes are summed up as they are.
+  W4A8Blocks(const W4A8GemmParams& params, const W4A8Lines& cut, const W4A8Tokens& x,
+             int8_t* weight)
       : params_(params),
         cut_(cut),
-        lines_per_code_sum_(lines_per_code_sum),
         x_(x),
         weight_(weight),
-        scales_(kInt8AmxRows * params.num_groups),
-        code_groups_(lines_per_code_sum == 0 ? 0 : ceil_div(cut.count, lines_per_code_sum)),
+        scales_(x.panels ? kInt8AmxRows * params.num_groups : 0),
+        code_groups_(cut.per_code_sum > 0 ? cut.num_sums() : 0),
         code_sums_(code_groups_.size() * kW4A8CodeSumRows) {}
 
   template <class Out>
   void run(int64_t block) {
     const W4A8Finish finish(params_, block * kInt8CpuRows);
     if constexpr (kHasX86Isas) {
-      if (lines_per_code_sum_ > 0) return sum_codes<Out>(finish, block);
+      if (cut_.per_code_sum > 0) return sum_codes<Out>(finish, block);
     }
     unpack_w4a8_block(params_, cut_, unpack_, block, weight_);
     if constexpr (kHasX86Isas) {
@@ -128,7 +127,7 @@ class W4A8Blocks {
 
   template <class Out>
   void sum_codes(const W4A8Finish& finish, int64_t block) {
-    const int64_t num_groups = ceil_div(cut_.count, lines_per_code_sum_);
+    const int64_t num_groups = cut_.num_sums();
     for (int64_t row = 0; row < finish.num_rows(); ++row) {
       for (int64_t group = 0; group < num_groups; ++group) {
         W4A8CodeGroup& of_group = code_groups_[static_cast<size_t>(group)];
@@ -140,7 +139,7 @@ class W4A8Blocks {
       sum_w4a8_codes_avx512vnni({
           .words = w4a8_block_words(params_, block),
           .num_lines = cut_.count,
-          .lines_per_sum = lines_per_code_sum_,
+          .lines_per_sum = cut_.per_code_sum,
           .two_lines_per_tile = cut_.columns < kW4A8Line,
           .x = x_.lines[token * cut_.count].bytes,
           .sums = code_sums_.data(),
@@ -248,7 +247,6 @@ class W4A8Blocks {
 
   const W4A8GemmParams& params_;
   const W4A8Lines& cut_;
-  const int64_t lines_per_code_sum_;
   const W4A8GroupBytes group_bytes_{params_};
   const W4A8Tokens& x_;
   int8_t* const weight_;
@@ -265,9 +263,7 @@ template <class Out>
 void multiply_w4a8(const W4A8GemmParams& params) {
   const TorchThreads threads;
   const W4A8Lines cut(params);
-  const int64_t lines_per_code_sum = w4a8_lines_per_code_sum(params, cut);
-  const int64_t lines_per_sum = lines_per_code_sum > 0 ? lines_per_code_sum : cut.per_group;
-  const W4A8Tokens x(params, cut, lines_per_sum, threads);
+  const W4A8Tokens x(params, cut, threads);
   // All memory is there before the threads start: an exception in one of them would end the
   // process.
   const int64_t num_blocks = ceil_div<int64_t>(params.n, kInt8CpuRows);
@@ -275,12 +271,12 @@ void multiply_w4a8(const W4A8GemmParams& params) {
   const int64_t products = params.n * (params.k + 1) * std::min<int64_t>(params.m, 8);
   const int64_t num_workers =
       std::min({threads.count(), num_blocks, ceil_div<int64_t>(products, int64_t{1} << 17)});
-  const int64_t block_bytes = kInt8CpuRows * cut.count * kW4A8Line;
+  const int64_t block_bytes = cut.per_code_sum > 0 ? 0 : kInt8CpuRows * cut.count * kW4A8Line;
   const std::unique_ptr<int8_t[]> memory(new int8_t[num_workers * block_bytes]);
   std::vector<W4A8Blocks> workers;
   workers.reserve(static_cast<size_t>(num_workers));
   for (int64_t idx = 0; idx < num_workers; ++idx) {
-    workers.emplace_back(params, cut, lines_per_code_sum, x, memory.get() + idx * block_bytes);
+    workers.emplace_back(params, cut, x, memory.get() + idx * block_bytes);
   }
   std::atomic<int64_t> next_block = 0;
   threads.for_each(num_workers, 1, [&](int64_t idx) {

@@ -36,25 +36,35 @@ static_assert(kW4A8Line == kInt8CpuTileK);
 struct W4A8Lines {
   int columns;  // of K, per line
   int64_t count, per_group;
+  int64_t per_code_sum;  // whose products of codes are summed up as they are; 0: none are
 
   explicit W4A8Lines(const W4A8GemmParams& params)
       : columns(params.num_groups > 1 && params.group_size < kW4A8Line ? kW4A8Line / 2 : kW4A8Line),
         count(ceil_div<int64_t>(params.k, columns)),
-        per_group(ceil_div<int64_t>(params.group_size, columns)) {}
+        per_group(ceil_div<int64_t>(params.group_size, columns)),
+        per_code_sum(takes_code_sums(params) ? lines_per_code_sum(params) : 0) {}
 
   int64_t first_of(int64_t group) const { return group * per_group; }
   int64_t count_of(int64_t group) const { return std::min(per_group, count - first_of(group)); }
-};
 
-// How many lines' products of codes are summed up as they are, a whole number of groups of zero
-// points or one of multipliers; 0 if those of none are.
-inline int64_t w4a8_lines_per_code_sum(const W4A8GemmParams& params, const W4A8Lines& cut) {
-  constexpr int64_t kMaxTokens = 3;  // for more, loops over int8 are faster
-  static_assert(kMaxTokens < kInt8AmxMinTokens);
-  if (!kHasX86Isas || cpu_isa() < CpuIsa::kAvx512Vnni || params.m > kMaxTokens) return 0;
-  if (params.multipliers.data != nullptr) return params.multipliers.group_size / kW4A8Line;
-  return cut.per_group;
-}
+  int64_t per_sum() const {
+    return per_code_sum > 0 ? per_code_sum : std::max<int64_t>(per_group, 1);
+  }
+  int64_t num_sums() const { return ceil_div(count, per_sum()); }
+
+ private:
+  static bool takes_code_sums(const W4A8GemmParams& params) {
+    constexpr int64_t kMaxTokens = 3;  // for more, loops over int8 are faster
+    static_assert(kMaxTokens < kInt8AmxMinTokens);
+    return kHasX86Isas && cpu_isa() >= CpuIsa::kAvx512Vnni && params.m <= kMaxTokens;
+  }
+
+  // A group of zero points or multipliers; of 32 columns' multipliers there is none.
+  int64_t lines_per_code_sum(const W4A8GemmParams& params) const {
+    return params.multipliers.data == nullptr ? per_group
+                                              : params.multipliers.group_size / kW4A8Line;
+  }
+};
 
 // x in lines: with the sums of each token's groups [sums, M], or in panels, which need none.
 struct W4A8Tokens {
@@ -63,14 +73,10 @@ struct W4A8Tokens {
   };
 
   template <class Threads>
-  W4A8Tokens(const W4A8GemmParams& params, const W4A8Lines& cut, int64_t lines_per_sum,
-             const Threads& threads)
+  W4A8Tokens(const W4A8GemmParams& params, const W4A8Lines& cut, const Threads& threads)
       : lines(std::max<int64_t>(cut.count * params.m, 1)) {
     const bool in_panels = takes_int8_panels(params.m);
-    if (!in_panels) {
-      const int64_t num_sums = ceil_div<int64_t>(cut.count, std::max<int64_t>(lines_per_sum, 1));
-      sums.resize(std::max(num_sums, params.num_groups) * params.m);
-    }
+    if (!in_panels) sums.resize(std::max(cut.num_sums(), params.num_groups) * params.m);
     constexpr int64_t kGrain = 8;  // for fewer, threads cost more than they save
     threads.for_each(params.m, kGrain, [&](int64_t m) {
       const auto* row = static_cast<const int8_t*>(params.x) + m * params.k;
@@ -86,7 +92,7 @@ struct W4A8Tokens {
         if (in_panels) continue;
         int32_t sum = 0;
         for (const int8_t column : columns) sum += column;
-        sums[line / lines_per_sum * params.m + m] += sum;
+        sums[line / cut.per_sum() * params.m + m] += sum;
       }
     });
     if (in_panels) {
