@@ -321,16 +321,6 @@ __device__ __forceinline__ void mainloop(const Args& args, const SsGemmShared<C>
   }
 }
 
-// The ring may be filled again, by neighbours as well: nobody reads sums there any more.
-template <class C>
-__device__ __forceinline__ void free_ring() {
-  if constexpr (C::kNeighbours == 1) {
-    __syncthreads();
-  } else {
-    ptx::cluster_sync_relaxed();
-  }
-}
-
 template <class C, class Args, class Finish>
 __device__ __forceinline__ void store(const Args& args, const SsGemmShared<C>& smem,
                                       const Finish& finish, const TileTerms<C, Finish>& terms,
@@ -348,7 +338,7 @@ __device__ __forceinline__ void store(const Args& args, const SsGemmShared<C>& s
     dispatch_float(args.out_dtype, [&](auto out) {
       store_split_tile<C, decltype(out)>(finish, terms, slice_sums, phase, work, sums);
     });
-    free_ring<C>();
+    __syncthreads();  // the ring may be filled again
   }
 }
 
@@ -408,7 +398,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtasPerSm)
       __syncwarp();
       if (split) {  // the ring takes sums, until the math warps have added them
         ptx::cluster_sync_relaxed();
-        free_ring<C>();
+        __syncthreads();
       }
     }
   } else {

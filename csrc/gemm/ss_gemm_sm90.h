@@ -23,8 +23,11 @@ struct SsGemmShape {
   constexpr int features() const { return token_rows ? cols : rows(); }
 
   // Whether a cluster may share a tile's K, and float32 go out. Of large tiles with tokens for rows
-  // that is slow: a warp would store 16 bytes a token.
-  constexpr bool splits() const { return row_blocks * cols <= (token_rows ? 128 : 256); }
+  // that is slow: a warp would store 16 bytes a token. Neighbours would write into a ring in which
+  // there are sums.
+  constexpr bool splits() const {
+    return neighbours == 1 && row_blocks * cols <= (token_rows ? 128 : 256);
+  }
 };
 
 // How a GEMM is cut: CTAs at the same time, and how many of a cluster share the K of each tile that

@@ -268,7 +268,7 @@ def test_results_repeat_to_the_bit(out_dtype: torch.dtype, accurate: bool) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize(("accurate", "m", "n"), [(True, 400, 25472), (False, 700, 17152)])
 def test_last_round_of_large_tiles(accurate: bool, m: int, n: int) -> None:
-    """Pairs of CTAs that have taken pairs of tiles share the few pairs left over."""
+    """Three rounds of pairs of CTAs, and a few pairs of tiles left over."""
     case = Fp8GemmCase(m, n, 4096, "row", "row", BF16, bias=True)
     args, kwargs = case.make("cuda")
     first = fp8_gemm(*args, **kwargs, accurate=accurate)
